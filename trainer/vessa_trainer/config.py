@@ -1,0 +1,339 @@
+"""The whole of one experiment as frozen dataclasses, read from one YAML file plus `a.b=c` overrides.
+
+Nothing is read from the environment and nothing is guessed: an unknown key, a wrong type or a value out of
+its range is an `InvalidConfig` that names the key. The resolved config is saved in the run directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vessa.errors import InvalidConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and who is labeled. A split is a file of one group (patient) a line.
+
+    Split files are looked up in the data folder first, then in the working directory. Where none of the four
+    exists the groups are split by `split_seed`: `val_share`, `test_share`, and of the rest
+    `labeled_groups` groups are labeled.
+    """
+
+    root: str = ""
+    labeled: str = "splits/labeled_1.txt"
+    unlabeled: str = "splits/train.txt"
+    val: str = "splits/val.txt"
+    test: str = "splits/test.txt"
+    split_seed: int = 0
+    labeled_groups: int = 1
+    val_share: float = 0.1
+    test_share: float = 0.2
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The network that is trained. Images are resized so that their long side is `size` px.
+
+    crop: side of the square training crop in px. dpt: `size` and `crop` are multiples of 14.
+    weights: a local safetensors file of the DINOv2 backbone, or None for timm's hub copy; `pretrained`
+    False starts from noise. widths: of the U-Net's five levels.
+    """
+
+    name: Literal["unet", "dpt"] = "unet"
+    size: int = 160
+    crop: int = 160
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256)
+    backbone: Literal["tiny", "small", "base", "large"] = "small"
+    pretrained: bool = True
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """Random views. Ranges are (low, high) of a uniform draw; `*_p` are probabilities per image.
+
+    scale: of the long side in the weak view; UniMatch V2 draws from (0.5, 2.0), slices of one scanner
+    vary less. gamma..noise act on gray images; RGB images get color jitter and grayscale instead.
+    """
+
+    scale: tuple[float, float] = (0.8, 1.25)
+    flip_p: float = 0.5
+    jitter_p: float = 0.8
+    gamma: tuple[float, float] = (0.6, 1.6)
+    contrast: tuple[float, float] = (0.5, 1.5)
+    brightness: tuple[float, float] = (0.5, 1.5)
+    blur_p: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    noise_p: float = 0.5
+    noise_std: tuple[float, float] = (0.0, 0.1)
+    grayscale_p: float = 0.2
+    cutmix_p: float = 0.5
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with poly decay. lr: of everything but a pretrained backbone, which has `backbone_lr`."""
+
+    lr: float = 1e-3
+    backbone_lr: float = 5e-6
+    weight_decay: float = 0.01
+    power: float = 0.9
+    lambda_ce: float = 0.5
+    lambda_dice: float = 0.5
+
+
+@dataclass(frozen=True)
+class SemiConfig:
+    """What is learned from unlabeled images.
+
+    vessa_gate: 'own' gates VESSA's term with its own confidence >= `vessa_threshold`, 'teacher' with the
+    teacher's confidence as Eq. 8 of the paper has it. alpha_v_floor: VESSA's weight never falls below it.
+    lambda_u_dice: weight of an additional Dice term on confident pixels, as UniMatch v1 has for medical data.
+    """
+
+    method: Literal["supervised", "unimatch_v2", "vessa"] = "unimatch_v2"
+    lambda_u: float = 1.0
+    lambda_u_dice: float = 0.0
+    conf_threshold: float = 0.95
+    ema_decay: float = 0.996
+    vessa_gate: Literal["own", "teacher"] = "own"
+    vessa_threshold: float = 0.8
+    alpha_v_floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class AnnotatorConfig:
+    """The VESSA service. bank None: a name derived from the data folder and the labeled split."""
+
+    url: str = "http://127.0.0.1:8700"
+    api_key: str | None = None
+    bank: str | None = None
+    batch: int = 8
+    lookahead_batches: int = 4
+    template_choice: Literal["top1", "top3", "sample"] = "top1"
+    patience_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where labels are kept: 'folder:PATH' or 'redis://HOST:PORT/DB'. expire_s None: for ever."""
+
+    url: str = "folder:~/.cache/vessa/labels"
+    expire_s: float | None = None
+
+
+@dataclass(frozen=True)
+class FeedbackConfig:
+    """Teacher-to-VESSA feedback. start: share of the run before it begins; every: iterations between rounds."""
+
+    enabled: bool = False
+    start: float = 0.5
+    every: int = 500
+    prompts: tuple[str, ...] = ("boxes", "mask_logits")
+    source: Literal["teacher", "student"] = "teacher"
+    min_confidence: float = 0.8
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment. Batch sizes are images; `steps`, `eval_every`, `checkpoint_every` are iterations."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    semi: SemiConfig = field(default_factory=SemiConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    steps: int = 3000
+    batch_labeled: int = 8
+    batch_unlabeled: int = 8
+    batch_eval: int = 16
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 0
+    eval_every: int = 250
+    checkpoint_every: int = 250
+    out: str = "runs/run"
+
+    def __post_init__(self) -> None:
+        """Check the ranges that no type can express."""
+        _check(self)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `a.b=c` overrides, whose values are YAML too (`student.crop=96`).
+
+    path None starts from the defaults. Raises InvalidConfig naming the key, and for an unknown one the
+    nearest known key.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise InvalidConfig(f"cannot read the config file {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InvalidConfig(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+        if not isinstance(tree, dict):
+            raise InvalidConfig(f"{path} must hold keys and values, it holds a {type(tree).__name__}")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InvalidConfig(f"an override reads section.key=value, got {override!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InvalidConfig(f"the value of the override {override!r} is not YAML") from None
+        _put(tree, key.split("."), value)
+    config: Config = _build(Config, tree, "")
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved config as YAML that `load_config` reads back to an equal object."""
+    tree = to_dict(config)
+    tree["annotator"]["api_key"] = None  # a secret has no place in a run directory that people share
+    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as plain dictionaries, lists and scalars."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    tree: dict[str, Any] = plain(dataclasses.asdict(config))
+    return tree
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        below = tree.get(key)
+        if below is None:
+            below = tree[key] = {}
+        if not isinstance(below, dict):
+            raise InvalidConfig(f"{'.'.join(keys[: depth + 1])} holds a value, not a section")
+        tree = below
+    tree[keys[-1]] = value
+
+
+def _known_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            keys += _known_keys(typing.cast(type, kind), f"{prefix}{name}.")
+    return keys
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """Make a dataclass from a tree of plain values, checking keys and types."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, Mapping):
+        raise InvalidConfig(f"{prefix.rstrip('.')} must be a section of keys, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise InvalidConfig(f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}')}")
+        kind = hints[key]
+        name = f"{prefix}{key}"
+        is_section = dataclasses.is_dataclass(kind)
+        values[key] = _build(kind, value, f"{name}.") if is_section else _convert(kind, value, name)
+    return cls(**values)
+
+
+def _nearest(key: str) -> str:
+    known = _known_keys(Config)
+    by_leaf = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    close = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; the nearest known key is {close[0]}" if close else ""
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """Check one value against its annotated type; lists become tuples, whole numbers become floats."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(item for item in arguments if item is not type(None)), value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise InvalidConfig(f"{name} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (arguments[-1] is not ... and len(value) != len(arguments)):
+            count = "" if arguments[-1] is ... else f" of {len(arguments)}"
+            raise InvalidConfig(f"{name} must be a list{count}, got {value!r}")
+        return tuple(_convert(arguments[0], item, name) for item in value)
+    if kind is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+            try:
+                value = float(value)
+            except ValueError:
+                raise InvalidConfig(f"{name} must be a number, got {value!r}") from None
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidConfig(f"{name} must be of type {kind.__name__}, got {value!r}")
+    return os.path.expanduser(value) if kind is str and value.startswith("~") else value
+
+
+def _check(config: Config) -> None:
+    student, semi, feedback = config.student, config.semi, config.feedback
+    positive = {
+        "steps": config.steps,
+        "batch_labeled": config.batch_labeled,
+        "batch_unlabeled": config.batch_unlabeled,
+        "batch_eval": config.batch_eval,
+        "eval_every": config.eval_every,
+        "checkpoint_every": config.checkpoint_every,
+        "student.size": student.size,
+        "student.crop": student.crop,
+        "feedback.every": feedback.every,
+        "annotator.batch": config.annotator.batch,
+        "data.labeled_groups": config.data.labeled_groups,
+        "optim.lr": config.optim.lr,
+    }
+    shares = {
+        "semi.conf_threshold": semi.conf_threshold,
+        "semi.vessa_threshold": semi.vessa_threshold,
+        "semi.ema_decay": semi.ema_decay,
+        "semi.alpha_v_floor": semi.alpha_v_floor,
+        "feedback.start": feedback.start,
+        "feedback.min_confidence": feedback.min_confidence,
+        "views.cutmix_p": config.views.cutmix_p,
+        "views.flip_p": config.views.flip_p,
+        "data.val_share": config.data.val_share,
+        "data.test_share": config.data.test_share,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise InvalidConfig(f"{name} must be above 0, got {value}")
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
+    multiple = 14 if student.name == "dpt" else 2 ** (len(student.widths) - 1)
+    if student.crop % multiple:
+        raise InvalidConfig(f"student.crop must be a multiple of {multiple} for {student.name}, got {student.crop}")
+    unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
+    if unknown:
+        raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")
+    if config.views.scale[0] <= 0 or config.views.scale[0] > config.views.scale[1]:
+        raise InvalidConfig(f"views.scale must be (low, high) with 0 < low <= high, got {config.views.scale}")
