@@ -10,7 +10,8 @@ fence, one HTML comment (invisible when rendered):
 
 What a block may count on:
 - The working folder is one temporary folder for all blocks, with links to the repository's examples/,
-  services/, shared/, trainer/ and benchmarks/. What a block writes, later blocks read; a skipped block leaves nothing.
+  services/, shared/, trainer/ and benchmarks/. What a block writes, later blocks read; a skipped block
+  leaves nothing.
 - `vessa`, `vessa-server`, `vessa-trainer` and `python` are those of the environment that runs the tests.
 - A nano annotator is up. The README writes its address as 127.0.0.1:8700; a free port is put in its place.
 - HOME is a fresh folder: the key the service made at its first start is in ~/.config/vessa/api-key, where the
