@@ -4,8 +4,8 @@
 #   scripts/install-lock.sh PYTHON [--runtime]
 #
 # --runtime    leaves out the tools section of requirements.in (container images)
-# TORCH_INDEX  (environment) address of a package index that holds other builds of torch and torchvision, for
-#              example without CUDA. They are then taken from there at the locked versions, without the lock's
+# TORCH_INDEX  (environment) address of a package index that holds builds of torch and torchvision without CUDA.
+#              They are then taken from there at the locked versions, without the lock's
 #              hashes, which belong to other files; the CUDA libraries of the lock are left out.
 #
 # The order matters: sam2 builds against an installed torch, and sam2, iopath and antlr4 are source
