@@ -1,0 +1,349 @@
+"""Template banks: annotated examples, found by the similarity of their features (Eq. 1 of the paper)."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from vessa.errors import ClassConflict, InvalidRequest, TooLarge, UnknownBank, UnknownTemplate, VessaError
+from vessa.schemas import BankInfo, TemplateInfo
+
+from vessa_server.store import Entry, Index, Store, blob_digest
+
+log = logging.getLogger(__name__)
+
+BANK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TEMPLATE_ID = re.compile(r"[0-9a-f]{64}")
+REENCODE_BATCH = 16
+
+Matches = list[tuple["Template", float]]
+TemplateInfos = list[TemplateInfo]
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """One annotated example with everything retrieval and the segmenter need of it.
+
+    image: (H, W) or (H, W, 3) uint8; mask: (H, W) uint8 class ids, 0 background
+    classes: {id: name} of the classes in the mask; group: whose image it is (a patient)
+    feature: (D,) float32 of unit norm; memories: class id -> (M, C) float16; model: digest of the weights of both
+    """
+
+    id: str
+    group: str
+    classes: dict[int, str]
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    feature: NDArray[np.float32]
+    memories: dict[int, NDArray[np.float16]]
+    model: str
+
+    def to_blob(self) -> bytes:
+        """Return the template as safetensors bytes."""
+        tensors = {"image": self.image, "mask": self.mask, "feature": self.feature}
+        tensors |= {f"memory.{key}": value for key, value in self.memories.items()}
+        metadata = {"id": self.id, "group": self.group, "model": self.model, "classes": json.dumps(self.classes)}
+        return save_tensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+
+    @classmethod
+    def from_blob(cls, identity: str, entry: Entry, data: bytes) -> "Template":
+        """Read what `to_blob` wrote; ValueError when it is something else."""
+        try:
+            tensors = load_tensors(data)
+            memories = {int(k.removeprefix("memory.")): v for k, v in tensors.items() if k.startswith("memory.")}
+            return cls(
+                identity, entry.group, entry.classes, tensors["image"], tensors["mask"], tensors["feature"], memories,
+                entry.model,
+            )  # fmt: skip
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"blob of template {identity} is not a template") from error
+
+    def entry(self, blob: bytes) -> Entry:
+        """Return what the index says about this template."""
+        height, width = self.mask.shape
+        return Entry(blob_digest(blob), self.group, self.classes, height, width, self.model)
+
+    def info(self, bank: str, *, created: bool = False) -> TemplateInfo:
+        """Return the public description."""
+        height, width = self.mask.shape
+        return TemplateInfo(
+            id=self.id, bank=bank, group=self.group, classes=self.classes, height=height, width=width, created=created
+        )
+
+
+def template_id(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], classes: Mapping[int, str], group: str
+) -> str:
+    """Return the id of an annotated example: a digest of its content, so that adding it twice adds it once.
+
+    image: (H, W) or (H, W, 3) uint8; mask: (H, W) uint8. Only the classes that the mask holds count.
+    """
+    present = {int(key): classes[int(key)] for key in np.unique(mask) if key}
+    header = {"image": image.shape, "mask": mask.shape, "classes": sorted(present.items()), "group": group}
+    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+    digest.update(np.ascontiguousarray(image).data)
+    digest.update(np.ascontiguousarray(mask).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """One state of a template bank; a change makes a new one with a higher version.
+
+    classes: {id: name} over all templates, by id; model: when set, retrieval leaves out templates that other weights
+    encoded (a second server with other weights on the same store), for their features do not compare.
+    """
+
+    name: str
+    version: int
+    templates: tuple[Template, ...]
+    model: str | None = None
+
+    @cached_property
+    def classes(self) -> dict[int, str]:
+        """{id: name}, by id."""
+        return _union(template.classes for template in self.templates)
+
+    @cached_property
+    def _by_id(self) -> dict[str, Template]:
+        return {template.id: template for template in self.templates}
+
+    @cached_property
+    def _by_class(self) -> dict[int, tuple[list[Template], NDArray[np.float32]]]:
+        usable = [t for t in self.templates if self.model is None or t.model == self.model]
+        chosen = {key: [t for t in usable if key in t.classes] for key in self.classes}
+        return {key: (found, np.stack([t.feature for t in found])) for key, found in chosen.items() if found}
+
+    def template(self, identity: str) -> Template:
+        """Return one template; UnknownTemplate when there is none of this id."""
+        try:
+            return self._by_id[identity]
+        except KeyError:
+            raise UnknownTemplate(f"bank {self.name!r} has no template {identity!r}") from None
+
+    def retrieve(
+        self, feature: NDArray[np.float32], class_id: int, *, exclude_group: str | None, top: int = 3
+    ) -> Matches:
+        """Return the `top` most similar templates that show the class, best first, with their cosine in [-1, 1].
+
+        feature: (D,) float32 of unit norm. exclude_group: the query's own patient, never retrieved (None: unknown).
+        Equal similarities are ordered by id. An empty list means there is no template of another group.
+        """
+        found, features = self._by_class.get(class_id, ([], None))
+        if features is None:
+            return []
+        scores = np.clip(features @ feature, -1.0, 1.0)
+        allowed = [i for i, t in enumerate(found) if exclude_group is None or t.group != exclude_group]
+        best = sorted(allowed, key=lambda i: (-scores[i], found[i].id))[:top]
+        return [(found[i], float(scores[i])) for i in best]
+
+    def info(self) -> BankInfo:
+        """Return the public description."""
+        groups = sorted({template.group for template in self.templates})
+        return BankInfo(
+            name=self.name, version=self.version, templates=len(self.templates), groups=groups, classes=self.classes
+        )
+
+
+def sample_template(
+    matches: Matches, tau: float = 0.1, rng: np.random.Generator | None = None
+) -> tuple[Template, float]:
+    """Draw one of the retrieved templates with probability softmax(similarity / tau) (Eq. 1).
+
+    matches: what `Bank.retrieve` returned, not empty; tau: temperature > 0.
+    """
+    if not matches or tau <= 0:
+        raise ValueError(f"expected at least one match and tau > 0, got {len(matches)} matches and tau {tau}")
+    scores = np.array([score for _, score in matches]) / tau
+    weights = np.exp(scores - scores.max())
+    chosen = (rng or np.random.default_rng()).choice(len(matches), p=weights / weights.sum())
+    return matches[int(chosen)]
+
+
+def merge_classes(known: Mapping[int, str], added: Mapping[int, str]) -> dict[int, str]:
+    """Return both, by id; ClassConflict when an id would get a second name or a name a second id."""
+    ids = {name: key for key, name in known.items()}
+    for key, name in added.items():
+        if known.get(key, name) != name:
+            raise ClassConflict(f"class id {key} is {known[key]!r} in this bank, not {name!r}")
+        if ids.get(name, key) != key:
+            raise ClassConflict(f"class {name!r} has id {ids[name]} in this bank, not {key}")
+    return dict(sorted({**known, **added}.items()))
+
+
+def _union(parts: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    merged: dict[int, str] = {}
+    for part in parts:
+        merged |= part
+    return dict(sorted(merged.items()))
+
+
+def check_name(bank: str) -> str:
+    """Return the bank's name; InvalidRequest unless it is safe as a file name and a key."""
+    if not BANK_NAME.fullmatch(bank):
+        raise InvalidRequest(
+            f"a bank name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit; got {bank[:80]!r}"
+        )
+    return bank
+
+
+Encode = Callable[[list[Template]], Sequence[Template | VessaError]]
+
+
+@dataclass
+class TemplateBanks:
+    """All banks of a store. Safe to use from several threads; other processes' changes are seen at the next `get`."""
+
+    store: Store
+    max_templates: int = 10_000
+    model: str | None = None
+    _cache: dict[str, Bank] = field(default_factory=dict, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def get(self, name: str) -> Bank:
+        """Return the bank as it is now; UnknownBank, StoreUnavailable."""
+        check_name(name)
+        with self._lock:
+            cached = self._cache.get(name)
+            if cached and (cached.version, cached.model) == (self.store.version(name), self.model):
+                return cached
+            bank = None
+            while bank is None:
+                index = self.store.read(name)
+                if not index.exists:
+                    self._cache.pop(name, None)
+                    raise UnknownBank(f"there is no template bank {name!r}")
+                bank = self._load(name, index, cached)
+            self._cache[name] = bank
+            return bank
+
+    def add(self, name: str, templates: Sequence[Template]) -> TemplateInfos:
+        """Add templates, all or none, making the bank if needed; those it has already are left as they are.
+
+        ClassConflict when a class id or name would get a second meaning, TooLarge when the bank would be too full.
+        """
+        check_name(name)
+        blobs = {template.id: template.to_blob() for template in templates}
+        entries = {template.id: template.entry(blobs[template.id]) for template in templates}
+        created: set[str] = set()
+        damaged = self._damaged(name)
+
+        def edit(old: Index) -> Index | None:
+            created.clear()
+            created.update(entries.keys() - (old.entries.keys() - damaged))
+            known = _union(entry.classes for entry in old.entries.values())
+            for key in created:
+                known = merge_classes(known, entries[key].classes)
+            if len(old.entries.keys() | created) > self.max_templates:
+                raise TooLarge(f"a bank holds at most {self.max_templates} templates")
+            fresh = {key: entry for key, entry in entries.items() if key in created}
+            return Index(exists=True, entries=old.entries | fresh) if fresh else None
+
+        self.store.change(name, edit, {entries[key].blob: blob for key, blob in blobs.items()})
+        first = {t.id: i for i, t in reversed(list(enumerate(templates)))}
+        return [t.info(name, created=t.id in created and first[t.id] == i) for i, t in enumerate(templates)]
+
+    def remove(self, name: str, identity: str) -> None:
+        """Remove one template; UnknownBank, UnknownTemplate. An emptied bank stays, with no templates."""
+
+        def edit(old: Index) -> Index:
+            self._require(name, old)
+            if identity not in old.entries:
+                raise UnknownTemplate(f"bank {name!r} has no template {identity!r}")
+            return replace(old, entries={k: v for k, v in old.entries.items() if k != identity})
+
+        self.store.change(check_name(name), edit, {})
+
+    def delete(self, name: str) -> None:
+        """Delete a bank with all its templates; UnknownBank. Its version lives on, should it be made again."""
+
+        def edit(old: Index) -> Index:
+            self._require(name, old)
+            return Index()
+
+        self.store.change(check_name(name), edit, {})
+
+    def refresh(
+        self, encode: Encode, model: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> int:
+        """Encode anew every template whose model digest is not `model`, and use only those of `model` from now on.
+
+        encode: templates -> the same with fresh feature and memories, or an error each; progress(done, total).
+        Returns how many were encoded. One that fails is left in the bank, out of retrieval, with a warning in the log.
+        """
+        self.model = None
+        stale = [(n, t) for n in self.store.names() for t in self.get(n).templates if t.model != model]
+        for start in range(0, len(stale), REENCODE_BATCH):
+            part = stale[start : start + REENCODE_BATCH]
+            for (name, template), fresh in zip(part, encode([t for _, t in part]), strict=True):
+                if isinstance(fresh, VessaError):
+                    log.warning("bank %s: template %s was not encoded: %s", name, template.id, fresh)
+                else:
+                    self._replace(name, fresh)
+            progress(min(start + REENCODE_BATCH, len(stale)), len(stale))
+        self.model = model
+        return len(stale)
+
+    def _replace(self, name: str, template: Template) -> None:
+        blob = template.to_blob()
+
+        def edit(old: Index) -> Index | None:
+            # Deleted meanwhile, or already encoded by another process that starts with the same weights.
+            if template.id not in old.entries or old.entries[template.id].model == template.model:
+                return None
+            return replace(old, entries=old.entries | {template.id: template.entry(blob)})
+
+        self.store.change(name, edit, {blob_digest(blob): blob})
+
+    @staticmethod
+    def _require(name: str, index: Index) -> None:
+        if not index.exists:
+            raise UnknownBank(f"there is no template bank {name!r}")
+
+    def _damaged(self, name: str) -> set[str]:
+        """Return the ids whose blob cannot be read; adding them again repairs them."""
+        try:
+            held = {template.id for template in self.get(name).templates}
+        except UnknownBank:
+            return set()
+        return self.store.read(name).entries.keys() - held
+
+    def _load(self, name: str, index: Index, cached: Bank | None) -> Bank | None:
+        """Read the templates that `cached` does not hold; None when the bank changed meanwhile."""
+        held = {(t.id, t.model): t for t in cached.templates} if cached else {}
+        templates = []
+        for identity, entry in index.entries.items():
+            template = held.get((identity, entry.model)) or self._read_template(name, identity, entry)
+            if template is not None:
+                templates.append(template)
+            elif self.store.version(name) != index.version:
+                return None
+        return Bank(name, index.version, tuple(templates), self.model)
+
+    def _read_template(self, name: str, identity: str, entry: Entry) -> Template | None:
+        data = self.store.blob(name, entry.blob)
+        if data is None:
+            return None
+        try:
+            return Template.from_blob(identity, entry, data)
+        except ValueError as error:
+            log.warning("bank %s: %s; it is ignored", name, error)
+            return None
+
+    def list(self) -> list[BankInfo]:
+        """Return all banks by name."""
+        found = []
+        for name in self.store.names():
+            with contextlib.suppress(UnknownBank):  # deleted meanwhile
+                found.append(self.get(name).info())
+        return found

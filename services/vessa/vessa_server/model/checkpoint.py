@@ -1,0 +1,130 @@
+"""The weights directory: what is in it, written whole or not at all, read strictly."""
+
+import hashlib
+import json
+import os
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from vessa.errors import InvalidWeights
+
+from vessa_server.model.language import LanguageModel
+from vessa_server.model.presets import Preset
+from vessa_server.model.vessa import Vessa
+
+MANIFEST = "vessa.json"
+_PARTS = ("segmenter", "projector", "retriever")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool = True) -> str:
+    """Write a weights directory and return its digest.
+
+    provenance: command, data, licences and figures, kept in `vessa.json` as they are.
+    half: store float16 (what nano ships as). An existing directory is replaced at the very end.
+    """
+    folder = Path(folder)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for part in _PARTS:
+        module = getattr(model, part)
+        if module is not None:
+            state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+            save_file(state, fresh / f"{part}.safetensors")
+    if model.language is not None:
+        dtype = next(model.language.model.parameters()).dtype
+        if half:
+            model.language.model.half()
+        model.language.write(fresh / "language")
+        model.language.model.to(dtype)
+    files = {
+        str(p.relative_to(fresh)): _sha256(p) for p in sorted(fresh.rglob("*")) if p.is_file() and p.name != MANIFEST
+    }
+    manifest = {"format": 1, "preset": model.preset.to_dict(), "files": files, "provenance": provenance}
+    (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    return digest(folder)
+
+
+def find(weights: str | Path) -> Path:
+    """Return the directory of a shipped preset's name or of a path. Raises InvalidWeights."""
+    shipped = Path(str(resources.files("vessa_server"))) / "weights" / str(weights)
+    for folder in (Path(weights), shipped):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise InvalidWeights(
+        f"no weights at '{weights}': expected a directory with a {MANIFEST}, or the name of shipped weights (nano)"
+    )
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """Read `vessa.json`. Raises InvalidWeights when it is damaged."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text())
+        if data["format"] != 1:
+            raise InvalidWeights(f"vessa.json has format {data['format']}; this version reads format 1")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidWeights(f"{MANIFEST} is missing or damaged: {error}") from error
+    return data
+
+
+def digest(folder: Path) -> str:
+    """Identify weights by the checksums of their files (16 hex digits)."""
+    files = manifest(folder)["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with its checksum. Raises InvalidWeights naming the first that differs."""
+    for name, expected in manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise InvalidWeights(f"weights are incomplete: {name} is missing")
+        if _sha256(path) != expected:
+            raise InvalidWeights(f"weights are damaged: {name} does not have the checksum that vessa.json states")
+
+
+def read(weights: str | Path, device: str | torch.device = "cpu") -> tuple[Vessa, str]:
+    """Read weights strictly and return the model in eval mode (float32) with its digest."""
+    folder = find(weights)
+    verify(folder)
+    preset = Preset.from_dict(manifest(folder)["preset"])
+    language = None
+    if preset.language is not None:
+        language = LanguageModel.read(folder / "language", preset.language.image_size)
+    model = Vessa(preset, language)
+    for part in _PARTS:
+        module = getattr(model, part)
+        if module is not None:
+            load_strictly(module, folder / f"{part}.safetensors")
+    return model.eval().to(device), digest(folder)
+
+
+def load_strictly(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file; every key and shape must fit. Raises InvalidWeights with the keys."""
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InvalidWeights(f"{path.name} is not a readable safetensors file") from error
+    own = module.state_dict()
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if missing or unknown or shapes:
+        raise InvalidWeights(
+            f"{path.name} does not fit: missing {missing[:5]}, unknown {unknown[:5]}, wrong shape {shapes[:5]}"
+            f" ({len(missing)}, {len(unknown)} and {len(shapes)} keys)"
+        )
+    module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})

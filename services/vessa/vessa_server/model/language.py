@@ -1,0 +1,219 @@
+"""Qwen3-VL: looks at template overlay and target, and says where through its state at <SEG>.
+
+The answer is teacher-forced, so one forward pass gives the state: it cannot fail to emit <SEG>.
+The template and the text come first, so that a prefix cache can serve every target of a template.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+from vessa_server.model.geometry import resize
+from vessa_server.model.instructions import INSTRUCTIONS, answer, ask
+from vessa_server.model.presets import LanguagePreset
+
+SEG = "<SEG>"
+_PATCH, _MERGE = 16, 2
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+_SPECIAL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", SEG)
+_CHAT = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.content is string %}{{- m.content }}{%- else %}{%- for c in m.content %}"
+    "{%- if c.type == 'image' or 'image' in c or 'image_url' in c %}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif 'text' in c %}{{- c.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}"
+)
+
+
+class LanguageModel(nn.Module):
+    """A Qwen3-VL with its processor.
+
+    images are float (N, 3, S, S) in [0, 1]; every image becomes the same number of vision tokens.
+    """
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, image_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.image_size = image_size
+        self.seg_id = processor.tokenizer.convert_tokens_to_ids(SEG)
+        self._encoded: dict[tuple[str, str], tuple[list[int], int]] = {}
+
+    @classmethod
+    def nano(cls, preset: LanguagePreset) -> "LanguageModel":
+        """Build the small graph with fresh weights and its own tokenizer."""
+        processor = _nano_processor(preset.image_size)
+        return cls(_nano_model(preset, processor), processor, preset.image_size)
+
+    @classmethod
+    def read(cls, folder: Path, image_size: int) -> "LanguageModel":
+        """Read a Hugging Face directory; nothing is fetched from a hub."""
+        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        processor = Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
+        return cls(model, processor, image_size)
+
+    def write(self, folder: Path) -> None:
+        """Write the directory that `read` and vLLM take."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of the state at <SEG>."""
+        return self.model.config.text_config.hidden_size
+
+    def forward(
+        self, overlays: Tensor, targets: Tensor, class_names: list[str], instructions: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Read N pairs of template overlay and target.
+
+        overlays, targets: (N, 3, S, S) float in [0, 1]
+        Returns the final-layer states at <SEG> (N, hidden) and the mean cross-entropy over the
+        answer's tokens (Eq. 2).
+        """
+        encoded = [self._encode(i, c) for i, c in zip(instructions, class_names, strict=True)]
+        length = max(len(ids) for ids, _ in encoded)
+        device = overlays.device
+        pad = self.processor.tokenizer.pad_token_id
+        ids = torch.full((len(encoded), length), pad, dtype=torch.long)
+        attention = torch.zeros_like(ids)
+        labels = torch.full_like(ids, -100)
+        for row, (tokens, answer_length) in enumerate(encoded):  # left padding: <SEG> is always last
+            ids[row, length - len(tokens) :] = torch.tensor(tokens)
+            attention[row, length - len(tokens) :] = 1
+            labels[row, length - answer_length :] = ids[row, length - answer_length :]
+        pixels, grid = self._pixels(torch.stack([overlays, targets], dim=1).flatten(0, 1))
+        image_id = self.model.config.image_token_id
+        output = self.model.model(
+            input_ids=ids.to(device),
+            attention_mask=attention.to(device),
+            pixel_values=pixels,
+            image_grid_thw=grid.to(device),
+            mm_token_type_ids=(ids == image_id).int().to(device),
+            use_cache=False,
+        )
+        states = output.last_hidden_state
+        longest = max(answer_length for _, answer_length in encoded)
+        logits = self.model.lm_head(states[:, -longest - 1 : -1])
+        text_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, -longest:].flatten().to(device))
+        return states[:, -1], text_loss
+
+    def _encode(self, instruction: str, class_name: str) -> tuple[list[int], int]:
+        """Token ids of one conversation that ends in <SEG>, and how many of them are the answer."""
+        key = (instruction, class_name)
+        if key not in self._encoded:
+            if len(self._encoded) > 4096:
+                self._encoded.clear()
+            image = {"type": "image"}
+            content = [image, {"type": "text", "text": ask(instruction, class_name)}, image]
+            messages = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": answer(class_name)},
+            ]
+            text = self.processor.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+            vision_tokens = (self.image_size // (_PATCH * _MERGE)) ** 2
+            text = text.replace("<|image_pad|>", "<|image_pad|>" * vision_tokens)
+            tokens = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prefix = self.processor.tokenizer(answer(class_name), add_special_tokens=False)["input_ids"]
+            self._encoded[key] = (tokens, len(prefix))
+        return self._encoded[key]
+
+    def _pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Flatten (N, 3, S, S) images into Qwen's patches, as its image processor does.
+
+        The processor itself goes through lists of images and costs more than the nano model; a
+        test holds this to the processor's own output.
+        """
+        images = resize(images, (self.image_size, self.image_size))
+        images = (images - 0.5) / 0.5
+        count, channels = images.shape[:2]
+        side, blocks = self.image_size // _PATCH, self.image_size // (_PATCH * _MERGE)
+        patches = images.view(count, channels, blocks, _MERGE, _PATCH, blocks, _MERGE, _PATCH)
+        patches = patches.permute(0, 2, 5, 3, 6, 1, 4, 7)  # blocks of 2 x 2 patches stay together
+        patches = patches.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # a still image, twice
+        grid = torch.tensor([[1, side, side]]).expand(count, -1)
+        return patches.reshape(count * side * side, channels * 2 * _PATCH * _PATCH), grid
+
+
+def _nano_processor(image_size: int) -> Qwen3VLProcessor:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [ask(i, "left ventricle") + answer("left ventricle") for i in INSTRUCTIONS] * 4
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in _SPECIAL])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=2048,
+    )
+    size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
+    sizes: dict[str, Any] = {"patch_size": _PATCH, "temporal_patch_size": 2, "merge_size": _MERGE}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes),
+        tokenizer=fast,
+        video_processor=Qwen3VLVideoProcessor(cap_pixels_per_frame=True, **sizes),
+        chat_template=_CHAT,
+    )
+
+
+def _nano_model(preset: LanguagePreset, processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
+    def token(name: str) -> int:
+        return processor.tokenizer.convert_tokens_to_ids(name)
+
+    head_dim = preset.hidden // preset.heads
+    third = head_dim // 2 // 3
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_interleaved": True,
+        "mrope_section": [head_dim // 2 - 2 * third, third, third],
+    }
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": preset.hidden,
+            "intermediate_size": 3 * preset.hidden,
+            "num_hidden_layers": preset.layers,
+            "num_attention_heads": preset.heads,
+            "num_key_value_heads": preset.heads // 2,
+            "head_dim": head_dim,
+            "max_position_embeddings": 2048,
+            "rope_parameters": rope,
+        },
+        vision_config={
+            "depth": preset.vision_layers,
+            "hidden_size": preset.vision_hidden,
+            "intermediate_size": 3 * preset.vision_hidden,
+            "num_heads": 3,
+            "patch_size": _PATCH,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": _MERGE,
+            "out_hidden_size": preset.hidden,
+            "num_position_embeddings": (preset.image_size // _PATCH) ** 2,
+            "deepstack_visual_indexes": [0, preset.vision_layers - 2],
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    return Qwen3VLForConditionalGeneration(config)

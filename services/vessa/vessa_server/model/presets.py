@@ -1,0 +1,96 @@
+"""Sizes of the annotator. All presets are the same code; only these numbers differ."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vessa.errors import InvalidWeights
+
+
+@dataclass(frozen=True)
+class SegmenterPreset:
+    """A SAM 2.1 graph. `config` names an official one; without it the nano graph is built from the sizes."""
+
+    image_size: int = 160  # px, side of the square input
+    stride: int = 8  # px per embedding position
+    width: int = 24  # channels of the first trunk level
+    dim: int = 128
+    attention_layers: int = 2
+    correlation_heads: int = 4  # 0: no correlation read-out (official weights were trained without)
+    config: str | None = None
+    per_image_normalization: bool = True  # False: ImageNet statistics, as the official weights expect
+
+
+@dataclass(frozen=True)
+class LanguagePreset:
+    """A Qwen3-VL graph. The official directories carry their own sizes, so nano alone needs them."""
+
+    image_size: int = 128  # px; one vision token per 32 x 32 px
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    vision_hidden: int = 96
+    vision_layers: int = 3
+
+
+@dataclass(frozen=True)
+class RetrieverPreset:
+    """A timm vision transformer of the DINOv2 family; `options` go to `timm.create_model`."""
+
+    name: str = "vit_small_patch14_dinov2"
+    image_size: int = 112
+    options: dict[str, Any] = field(default_factory=lambda: {"embed_dim": 96, "depth": 4, "num_heads": 3})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All sizes of one annotator. `language` None means DINOv2 retrieval and SAM 2.1 memory alone."""
+
+    name: str = "nano"
+    segmenter: SegmenterPreset = field(default_factory=SegmenterPreset)
+    language: LanguagePreset | None = field(default_factory=LanguagePreset)
+    retriever: RetrieverPreset = field(default_factory=RetrieverPreset)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for `vessa.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Preset":
+        """Read what `to_dict` wrote. Raises InvalidWeights when a field is unknown or missing."""
+        try:
+            language = data["language"]
+            return cls(
+                name=data["name"],
+                segmenter=SegmenterPreset(**data["segmenter"]),
+                language=None if language is None else LanguagePreset(**language),
+                retriever=RetrieverPreset(**data["retriever"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InvalidWeights(f"vessa.json does not describe a preset this version knows: {error}") from error
+
+
+_OFFICIAL = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+
+
+def _full(name: str, sam: str, dino: str) -> Preset:
+    return Preset(
+        name=name,
+        segmenter=SegmenterPreset(
+            image_size=1024,
+            stride=16,
+            dim=256,
+            attention_layers=4,
+            correlation_heads=0,
+            config=f"configs/sam2.1/sam2.1_hiera_{_OFFICIAL[sam]}.yaml",
+            per_image_normalization=False,
+        ),
+        language=None,
+        retriever=RetrieverPreset(name=dino, image_size=518, options={}),
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "nano": Preset(),
+    "base": _full("base", "tiny", "vit_small_patch14_dinov2"),
+    "large": _full("large", "large", "vit_base_patch14_dinov2"),
+}

@@ -1,0 +1,296 @@
+"""SAM 2.1 as VESSA uses it: a template in memory, prompts in, one mask out.
+
+The graph is the `sam2` package's `SAM2Base`; this module calls its parts one by one, because the
+video tracker around them (`track_step`) replaces logits by constants and cuts gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sam2.build_sam import build_sam2
+from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.modeling.sam.transformer import RoPEAttention
+from torch import Tensor, nn
+
+from vessa_server.model.geometry import resize
+from vessa_server.model.presets import SegmenterPreset
+from vessa_server.model.trunk import ConvolutionalTrunk
+
+MEMORY_DIM = 64  # channels of SAM 2's spatial memory, the same in every official checkpoint
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the image encoder says of B images.
+
+    embedding: (B, C, h, w); position: (h * w, B, C) sine encoding;
+    fine, finer: (B, C / 4, 2h, 2w) and (B, C / 8, 4h, 4w), for the mask decoder
+    """
+
+    embedding: Tensor
+    position: Tensor
+    fine: Tensor
+    finer: Tensor
+
+    def __getitem__(self, index: Any) -> "ImageFeatures":
+        """Pick images by a slice, list or index tensor."""
+        return ImageFeatures(self.embedding[index], self.position[:, index], self.fine[index], self.finer[index])
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of N masks in px of the network's square; a field is None when no mask has it.
+
+    points: (N, P, 2) (x, y); point_labels: (N, P) 1 inside, 0 outside, 2 and 3 the corners of a
+    box, -1 padding; mask_logits: (N, 1, 4h, 4w); mask_present: (N,) bool
+    """
+
+    points: Tensor | None = None
+    point_labels: Tensor | None = None
+    mask_logits: Tensor | None = None
+    mask_present: Tensor | None = None
+
+
+class Correlation(nn.Module):
+    """Read the template's mask through dense template-target correlation.
+
+    Each target position attends over all template positions and reads the mask there, per head.
+    Memory attention can learn this, but from scratch it takes far longer: here the path from
+    feature similarity to mask is one softmax. Heads read (keys, mask); the result is added to the
+    embedding that the mask decoder sees.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(dim, MEMORY_DIM)
+        self.key = nn.Linear(dim, MEMORY_DIM)
+        self.log_scale = nn.Parameter(torch.full((heads,), 2.3))
+        self.project = nn.Sequential(nn.Conv2d(2 * heads, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
+
+    def _split(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        return F.normalize(x.view(batch, tokens, self.heads, -1).transpose(1, 2), dim=-1)
+
+    def keys(self, tokens: Tensor) -> Tensor:
+        """Map template tokens (B, M, C) to keys (B, M, 64)."""
+        return self.key(tokens)
+
+    def forward(self, tokens: Tensor, keys: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return (N, C, h, w) to add to the embedding.
+
+        tokens: (N, h * w, C) target; keys: (N, M, 64); mask: (N, M) template mask in [0, 1]
+        """
+        query = self._split(self.query(tokens)) * self.log_scale.exp()[None, :, None, None]
+        value = mask[:, None, :, None].expand(-1, self.heads, -1, query.shape[-1])
+        # The fused kernel never holds the (h * w, M) map; it wants values as wide as the keys.
+        read = F.scaled_dot_product_attention(query, self._split(keys), value.contiguous(), scale=1.0)
+        # The log-odds of what is read: how far inside or outside, also where all heads saturate.
+        read = read[..., 0].clamp(1e-4, 1 - 1e-4)  # (N, heads, h * w)
+        maps = torch.cat([read, 0.2 * torch.logit(read)], dim=1)
+        return self.project(maps.unflatten(-1, size))
+
+
+class Segmenter(nn.Module):
+    """Image encoder, memory encoder, memory attention, prompt encoder and mask decoder."""
+
+    def __init__(self, preset: SegmenterPreset) -> None:
+        super().__init__()
+        self.preset = preset
+        self.sam = _official(preset) if preset.config else _nano(preset)
+        self.side = preset.image_size // preset.stride
+        self.correlation = (
+            Correlation(preset.dim, preset.correlation_heads) if preset.correlation_heads else None
+        )
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    @property
+    def memory_width(self) -> int:
+        """Channels of one memory token as `encode_memory` returns it."""
+        return MEMORY_DIM + (MEMORY_DIM + 1 if self.correlation is not None else 0)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) in [0, 1] to what the trunk was trained on."""
+        if not self.preset.per_image_normalization:
+            return (images - self.mean) / self.std
+        mean = images.mean((1, 2, 3), keepdim=True)
+        return (images - mean) / (images.std((1, 2, 3), keepdim=True) + 1e-2)
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Encode (B, 3, S, S) float in [0, 1]."""
+        output = self.sam.forward_image(self.normalize(images))
+        finer, fine, embedding = output["backbone_fpn"]
+        position = output["vision_pos_enc"][-1].flatten(2).permute(2, 0, 1)
+        return ImageFeatures(embedding, position, fine, finer)
+
+    def encode_memory(self, features: ImageFeatures, masks: Tensor) -> Tensor:
+        """Encode templates into memory tokens.
+
+        features: of B templates; masks: (B, 1, S, S) float, 1 inside
+        Returns (B, M, memory_width): SAM 2's spatial memory (64), then, where the preset has it,
+        the correlation's key (64) and the mask (1) of each position. Object pointers, where the
+        graph uses them, are further tokens at the end.
+        """
+        sam = self.sam
+        scaled = masks * sam.sigmoid_scale_for_mem_enc + sam.sigmoid_bias_for_mem_enc
+        memory = sam.memory_encoder(features.embedding, scaled, skip_mask_sigmoid=True)["vision_features"]
+        tokens = memory.flatten(2).transpose(1, 2)
+        if self.correlation is not None:
+            keys = self.correlation.keys(self._tokens(features))
+            inside = resize(masks, (self.side, self.side)).flatten(2).transpose(1, 2)
+            tokens = torch.cat([tokens, keys, inside], dim=-1)
+        if sam.use_obj_ptrs_in_encoder:
+            tokens = torch.cat([tokens, self._object_pointers(features, masks)], dim=1)
+        return tokens
+
+    def _tokens(self, features: ImageFeatures) -> Tensor:
+        content = features.embedding.flatten(2).transpose(1, 2)
+        return content + 0.5 * features.position.transpose(0, 1)
+
+    def _object_pointers(self, features: ImageFeatures, masks: Tensor) -> Tensor:
+        """SAM 2's object pointer of each template, split into 64-channel tokens (B, C / 64, 64)."""
+        pointer = self.sam._use_mask_as_output(
+            features.embedding, [features.finer, features.fine], masks.to(features.embedding.dtype)
+        )[5]
+        return pointer.view(pointer.shape[0], -1, MEMORY_DIM)
+
+    @property
+    def pointer_tokens(self) -> int:
+        """Object-pointer tokens at the end of each template's memory."""
+        return self.sam.hidden_dim // MEMORY_DIM if self.sam.use_obj_ptrs_in_encoder else 0
+
+    def attend(self, features: ImageFeatures, memories: Tensor | None) -> Tensor:
+        """Let N targets look at their templates.
+
+        memories: (N, T, M, memory_width), T templates each; None for the ablation without memory
+        Returns (N, C, h, w), the embedding for the mask decoder.
+        """
+        count, channels, height, width = features.embedding.shape
+        if memories is None:
+            return features.embedding + self.sam.no_mem_embed.view(1, channels, 1, 1)
+        spatial_tokens = height * width
+        spatial = memories[:, :, :spatial_tokens, :MEMORY_DIM].flatten(1, 2).transpose(0, 1)
+        pointers = memories[:, :, spatial_tokens:, :MEMORY_DIM].flatten(1, 2).transpose(0, 1)
+        memory = torch.cat([spatial, pointers])
+        attended = self.sam.memory_attention(
+            curr=[features.embedding.flatten(2).permute(2, 0, 1)],
+            curr_pos=[features.position],
+            memory=memory,
+            memory_pos=self._memory_position(memory, spatial.shape[0], memories.shape[1]),
+            num_obj_ptr_tokens=pointers.shape[0],
+        )
+        embedding = attended.permute(1, 2, 0).reshape(count, channels, height, width)
+        if self.correlation is not None:
+            keys = memories[:, :, :spatial_tokens, MEMORY_DIM : 2 * MEMORY_DIM].flatten(1, 2)
+            mask = memories[:, :, :spatial_tokens, 2 * MEMORY_DIM].flatten(1, 2)
+            embedding = embedding + self.correlation(self._tokens(features), keys, mask, (height, width))
+        return embedding
+
+    def _memory_position(self, memory: Tensor, spatial: int, templates: int) -> Tensor:
+        """Position encoding of the memory tokens; a template counts as a conditioning frame."""
+        position = torch.zeros_like(memory)
+        like = memory.new_zeros(1, MEMORY_DIM, self.side, self.side)
+        sine = self.sam.memory_encoder.position_encoding(like).flatten(2).permute(2, 0, 1)
+        conditioning = self.sam.maskmem_tpos_enc[self.sam.num_maskmem - 1].view(1, 1, -1)
+        position[:spatial] = (sine + conditioning).repeat(templates, 1, 1)
+        return position
+
+    def decode(
+        self, embedding: Tensor, features: ImageFeatures, h_seg: Tensor | None, prompts: PromptBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw N masks.
+
+        embedding: (N, C, h, w) from `attend`; features: of the N targets;
+        h_seg: (N, C) from the language model, joined to the sparse prompts as in LISA, or None
+        Returns logits (N, 1, 4h, 4w), predicted IoU (N,) in [0, 1], presence logit (N,).
+        """
+        encoder = self.sam.sam_prompt_encoder
+        points = None if prompts.points is None else (prompts.points, prompts.point_labels)
+        sparse, dense = encoder(points=points, boxes=None, masks=prompts.mask_logits)
+        count = embedding.shape[0]
+        if sparse.shape[0] != count:  # the prompt encoder cannot know N when it gets no prompt
+            sparse, dense = sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
+        if prompts.mask_logits is not None and prompts.mask_present is not None:
+            absent = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+            dense = torch.where(prompts.mask_present.view(-1, 1, 1, 1), dense, absent)
+        if h_seg is not None:
+            sparse = torch.cat([sparse, h_seg[:, None]], dim=1)
+        logits, iou, _, presence = self.sam.sam_mask_decoder(
+            image_embeddings=embedding,
+            image_pe=encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=False,
+            high_res_features=[features.finer, features.fine],
+        )
+        return logits, iou[:, 0], presence[:, 0]
+
+
+def _official(preset: SegmenterPreset) -> SAM2Base:
+    """Build an official graph without weights; `checkpoint` loads them strictly."""
+    overrides = [f"++model.image_size={preset.image_size}"]
+    return build_sam2(preset.config, ckpt_path=None, device="cpu", hydra_overrides_extra=overrides)
+
+
+def _nano(preset: SegmenterPreset) -> SAM2Base:
+    """Build a small SAM 2 graph in Python; no file of the package's configurations fits these sizes."""
+    side = [preset.image_size // preset.stride] * 2
+    dim, width = preset.dim, preset.width
+
+    def attention(**options: Any) -> RoPEAttention:
+        return RoPEAttention(
+            rope_theta=10000.0, feat_sizes=side, embedding_dim=dim, num_heads=1, downsample_rate=1, **options
+        )
+
+    encoder = ImageEncoder(
+        scalp=1,
+        trunk=ConvolutionalTrunk(width, preset.stride // 4),
+        neck=FpnNeck(
+            PositionEmbeddingSine(dim, normalize=True),
+            dim,
+            [width * 8, width * 4, width * 2, width],
+            fpn_top_down_levels=[2, 3],
+            fpn_interp_model="nearest",
+        ),
+    )
+    layer = MemoryAttentionLayer(
+        activation="relu",
+        cross_attention=attention(rope_k_repeat=True, kv_in_dim=MEMORY_DIM),
+        d_model=dim,
+        dim_feedforward=dim * 4,
+        dropout=0.0,
+        pos_enc_at_attn=False,
+        pos_enc_at_cross_attn_keys=True,
+        pos_enc_at_cross_attn_queries=False,
+        self_attention=attention(),
+    )
+    return SAM2Base(
+        encoder,
+        MemoryAttention(dim, True, layer, preset.attention_layers),
+        MemoryEncoder(
+            out_dim=MEMORY_DIM,
+            mask_downsampler=MaskDownSampler(
+                embed_dim=dim, kernel_size=3, stride=2, padding=1, total_stride=preset.stride
+            ),
+            fuser=Fuser(CXBlock(dim, 7, 3, layer_scale_init_value=0.1, use_dwconv=True), 2),
+            position_encoding=PositionEmbeddingSine(MEMORY_DIM, normalize=True),
+            in_dim=dim,
+        ),
+        image_size=preset.image_size,
+        backbone_stride=preset.stride,
+        sigmoid_scale_for_mem_enc=20.0,
+        sigmoid_bias_for_mem_enc=-10.0,
+        use_high_res_features_in_sam=True,
+        directly_add_no_mem_embed=True,
+        iou_prediction_use_sigmoid=True,
+        pred_obj_scores=True,
+        pred_obj_scores_mlp=True,
+    )

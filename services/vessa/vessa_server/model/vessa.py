@@ -1,0 +1,64 @@
+"""VESSA's network: retriever, language model, projector and segmenter in one module."""
+
+import torch
+from torch import Tensor, nn
+
+from vessa_server.model.language import LanguageModel
+from vessa_server.model.presets import Preset
+from vessa_server.model.retriever import Retriever
+from vessa_server.model.segmenter import ImageFeatures, PromptBatch, Segmenter
+
+GREEN = (0.0, 1.0, 0.0)
+
+
+class Vessa(nn.Module):
+    """The annotator's network. A new instance has fresh weights; `checkpoint.read` fills them."""
+
+    def __init__(self, preset: Preset, language: LanguageModel | None = None) -> None:
+        super().__init__()
+        self.preset = preset
+        self.retriever = Retriever(preset.retriever)
+        self.segmenter = Segmenter(preset.segmenter)
+        if language is None and preset.language is not None:
+            language = LanguageModel.nano(preset.language)
+        self.language = language
+        self.projector: nn.Module | None = None
+        if language is not None:
+            hidden = language.hidden_size
+            self.projector = nn.Sequential(
+                nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, preset.segmenter.dim)
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def see(
+        self, overlays: Tensor, targets: Tensor, class_names: list[str], instructions: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the prompt vectors h_seg (N, C) and the text loss; needs a language model."""
+        if self.language is None or self.projector is None:
+            raise ValueError("this preset has no language model; pass h_seg None to `draw` instead")
+        states, text_loss = self.language(overlays, targets, class_names, instructions)
+        return self.projector(states), text_loss
+
+    def draw(
+        self,
+        features: ImageFeatures,
+        memories: Tensor | None,
+        h_seg: Tensor | None,
+        prompts: PromptBatch | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw one mask for each of N (target, class) pairs; see `Segmenter.attend` and `decode`."""
+        embedding = self.segmenter.attend(features, memories)
+        return self.segmenter.decode(embedding, features, h_seg, prompts or PromptBatch())
+
+
+def overlay(images: Tensor, masks: Tensor, opacity: float = 0.4) -> Tensor:
+    """Lay a green mask over images.
+
+    images: (N, 3, H, W) float in [0, 1]; masks: (N, 1, H, W) float, 1 inside
+    """
+    green = images.new_tensor(GREEN).view(1, 3, 1, 1)
+    return images * (1 - opacity * masks) + green * (opacity * masks)

@@ -1,0 +1,70 @@
+"""`vessa-server pretrain`: from data folders and settings to a finished Stage-1 run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vessa.datasets import Dataset, open_dataset
+
+from vessa_server.model.presets import PRESETS
+from vessa_server.pretraining.loop import Pretraining, PretrainConfig, validation_pairs
+from vessa_server.pretraining.tasks import Pool, Tasks, pool_of_dataset, pool_of_study, synthetic_pools
+from vessa_server.pretraining.synthetic import phantom_study
+
+VALIDATION_SHARE = 0.1
+
+
+def pretrain(
+    folders: Sequence[Path],
+    out: Path,
+    config: PretrainConfig,
+    *,
+    preset: str = "nano",
+    studies: int = 400,
+    command: str,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train the annotator on data folders and `studies` synthetic studies; resumes what is in `out`.
+
+    A tenth of each data set's groups and separate synthetic studies are kept for validation.
+    Raises InvalidDataset for a folder that is none, ValueError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset '{preset}'; expected one of {sorted(PRESETS)}")
+    size = PRESETS[preset].segmenter.image_size
+    datasets = [open_dataset(folder) for folder in folders]
+    real, held_out = [], []
+    for dataset in datasets:
+        train, validation = _split(dataset, config.seed)
+        real.append(pool_of_dataset(dataset, train, size))
+        held_out.append(pool_of_dataset(dataset, validation, size))
+    tasks = Tasks(real, synthetic_pools(config.seed + 1, studies, size), config.synthetic_share)
+    pairs = validation_pairs([*held_out, *_synthetic_validation(size)], 96, config.seed)
+    provenance = {
+        "command": command,
+        "data": [
+            {"name": d.name, "licence": d.licence, "groups": len(d.groups())} for d in datasets
+        ] + [{"name": "vessa-server synthetic studies", "licence": "Apache-2.0", "groups": studies}],
+    }
+    run = Pretraining(PRESETS[preset], config, tasks, pairs, out, provenance, torch.device(device))
+    run.resume()
+    return run.run()
+
+
+def _split(dataset: Dataset, seed: int) -> tuple[list[str], list[str]]:
+    groups = np.random.default_rng(seed).permutation(sorted(dataset.groups())).tolist()
+    count = max(2, round(VALIDATION_SHARE * len(groups)))
+    return groups[count:], groups[:count]
+
+
+def _synthetic_validation(size: int) -> list[Pool]:
+    pools = []
+    for index, (kind, protocol) in enumerate(
+        [("heart", "cine MR"), ("abdomen", "MR T2"), ("heart", "cine MR"), ("abdomen", "CT"), ("heart", None)]
+    ):
+        rng = np.random.default_rng([987_654, index])
+        study = phantom_study(kind, rng, protocol=protocol, patients=5, slices=5, size=size)
+        pools.append(pool_of_study(study, kind))
+    return pools

@@ -1,0 +1,158 @@
+"""Where Stage 1's template-target pairs come from.
+
+A pool holds one data set's or study's slices as squares. Templates come from a bank of 5 % of its
+groups (paper section 3.1), redrawn now and then; targets from the other groups, so that a template
+and its target are never of the same patient. Among the bank's slices that show the class one is
+drawn by Eq. 1, or at random, because a lab's bank of one patient holds bad matches too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from vessa.datasets import Dataset
+
+from vessa_server.model.geometry import Square, resize, to_tensor
+from vessa_server.pretraining.synthetic import Study, phantom_study, random_study
+
+MIN_AREA = 0.0015  # of the square; a structure of fewer pixels teaches nothing at the network's size
+BANK_SHARE = 0.05
+TAU = 0.1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One task: draw `class_id` in the target as the template shows it.
+
+    images uint8 (S, S), masks uint8 (S, S) with class ids
+    """
+
+    template: np.ndarray
+    template_mask: np.ndarray
+    target: np.ndarray
+    target_mask: np.ndarray
+    class_id: int
+    class_name: str
+
+
+class Pool:
+    """Slices of one data set or study.
+
+    images, masks: (N, S, S) uint8; groups: N names; classes: id to name
+    """
+
+    def __init__(
+        self, name: str, images: np.ndarray, masks: np.ndarray, groups: Sequence[str], classes: dict[int, str]
+    ) -> None:
+        self.name = name
+        self.images, self.masks = images, masks
+        names, self.group_of = np.unique(np.asarray(groups), return_inverse=True)
+        self.group_names = [str(n) for n in names]
+        area = {c: (masks == c).mean((1, 2)) for c in classes}
+        self.showing = {c: np.flatnonzero((a > MIN_AREA) & (a < 0.4)) for c, a in area.items()}
+        self.classes = {
+            c: n for c, n in classes.items() if len(np.unique(self.group_of[self.showing[c]])) >= 2
+        }
+        small = resize(torch.from_numpy(images[:, None]).float(), (16, 16)).flatten(1)
+        small = small - small.mean(1, keepdim=True)
+        self.thumbnails = (small / (small.norm(dim=1, keepdim=True) + 1e-6)).numpy()
+        self.bank: np.ndarray = np.array([], dtype=int)
+
+    def redraw_bank(self, rng: np.random.Generator) -> None:
+        """Draw the groups whose slices serve as templates until the next call."""
+        count = max(1, round(BANK_SHARE * len(self.group_names)))
+        self.bank = rng.choice(len(self.group_names), count, replace=False)
+
+    def draw(self, rng: np.random.Generator) -> Pair | None:
+        """Draw one pair; None when the present bank shows no class that another group shows too."""
+        class_id = int(rng.choice(list(self.classes)))
+        showing = self.showing[class_id]
+        in_bank = np.isin(self.group_of[showing], self.bank)
+        templates, others = showing[in_bank], showing[~in_bank]
+        if not len(templates) or not len(others):
+            return None
+        target = int(rng.choice(others))
+        if rng.random() < 0.08:  # the structure may be absent: the network must be able to say so
+            target = int(rng.choice(np.flatnonzero(~np.isin(self.group_of, self.bank))))
+        template = int(rng.choice(templates))
+        if rng.random() < 0.5:
+            similarity = self.thumbnails[templates] @ self.thumbnails[target]
+            best = np.argsort(similarity)[::-1][:3]
+            weights = np.exp((similarity[best] - similarity[best[0]]) / TAU)
+            template = int(templates[rng.choice(best, p=weights / weights.sum())])
+        return Pair(
+            self.images[template],
+            self.masks[template],
+            self.images[target],
+            self.masks[target],
+            class_id,
+            self.classes[class_id],
+        )
+
+
+def pool_of_study(study: Study, name: str) -> Pool:
+    """Make a pool of a synthetic study."""
+    return Pool(name, np.stack(study.images), np.stack(study.masks), study.groups, study.classes)
+
+
+def pool_of_dataset(dataset: Dataset, groups: Sequence[str], size: int) -> Pool:
+    """Make a pool of some groups of a data set; color becomes gray, images become squares of `size` px."""
+    wanted = set(groups)
+    images, masks, names = [], [], []
+    for item in dataset.slices():
+        if item.group not in wanted:
+            continue
+        mask = dataset.mask(item)
+        if mask is None:
+            continue
+        square = Square(*mask.shape)
+        image = square.enter(to_tensor(dataset.image(item)), size).mean(1)
+        images.append((image[0] * 255).round().byte().numpy())
+        label: Tensor = torch.from_numpy(mask.astype(np.float32))[None, None]
+        masks.append(square.enter(label, size, "nearest-exact")[0, 0].byte().numpy())
+        names.append(item.group)
+    return Pool(dataset.name, np.stack(images), np.stack(masks), names, dict(dataset.classes))
+
+
+def synthetic_pools(seed: int, count: int, size: int) -> list[Pool]:
+    """Draw `count` synthetic studies: half random shapes, a quarter each heart and abdomen phantoms."""
+    pools = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        if index % 2:
+            pools.append(pool_of_study(random_study(rng, patients=6, size=size), "shapes"))
+            continue
+        kind = "heart" if index % 4 else "abdomen"
+        protocols = {"heart": ("cine MR", "cine MR", None), "abdomen": ("MR T2", "CT", None)}[kind]
+        study = phantom_study(
+            kind, rng, protocol=protocols[(index // 4) % 3], patients=4, slices=5, size=size
+        )
+        pools.append(pool_of_study(study, kind))
+    return pools
+
+
+class Tasks:
+    """Draws batches from real pools and synthetic pools; `synthetic_share` of the pairs are synthetic."""
+
+    def __init__(self, real: list[Pool], synthetic: list[Pool], synthetic_share: float, redraw: int = 200) -> None:
+        self.real, self.synthetic = real, synthetic
+        self.share = synthetic_share if real else 1.0
+        self.redraw = redraw
+        self.drawn = 0
+
+    def batch(self, rng: np.random.Generator, size: int) -> list[Pair]:
+        """Draw `size` pairs."""
+        if self.drawn % self.redraw == 0:
+            for pool in [*self.real, *self.synthetic]:
+                pool.redraw_bank(rng)
+        self.drawn += 1
+        pairs: list[Pair] = []
+        while len(pairs) < size:
+            pools = self.synthetic if rng.random() < self.share else self.real
+            pool = pools[int(rng.integers(len(pools)))]
+            pair = pool.draw(rng) if pool.classes else None
+            if pair is not None:
+                pairs.append(pair)
+        return pairs

@@ -1,0 +1,111 @@
+"""Who may call: one bearer key, checked by a dependency of each route.
+
+Every route needs the key except the two probes `/livez` and `/readyz`, which say nothing but yes or no. That includes
+`/docs` and `/metrics`: reach them with the header `Authorization: Bearer <key>`.
+"""
+
+import hmac
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from vessa.client import default_key_file
+from vessa.errors import Forbidden, InvalidConfig, Unauthorized
+
+from vessa_server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_bearer = HTTPBearer(auto_error=False, description="The key of the key file, or VESSA_API_KEY")
+
+
+@dataclass(frozen=True)
+class Access:
+    """How callers are let in.
+
+    key: what they must present, None = anyone (insecure); file: where a generated key is kept; created: just now.
+    """
+
+    key: str | None
+    file: Path | None = None
+    created: bool = False
+
+    def describe(self) -> str:
+        """Return the line that is printed at start. It shows a key only when it has just been made."""
+        if self.key is None:
+            return "INSECURE: anyone who can connect may use this service (--insecure)"
+        if self.file is None:
+            return "API key: the one in VESSA_API_KEY"
+        if self.created:
+            return f"API key: {self.key} (generated now, kept in {self.file})"
+        return f"API key: the one kept in {self.file}"
+
+
+def resolve_access(settings: Settings) -> Access:
+    """Return the configured key, the one of the key file, or a new one written there (mode 0600)."""
+    if settings.insecure:
+        return Access(None)
+    if settings.key:
+        return Access(settings.key)
+    path = settings.key_file or default_key_file()
+    try:
+        created = _create_key(path)
+        if not created and path.stat().st_mode & 0o077:
+            log.warning("the key file %s was open to others; its mode is 0600 again", path)
+            path.chmod(0o600)
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"the key file {path} cannot be used; set VESSA_API_KEY or repair it") from error
+    if len(key) < 16 or not key.isascii():
+        raise InvalidConfig(f"the key file {path} holds no key of 16 characters or more; delete it for a new one")
+    return Access(key, path, created)
+
+
+def _create_key(path: Path) -> bool:
+    """Write a new key unless the file is there; of two servers starting at once, one writes and both read it."""
+    if path.exists():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(fresh, path)  # fails when the name is taken, and never shows half a key
+    except FileExistsError:
+        return False
+    finally:
+        fresh.unlink(missing_ok=True)
+    return True
+
+
+def require_key(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> None:
+    """Let the request through when it presents the key; Unauthorized otherwise.
+
+    An insecure service has no key to check. It refuses (Forbidden) requests that a browser sends for another site's
+    page, so that visiting a page cannot change the banks of a service on the visitor's machine.
+    """
+    access: Access = request.app.state.access
+    if access.key is None:
+        _same_origin(request)
+        return
+    if credentials is None:
+        raise Unauthorized("this needs the header 'Authorization: Bearer <key>'")
+    if not hmac.compare_digest(credentials.credentials.encode(), access.key.encode()):
+        raise Unauthorized("the key is wrong")
+
+
+def _same_origin(request: Request) -> None:
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise Forbidden("an insecure service answers no pages of other sites")
