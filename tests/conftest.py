@@ -1,6 +1,19 @@
-"""What all tests share: tests marked `gpu` are skipped where torch sees no CUDA device."""
+"""What all tests share: nano weights of a fixed seed, a real Redis, a running annotator.
+
+Tests marked `gpu` are skipped where torch sees no CUDA device.
+"""
 
 from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +28,99 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def free_port() -> int:
+    """Return a port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights directory of an untrained nano annotator: real code and files, the same in every run."""
+    import torch
+    from vessa_server.model import checkpoint
+    from vessa_server.model.presets import PRESETS
+    from vessa_server.model.vessa import Vessa
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "nano"
+    checkpoint.write(Vessa(PRESETS["nano"]).eval(), folder, {"command": "none: untrained, for tests"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real Redis of this test session's own."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.fail("no redis-server on this machine: `make test` installs it, or `apt-get install redis-server`")
+    port, folder = free_port(), tmp_path_factory.mktemp("redis")
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+    wait_for_port(port, server)
+    yield f"redis://127.0.0.1:{port}/0"
+    server.terminate()
+    server.wait(10)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running annotator and how to reach it."""
+
+    url: str
+    api_key: str
+
+
+@pytest.fixture(scope="session")
+def annotator(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Run `vessa-server serve` on the untrained nano weights, with a key, in a process of its own."""
+    port, folder = free_port(), tmp_path_factory.mktemp("annotator")
+    key = "a-key-for-tests-0123456789"
+    settings = {
+        "VESSA_API_KEY": key,
+        "VESSA_WEIGHTS": str(nano_weights),
+        "VESSA_STORE": f"folder:{folder / 'banks'}",
+        "VESSA_PORT": str(port),
+        "VESSA_DEVICE": "cpu",
+        "XDG_CONFIG_HOME": str(folder),
+    }
+    command = [sys.executable, "-m", "vessa_server", "serve"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    wait_until_ready(url, process, folder / "log")
+    yield Service(url, key)
+    process.terminate()
+    process.wait(20)
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 20) -> None:
+    """Wait until something listens on a loopback port; fail when the process ends before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"the process ended with status {process.returncode} before it listened")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"nothing listens on port {port} after {seconds} s")
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+    """Wait until the service answers that it is ready; fail with its log otherwise."""
+    import httpx
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    process.kill()
+    pytest.fail(f"the annotator did not become ready:\n{log.read_text()[-3000:]}")

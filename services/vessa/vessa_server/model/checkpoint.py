@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from vessa.errors import InvalidWeights
 
+from vessa.errors import InvalidWeights
 from vessa_server.model.language import LanguageModel
 from vessa_server.model.presets import Preset
 from vessa_server.model.vessa import Vessa
@@ -50,7 +50,9 @@ def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool 
         model.language.write(fresh / "language")
         model.language.model.to(dtype)
     files = {
-        str(p.relative_to(fresh)): _sha256(p) for p in sorted(fresh.rglob("*")) if p.is_file() and p.name != MANIFEST
+        str(p.relative_to(fresh)): _sha256(p)
+        for p in sorted(fresh.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
     }
     manifest = {"format": 1, "preset": model.preset.to_dict(), "files": files, "provenance": provenance}
     (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -94,7 +96,9 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise InvalidWeights(f"weights are incomplete: {name} is missing")
         if _sha256(path) != expected:
-            raise InvalidWeights(f"weights are damaged: {name} does not have the checksum that vessa.json states")
+            raise InvalidWeights(
+                f"weights are damaged: {name} does not have the checksum that vessa.json states"
+            )
 
 
 def read(weights: str | Path, device: str | torch.device = "cpu") -> tuple[Vessa, str]:

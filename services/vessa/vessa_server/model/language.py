@@ -44,7 +44,9 @@ class LanguageModel(nn.Module):
     images are float (N, 3, S, S) in [0, 1]; every image becomes the same number of vision tokens.
     """
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, image_size: int) -> None:
+    def __init__(
+        self, model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, image_size: int
+    ) -> None:
         super().__init__()
         self.model = model
         self.processor = processor
@@ -61,7 +63,9 @@ class LanguageModel(nn.Module):
     @classmethod
     def read(cls, folder: Path, image_size: int) -> "LanguageModel":
         """Read a Hugging Face directory; nothing is fetched from a hub."""
-        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32
+        )
         processor = Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
         return cls(model, processor, image_size)
 

@@ -66,7 +66,9 @@ class Preset:
                 retriever=RetrieverPreset(**data["retriever"]),
             )
         except (KeyError, TypeError) as error:
-            raise InvalidWeights(f"vessa.json does not describe a preset this version knows: {error}") from error
+            raise InvalidWeights(
+                f"vessa.json does not describe a preset this version knows: {error}"
+            ) from error
 
 
 _OFFICIAL = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}

@@ -14,8 +14,8 @@ from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
 from sam2.modeling.position_encoding import PositionEmbeddingSine
-from sam2.modeling.sam2_base import SAM2Base
 from sam2.modeling.sam.transformer import RoPEAttention
+from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
 from vessa_server.model.geometry import resize
@@ -40,7 +40,9 @@ class ImageFeatures:
 
     def __getitem__(self, index: Any) -> "ImageFeatures":
         """Pick images by a slice, list or index tensor."""
-        return ImageFeatures(self.embedding[index], self.position[:, index], self.fine[index], self.finer[index])
+        return ImageFeatures(
+            self.embedding[index], self.position[:, index], self.fine[index], self.finer[index]
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Correlation(nn.Module):
         self.query = nn.Linear(dim, MEMORY_DIM)
         self.key = nn.Linear(dim, MEMORY_DIM)
         self.log_scale = nn.Parameter(torch.full((heads,), 2.3))
-        self.project = nn.Sequential(nn.Conv2d(2 * heads, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
+        self.project = nn.Sequential(
+            nn.Conv2d(2 * heads, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 1)
+        )
 
     def _split(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape

@@ -15,7 +15,9 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return torch.rand(count, generator=generator) * (high - low) + low
 
 
-def warp(images: Tensor, masks: Tensor, generator: torch.Generator, *, strength: float) -> tuple[Tensor, Tensor]:
+def warp(
+    images: Tensor, masks: Tensor, generator: torch.Generator, *, strength: float
+) -> tuple[Tensor, Tensor]:
     """Move images and masks by the same random flip, rotation, crop and deformation.
 
     images: (B, 1, S, S) float; masks: (B, 1, S, S) float class ids; strength: 1 for templates
@@ -30,7 +32,9 @@ def warp(images: Tensor, masks: Tensor, generator: torch.Generator, *, strength:
     rows = [torch.stack([cosine * flip_x, -sine * flip_y, shift[:, 0]], 1)]
     rows.append(torch.stack([sine * flip_x, cosine * flip_y, shift[:, 1]], 1))
     grid = F.affine_grid(torch.stack(rows, 1), [count, 1, size, size], align_corners=False)
-    bend = torch.randn(count, 2, 5, 5, generator=generator) * _uniform(count, 0, 0.03, generator).view(-1, 1, 1, 1)
+    bend = torch.randn(count, 2, 5, 5, generator=generator) * _uniform(count, 0, 0.03, generator).view(
+        -1, 1, 1, 1
+    )
     grid = grid + F.interpolate(bend, (size, size), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     moved = F.grid_sample(images, grid, align_corners=False)
     return moved, F.grid_sample(masks, grid, mode="nearest", align_corners=False)
@@ -55,7 +59,9 @@ def shade(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + torch.where(some(0.5), noise, torch.zeros(()))).clamp(0, 1)
 
 
-def invert_together(a: Tensor, b: Tensor, generator: torch.Generator, share: float = 0.1) -> tuple[Tensor, Tensor]:
+def invert_together(
+    a: Tensor, b: Tensor, generator: torch.Generator, share: float = 0.1
+) -> tuple[Tensor, Tensor]:
     """Invert the contrast of template and target alike in a share of the pairs."""
     chosen = (torch.rand(a.shape[0], generator=generator) < share).view(-1, 1, 1, 1)
     return torch.where(chosen, 1 - a, a), torch.where(chosen, 1 - b, b)
@@ -70,7 +76,10 @@ def rough_logits(masks: Tensor, side: int, generator: torch.Generator) -> Tensor
     coarse = resize(moved, (side // 4, side // 4))
     soft = resize(coarse, (side, side)).clamp(0.03, 0.97)
     noise = F.interpolate(
-        torch.randn(masks.shape[0], 1, 8, 8, generator=generator), (side, side), mode="bilinear", align_corners=False
+        torch.randn(masks.shape[0], 1, 8, 8, generator=generator),
+        (side, side),
+        mode="bilinear",
+        align_corners=False,
     )
     return torch.logit(soft) + noise * 0.8
 

@@ -62,7 +62,11 @@ class Pretraining:
         self.model = Vessa(preset).to(self.device).train()
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.98),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
@@ -98,7 +102,12 @@ class Pretraining:
                 if self.step % self.config.validate_every == 0 or self.progress >= 1:
                     self._validate()
                     self.save()
-        return {"val_dice": self.best, "steps": self.step, "minutes": self.seconds / 60, "weights": str(self.weights)}
+        return {
+            "val_dice": self.best,
+            "steps": self.step,
+            "minutes": self.seconds / 60,
+            "weights": str(self.weights),
+        }
 
     @property
     def weights(self) -> Path:
@@ -111,7 +120,9 @@ class Pretraining:
             group["lr"] = self.learning_rate()
         loss, figures = training_loss(self.model, batch, self.config.weights, self.generator)
         if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(f"the loss is {figures['loss']} at step {self.step}; lower the learning rate")
+            raise FloatingPointError(
+                f"the loss is {figures['loss']} at step {self.step}; lower the learning rate"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -130,7 +141,9 @@ class Pretraining:
 
     def _log(self, figures: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 2), **figures}) + "\n")
+            file.write(
+                json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 2), **figures}) + "\n"
+            )
 
     def _validate(self) -> None:
         current = {k: v.detach().clone() for k, v in self.model.state_dict().items()}

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from vessa.datasets import Dataset, open_dataset
 
+from vessa.datasets import Dataset, open_dataset
 from vessa_server.model.presets import PRESETS
-from vessa_server.pretraining.loop import Pretraining, PretrainConfig, validation_pairs
-from vessa_server.pretraining.tasks import Pool, Tasks, pool_of_dataset, pool_of_study, synthetic_pools
+from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.synthetic import phantom_study
+from vessa_server.pretraining.tasks import Pool, Tasks, pool_of_dataset, pool_of_study, synthetic_pools
 
 VALIDATION_SHARE = 0.1
 
@@ -44,9 +44,8 @@ def pretrain(
     pairs = validation_pairs([*held_out, *_synthetic_validation(size)], 96, config.seed)
     provenance = {
         "command": command,
-        "data": [
-            {"name": d.name, "licence": d.licence, "groups": len(d.groups())} for d in datasets
-        ] + [{"name": "vessa-server synthetic studies", "licence": "Apache-2.0", "groups": studies}],
+        "data": [{"name": d.name, "licence": d.licence, "groups": len(d.groups())} for d in datasets]
+        + [{"name": "vessa-server synthetic studies", "licence": "Apache-2.0", "groups": studies}],
     }
     run = Pretraining(PRESETS[preset], config, tasks, pairs, out, provenance, torch.device(device))
     run.resume()

@@ -83,7 +83,9 @@ def training_loss(
     if model.language is not None:
         chosen = torch.randint(len(INSTRUCTIONS), (count,), generator=generator).tolist()
         seen = overlay(batch.templates, batch.template_masks)
-        h_seg, text_loss = model.see(seen, batch.targets, batch.class_names, [INSTRUCTIONS[i] for i in chosen])
+        h_seg, text_loss = model.see(
+            seen, batch.targets, batch.class_names, [INSTRUCTIONS[i] for i in chosen]
+        )
         if memories is not None and torch.rand((), generator=generator) < NO_LANGUAGE_SHARE:
             h_seg = None
     side = 4 * segmenter.side

@@ -71,7 +71,9 @@ def _render(
     return (scaled * 255).astype(np.uint8)
 
 
-def heart_patient(rng: np.random.Generator, size: int, slices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def heart_patient(
+    rng: np.random.Generator, size: int, slices: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (tissue, mask) from base to apex of a short-axis heart.
 
     tissue ids: 0 air, 1 RV blood, 2 myocardium, 3 LV blood, 4 soft tissue, 5 fat, 6 lung, 7 liver
@@ -124,7 +126,9 @@ def heart_patient(rng: np.random.Generator, size: int, slices: int) -> Iterator[
         yield tissue, mask
 
 
-def abdomen_patient(rng: np.random.Generator, size: int, slices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def abdomen_patient(
+    rng: np.random.Generator, size: int, slices: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (tissue, mask) from top to bottom of an abdomen.
 
     tissue ids: 0 air, 1 liver, 2 right kidney, 3 left kidney, 4 spleen, 5 fat, 6 muscle, 7 bone,
@@ -194,7 +198,9 @@ def phantom_study(
 ) -> Study:
     """Draw one study of `kind` "heart" or "abdomen"; protocol None draws random tissue contrasts."""
     base = np.array(_MEANS[protocol or PROTOCOLS[kind][0]])
-    means = rng.uniform(0.02, 0.95, base.shape) if protocol is None else base + rng.normal(0, 0.03, base.shape)
+    means = (
+        rng.uniform(0.02, 0.95, base.shape) if protocol is None else base + rng.normal(0, 0.03, base.shape)
+    )
     if protocol is None:
         means[3 if kind == "heart" else 0] = means[1 if kind == "heart" else 0]  # blood looks like blood
         means[0] *= 0.15

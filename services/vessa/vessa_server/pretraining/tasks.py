@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from vessa.datasets import Dataset
 
+from vessa.datasets import Dataset
 from vessa_server.model.geometry import Square, resize, to_tensor
 from vessa_server.pretraining.synthetic import Study, phantom_study, random_study
 
@@ -136,7 +136,9 @@ def synthetic_pools(seed: int, count: int, size: int) -> list[Pool]:
 class Tasks:
     """Draws batches from real pools and synthetic pools; `synthetic_share` of the pairs are synthetic."""
 
-    def __init__(self, real: list[Pool], synthetic: list[Pool], synthetic_share: float, redraw: int = 200) -> None:
+    def __init__(
+        self, real: list[Pool], synthetic: list[Pool], synthetic_share: float, redraw: int = 200
+    ) -> None:
         self.real, self.synthetic = real, synthetic
         self.share = synthetic_share if real else 1.0
         self.redraw = redraw

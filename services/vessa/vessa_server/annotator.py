@@ -1,0 +1,381 @@
+"""The paper's inference in one file: retrieve -> prompt -> segment -> fuse.
+
+Everything here runs on the device thread. Pixels and masks come in and go out as numpy arrays;
+only this module and those below it know torch.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vessa.codec import image_digest
+from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
+from vessa.schemas import TemplateUse
+from vessa_server.bank import Bank, Template, TemplateBanks, sample_template, template_id
+from vessa_server.model import checkpoint
+from vessa_server.model.geometry import Square, resize, to_tensor
+from vessa_server.model.instructions import DEFAULT_INSTRUCTION
+from vessa_server.model.segmenter import ImageFeatures, PromptBatch
+from vessa_server.model.vessa import Vessa, overlay
+
+_Result = TypeVar("_Result")
+
+LABELS_VERSION = "1"  # of pre- and post-processing: raise it when the same weights would answer differently
+_CONCURRENT_MASKS = 12  # (image, class) pairs decoded in one pass; bounds memory, not what a request may hold
+
+
+@dataclass(frozen=True)
+class TemplateItem:
+    """An annotated image. image: uint8 (H, W[, 3]); mask: uint8 (H, W) class ids; classes: id to name."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    classes: dict[int, str]
+    group: str
+
+
+@dataclass(frozen=True)
+class SegmentItem:
+    """One query image, or the id of one seen before, with its prompts in native px (see `vessa.codec`)."""
+
+    image_id: str
+    image: np.ndarray | None
+    bank: str
+    classes: tuple[str, ...] = ()
+    group: str | None = None
+    boxes: np.ndarray | None = None
+    points: np.ndarray | None = None
+    point_labels: np.ndarray | None = None
+    mask_logits: np.ndarray | None = None
+    mask_present: np.ndarray | None = None
+    template_choice: str = "top1"
+    seed: int = 0
+    probabilities: bool = False
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """labels, confidence: uint8 (H, W); probabilities: float16 (K + 1, H, W) or None, background first."""
+
+    image_id: str
+    labels: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray | None
+    class_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    scores: dict[str, float]
+    templates: dict[str, list[TemplateUse]]
+    bank_version: int
+
+
+@dataclass
+class _Seen:
+    """An image the annotator still holds: its square, features and retrieval vector."""
+
+    square: Square
+    pixels: Tensor  # (1, 3, S, S) float in [0, 1]
+    features: ImageFeatures
+    vector: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.pixels, self.features.embedding, self.features.fine, self.features.finer]
+        return sum(t.nbytes for t in tensors)
+
+
+@dataclass
+class _Pass:
+    """One (image, class) pair on its way through the network."""
+
+    seen: _Seen
+    class_id: int
+    class_name: str
+    chosen: list[tuple[Template, float]]
+    item: SegmentItem
+    index: int  # of the class among the item's classes
+
+
+class Annotator:
+    """Encodes templates and segments query images on one device. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self, model: Vessa, banks: TemplateBanks, feature_cache_bytes: int, model_digest: str
+    ) -> None:
+        self.model, self.banks = model, banks
+        self.model_digest = model_digest
+        self.preset = model.preset.name
+        self._size = model.preset.segmenter.image_size
+        self._budget = feature_cache_bytes
+        self._held: OrderedDict[str, _Seen] = OrderedDict()
+        self._overlays: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self.hits = self.misses = 0
+
+    @property
+    def device(self) -> str:
+        """Name of the device the weights are on."""
+        return str(self.model.device)
+
+    def holds(self, image_id: str) -> bool:
+        """Whether a request by this id needs no pixels."""
+        return image_id in self._held
+
+    @torch.inference_mode()
+    def encode_templates(self, items: list[TemplateItem]) -> list[Template | VessaError]:
+        """Compute each template's feature and, per class it shows, its memory."""
+        return [_or_error(self._encode_template, item) for item in items]
+
+    def _encode_template(self, item: TemplateItem) -> Template:
+        seen = self._look([(image_digest(item.image), item.image)])[0]
+        present = {c: n for c, n in item.classes.items() if (item.mask == c).any()}
+        if not present:
+            raise InvalidImage("the mask is empty: a template must show at least one of its classes")
+        masks = torch.cat([self._mask_square(item.mask, c) for c in present])
+        features = seen.features[[0] * len(present)]
+        tokens = self.model.segmenter.encode_memory(features, masks).half().cpu().numpy()
+        return Template(
+            id=template_id(item.image, item.mask, present, item.group),
+            group=item.group,
+            classes=present,
+            image=item.image,
+            mask=item.mask,
+            feature=seen.vector,
+            memories=dict(zip(present, tokens, strict=True)),
+            model=self.model_digest,
+        )
+
+    def _mask_square(self, mask: np.ndarray, class_id: int) -> Tensor:
+        binary = torch.from_numpy((mask == class_id).astype(np.float32))[None, None].to(self.model.device)
+        return (Square(*mask.shape).enter(binary, self._size) > 0.5).float()
+
+    @torch.inference_mode()
+    def segment(self, items: list[SegmentItem]) -> list[SegmentResult | VessaError]:
+        """Segment query images; one item's error does not touch the others."""
+        banks = {name: _or_error(self.banks.get, name) for name in {i.bank for i in items}}
+        fresh = {i.image_id: i.image for i in items if i.image is not None and i.image_id not in self._held}
+        self.hits += sum(i.image_id in self._held for i in items)
+        self.misses += len(fresh)
+        looked = dict(zip(fresh, self._look([(k, v) for k, v in fresh.items()]), strict=True))
+        plans: list[list[_Pass] | VessaError] = []
+        for item in items:
+            seen = looked.get(item.image_id) or self._held.get(item.image_id)
+            plans.append(_or_error(self._plan, item, banks[item.bank], seen))
+        flat = [p for plan in plans if not isinstance(plan, VessaError) for p in plan]
+        outputs: list[tuple[Tensor, float]] = []
+        for start in range(0, len(flat), _CONCURRENT_MASKS):
+            outputs += self._draw(flat[start : start + _CONCURRENT_MASKS])
+        results: list[SegmentResult | VessaError] = []
+        position = 0
+        for item, plan in zip(items, plans, strict=True):
+            if isinstance(plan, VessaError):
+                results.append(plan)
+                continue
+            bank = banks[item.bank]
+            assert isinstance(bank, Bank)
+            results.append(self._fuse(item, bank, plan, outputs[position : position + len(plan)]))
+            position += len(plan)
+        return results
+
+    def _look(self, images: list[tuple[str, np.ndarray]]) -> list[_Seen]:
+        """Encode images once, and keep what was seen while the budget lasts."""
+        if not images:
+            return []
+        squares = [Square(*image.shape[:2]) for _, image in images]
+        pixels = torch.cat(
+            [
+                s.enter(to_tensor(i).to(self.model.device), self._size)
+                for s, (_, i) in zip(squares, images, strict=True)
+            ]
+        )
+        features = self.model.segmenter.encode_images(pixels)
+        vectors = self.model.retriever(pixels).float().cpu().numpy()
+        seen = [
+            _Seen(square, pixels[i : i + 1].clone(), _own(features[i : i + 1]), vectors[i])
+            for i, square in enumerate(squares)
+        ]
+        for (image_id, _), one in zip(images, seen, strict=True):
+            self._held[image_id] = one
+        total = sum(s.nbytes for s in self._held.values())
+        while total > self._budget and self._held:
+            total -= self._held.popitem(last=False)[1].nbytes
+        return seen
+
+    def _plan(self, item: SegmentItem, bank: Bank | VessaError, seen: _Seen | None) -> list[_Pass]:
+        """Find each class's templates (Eq. 1 when sampling)."""
+        if isinstance(bank, VessaError):
+            raise bank
+        if seen is None:
+            raise UnknownImage(f"the service no longer holds {item.image_id}; send the image's pixels again")
+        if item.image_id in self._held:
+            self._held.move_to_end(item.image_id)
+        ids = {name: class_id for class_id, name in bank.classes.items()}
+        names = item.classes or tuple(bank.classes[c] for c in sorted(bank.classes))
+        rng = np.random.default_rng(item.seed)
+        passes = []
+        for index, name in enumerate(names):
+            if name not in ids:
+                raise UnknownClass(f"bank '{bank.name}' has no class '{name}'; it has {sorted(ids)}")
+            matches = bank.retrieve(seen.vector, ids[name], exclude_group=item.group, top=3)
+            if not matches:
+                raise NoTemplate(
+                    f"bank '{bank.name}' holds no template of '{name}' from a group other than the query's"
+                )
+            if item.template_choice == "sample":
+                matches = [sample_template(matches, rng=rng)]
+            elif item.template_choice == "top1":
+                matches = matches[:1]
+            passes.append(_Pass(seen, ids[name], name, matches, item, index))
+        return passes
+
+    def _draw(self, passes: list[_Pass]) -> list[tuple[Tensor, float]]:
+        """Draw the mask of each pass: logits (1, 1, h, w) on the square, and the predicted IoU."""
+        results: list[tuple[Tensor, float] | None] = [None] * len(passes)
+        for count in {len(p.chosen) for p in passes}:  # top-3 of a small bank may hold fewer templates
+            rows = [i for i, p in enumerate(passes) if len(p.chosen) == count]
+            some = [passes[i] for i in rows]
+            features = _join([p.seen.features for p in some])
+            memories = torch.stack(
+                [
+                    torch.stack([torch.from_numpy(t.memories[p.class_id]).float() for t, _ in p.chosen])
+                    for p in some
+                ]
+            ).to(self.model.device)
+            h_seg = self._look_with_language(some)
+            logits, iou, _ = self.model.draw(features, memories, h_seg, self._prompts(some))
+            for row, one, score in zip(rows, logits.float().split(1), iou.tolist(), strict=True):
+                results[row] = (one, score)
+        return [r for r in results if r is not None]
+
+    def _look_with_language(self, passes: list[_Pass]) -> Tensor | None:
+        if self.model.language is None:
+            return None
+        overlays = torch.cat([self._overlay(p.chosen[0][0], p.class_id) for p in passes])
+        targets = torch.cat([p.seen.pixels for p in passes])
+        names = [p.class_name for p in passes]
+        return self.model.see(overlays, targets, names, [DEFAULT_INSTRUCTION] * len(passes))[0]
+
+    def _overlay(self, template: Template, class_id: int) -> Tensor:
+        """Template with its class in green, (1, 3, S, S), as the language model sees it."""
+        key = (template.id, class_id)
+        if key not in self._overlays:
+            square = Square(*template.mask.shape)
+            pixels = square.enter(to_tensor(template.image).to(self.model.device), self._size)
+            self._overlays[key] = overlay(pixels, self._mask_square(template.mask, class_id))
+            if len(self._overlays) > 256:
+                self._overlays.popitem(last=False)
+        self._overlays.move_to_end(key)
+        return self._overlays[key]
+
+    def _prompts(self, passes: list[_Pass]) -> PromptBatch:
+        """Move native boxes, points and mask logits into the network's square."""
+        points, labels = [], []
+        for p in passes:
+            xy, kinds = _sparse_prompts(p)
+            points.append(p.seen.square.points(xy, self._size))
+            labels.append(kinds)
+        longest = max(len(k) for k in labels)
+        all_points = torch.zeros(len(passes), longest, 2)
+        all_labels = torch.full((len(passes), longest), -1)
+        for row, (xy, kinds) in enumerate(zip(points, labels, strict=True)):
+            all_points[row, : len(kinds)], all_labels[row, : len(kinds)] = xy, kinds
+        present = torch.tensor([_has_mask(p) for p in passes])
+        logits = None
+        if present.any():
+            side = 4 * self.model.segmenter.side
+            logits = torch.stack([_square_logits(p, side) for p in passes]).to(self.model.device)
+        device = self.model.device
+        sparse = (all_points.to(device), all_labels.to(device)) if longest else (None, None)
+        return PromptBatch(*sparse, logits, present.to(device))
+
+    def _fuse(
+        self, item: SegmentItem, bank: Bank, plan: list[_Pass], outputs: list[tuple[Tensor, float]]
+    ) -> SegmentResult:
+        """Fuse the classes' logits by softmax over [0, z1..zK] on the image's own grid."""
+        logits = torch.cat([logits for logits, _ in outputs], dim=1)
+        logits = plan[0].seen.square.leave(logits)[0]  # (K, H, W)
+        probability = torch.cat([torch.zeros_like(logits[:1]), logits]).softmax(0)
+        confidence, winner = probability.max(0)
+        ids = torch.tensor([0] + [p.class_id for p in plan], dtype=torch.uint8)
+        return SegmentResult(
+            image_id=item.image_id,
+            labels=ids[winner.cpu()].numpy(),
+            confidence=(confidence * 255).round().byte().cpu().numpy(),
+            probabilities=probability.half().cpu().numpy() if item.probabilities else None,
+            class_ids=tuple(p.class_id for p in plan),
+            class_names=tuple(p.class_name for p in plan),
+            scores={p.class_name: round(score, 4) for p, (_, score) in zip(plan, outputs, strict=True)},
+            templates={
+                p.class_name: [
+                    TemplateUse(id=t.id, group=t.group, similarity=round(s, 4)) for t, s in p.chosen
+                ]
+                for p in plan
+            },
+            bank_version=bank.version,
+        )
+
+
+def load_annotator(weights: str, device: str, banks: TemplateBanks, feature_cache_bytes: int) -> Annotator:
+    """Read weights (a directory, or the name of shipped ones) and make an annotator on `device`.
+
+    Raises InvalidWeights. "auto" takes the first CUDA device, else the CPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, digest = checkpoint.read(weights, device)
+    return Annotator(model, banks, feature_cache_bytes, digest)
+
+
+def _or_error(call: Callable[..., _Result], *arguments: object) -> _Result | VessaError:
+    try:
+        return call(*arguments)
+    except VessaError as error:
+        return error
+
+
+def _own(features: ImageFeatures) -> ImageFeatures:
+    """Copy, so that keeping one image does not keep its whole batch alive."""
+    return ImageFeatures(
+        features.embedding.clone(), features.position.clone(), features.fine.clone(), features.finer.clone()
+    )
+
+
+def _join(features: list[ImageFeatures]) -> ImageFeatures:
+    return ImageFeatures(
+        torch.cat([f.embedding for f in features]),
+        torch.cat([f.position for f in features], dim=1),
+        torch.cat([f.fine for f in features]),
+        torch.cat([f.finer for f in features]),
+    )
+
+
+def _sparse_prompts(one: _Pass) -> tuple[Tensor, Tensor]:
+    """Points of one pass, (P, 2) native px, with SAM's labels: a box is its two corners, 2 and 3."""
+    item, xy, kinds = one.item, [], []
+    if item.boxes is not None and not (item.boxes[one.index] == -1).all():
+        xy += item.boxes[one.index].reshape(2, 2).tolist()
+        kinds += [2, 3]
+    if item.points is not None and item.point_labels is not None:
+        for point, kind in zip(item.points[one.index], item.point_labels[one.index], strict=True):
+            if kind >= 0:
+                xy.append(point.tolist())
+                kinds.append(int(kind))
+    return torch.tensor(xy, dtype=torch.float32).view(-1, 2), torch.tensor(kinds, dtype=torch.long)
+
+
+def _has_mask(one: _Pass) -> bool:
+    present = one.item.mask_present
+    return one.item.mask_logits is not None and (present is None or bool(present[one.index]))
+
+
+def _square_logits(one: _Pass, side: int) -> Tensor:
+    """Mask logits of one pass on the square, (1, side, side); outside the image means outside the mask."""
+    if not _has_mask(one):
+        return torch.zeros(1, side, side)
+    square, outside = one.seen.square, -6.0
+    logits = torch.from_numpy(np.asarray(one.item.mask_logits)[one.index].astype(np.float32))[None, None]
+    native = resize(logits, (square.height, square.width)) - outside
+    return square.enter(native, side)[0] + outside

@@ -1,0 +1,103 @@
+"""`vessa-server serve|pretrain|phantoms`: the annotator's command line."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vessa.errors import VessaError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    for key, value in result.items():
+        Console(stderr=as_json).print(f"{key}: {value}", highlight=False)
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback unless told.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights directory, or the name of shipped ones.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:N or auto.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="folder:PATH or redis://... for the template banks.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Serve without a key.")] = False,
+) -> None:
+    """Serve the annotator over HTTP. Every setting is also an environment variable VESSA_..."""
+    from vessa_server.app import serve as run
+    from vessa_server.settings import Settings
+
+    given = {"host": host, "port": port, "weights": weights, "device": device, "store": store}
+    given["insecure"] = insecure or None
+    run(Settings(**{k: v for k, v in given.items() if v is not None}))
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Run directory; a run found there is resumed.")],
+    data: Annotated[list[Path] | None, typer.Option(help="Data folder; may be given several times.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this much training.")] = None,
+    steps: Annotated[int, typer.Option(help="Stop after this many steps.")] = 20000,
+    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 8e-4,
+    dice_weight: Annotated[float, typer.Option(help="Weight of the Dice term in Eq. 3.")] = 0.5,
+    synthetic_share: Annotated[float, typer.Option(help="Share of pairs from synthetic studies.")] = 0.6,
+    studies: Annotated[int, typer.Option(help="Number of synthetic studies.")] = 400,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Stage 1: pretrain the annotator on data folders and synthetic studies."""
+    from vessa_server.pretraining.loop import PretrainConfig
+    from vessa_server.pretraining.losses import LossWeights
+    from vessa_server.pretraining.run import pretrain as run
+
+    config = PretrainConfig(
+        steps=steps,
+        minutes=minutes,
+        batch=batch,
+        lr=lr,
+        seed=seed,
+        synthetic_share=synthetic_share,
+        validate_every=validate_every,
+        weights=LossWeights(dice=dice_weight),
+    )
+    command = "vessa-server " + shlex.join(Path(a).name if Path(a).is_dir() else a for a in sys.argv[1:])
+    _finish(run(data or [], out, config, studies=studies, command=command, device=device), as_json)
+
+
+@app.command()
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="Where to write the data sets heart/ and abdomen/.")],
+    patients: Annotated[int, typer.Option(help="Patients a data set.", min=5)] = 20,
+    slices: Annotated[int, typer.Option(help="Slices a patient.", min=1)] = 8,
+    size: Annotated[int, typer.Option(help="Side of the images, px.", min=64)] = 160,
+    seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same files.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a synthetic data set of hearts and abdomens, with masks and splits."""
+    from vessa_server.pretraining.phantoms import write_phantoms
+
+    _finish(write_phantoms(folder, patients=patients, slices=slices, size=size, seed=seed), as_json)
+
+
+def main() -> None:
+    """Run the command line; a VessaError becomes one clear line and exit code 1."""
+    try:
+        app()
+    except VessaError as error:
+        Console(stderr=True).print(f"vessa-server: {error.code}: {error}", style="red", highlight=False)
+        raise SystemExit(1) from error
