@@ -1,0 +1,77 @@
+"""PNG folders: `images/<group>_<slice>.png`, `masks/<same name>.png`, `meta.json`."""
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vessa.datasets.base import Case, Dataset, Slice
+from vessa.errors import InvalidDataset
+
+_NAME = re.compile(r"(?P<group>.+?)(?P<frame>_frame\w+?)?_(?P<index>\d+)")
+
+
+class PngFolder(Dataset):
+    """Images and masks as PNG files.
+
+    `patient001_frame01_05.png` is slice 5 of the case `patient001_frame01` of the group
+    `patient001`; without a frame the case is the group. A name without a number is its own group.
+    meta.json: {"classes": {"0": "background", "1": ...}, "modality", "licence"}
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Open a folder. Raises InvalidDataset when meta.json or the images are missing."""
+        super().__init__(root)
+        try:
+            meta = json.loads((self.root / "meta.json").read_text())
+            self.classes = {int(c): str(n) for c, n in meta["classes"].items() if int(c) != 0}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidDataset(
+                f'{self.root / "meta.json"} must hold {{"classes": {{"0": "background", "1": "..."}}}}'
+            ) from error
+        self.modality, self.licence = str(meta.get("modality", "")), str(meta.get("licence", ""))
+        if not any((self.root / "images").glob("*.png")):
+            raise InvalidDataset(f"{self.root / 'images'} holds no PNG file")
+
+    @cached_property
+    def _cases(self) -> tuple[Case, ...]:
+        cases: dict[str, list[Slice]] = {}
+        for path in sorted((self.root / "images").glob("*.png")):
+            match = _NAME.fullmatch(path.stem)
+            group = match["group"] if match else path.stem
+            case = group + (match["frame"] or "") if match else path.stem
+            item = Slice(path.stem, case, group, int(match["index"]) if match else 0)
+            cases.setdefault(case, []).append(item)
+        return tuple(
+            Case(name, items[0].group, tuple(sorted(items, key=lambda s: s.index))) for name, items in sorted(cases.items())
+        )
+
+    def cases(self) -> tuple[Case, ...]:
+        """Return all cases, sorted by name."""
+        return self._cases
+
+    def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the pixels, uint8 (H, W) or (H, W, 3)."""
+        return _pixels(self.root / "images" / f"{item.name}.png", color=True)
+
+    def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+        """Return the class ids, uint8 (H, W); None where there is no mask file."""
+        path = self.root / "masks" / f"{item.name}.png"
+        return _pixels(path, color=False) if path.is_file() else None
+
+
+def _pixels(path: Path, *, color: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.mode in ("L", "P"):  # a palette's indices are the class ids
+                gray = image if image.mode == "L" or not color else image.convert("RGB")
+                return np.array(gray, dtype=np.uint8)
+            if not color:
+                raise InvalidDataset(f"{path} is a {image.mode} image; a mask is 8-bit gray with class ids")
+            return np.array(image.convert("RGB"), dtype=np.uint8)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InvalidDataset(f"{path} is not a readable PNG file") from error
