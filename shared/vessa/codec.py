@@ -39,7 +39,8 @@ class TensorSpec:
     def allows(self, shape: tuple[int, ...]) -> bool:
         """Whether one of the allowed shapes fits."""
         return any(
-            len(shape) == len(allowed) and all(a is None or a == s for a, s in zip(allowed, shape, strict=True))
+            len(shape) == len(allowed)
+            and all(a is None or a == s for a, s in zip(allowed, shape, strict=True))
             for allowed in self.shapes
         )
 
@@ -68,7 +69,9 @@ def decode(
     anything that is not exactly what the header declares or `expected` allows.
     """
     if len(body) > max_bytes:
-        raise TooLarge(f"the body has {len(body)} bytes; at most {max_bytes} are taken: send fewer images at once")
+        raise TooLarge(
+            f"the body has {len(body)} bytes; at most {max_bytes} are taken: send fewer images at once"
+        )
     header, start = _header(body, max_header_bytes)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -93,7 +96,9 @@ def decode(
 
 def _header(body: bytes, max_header_bytes: int) -> tuple[dict[str, Any], int]:
     if len(body) < 8:
-        raise MalformedBody(f"a safetensors body begins with 8 bytes of header length; {len(body)} bytes came")
+        raise MalformedBody(
+            f"a safetensors body begins with 8 bytes of header length; {len(body)} bytes came"
+        )
     length = int.from_bytes(body[:8], "little")
     if length > min(max_header_bytes, len(body) - 8):
         raise MalformedBody(
@@ -120,7 +125,9 @@ def _entry(
     if len(shape) > _MAX_RANK or not all(type(n) is int and 0 <= n <= available for n in numbers):
         raise MalformedBody(f"tensor '{name}' declares sizes or offsets that are not in its body")
     if dtype_name not in spec.dtypes or dtype_name not in _DTYPES:
-        raise MalformedBody(f"tensor '{name}' has dtype {str(dtype_name)[:20]}; expected {' or '.join(spec.dtypes)}")
+        raise MalformedBody(
+            f"tensor '{name}' has dtype {str(dtype_name)[:20]}; expected {' or '.join(spec.dtypes)}"
+        )
     if not spec.allows(shape):
         wanted = " or ".join(str(s).replace("None", "n") for s in spec.shapes)
         raise MalformedBody(f"tensor '{name}' has shape {shape}; expected {wanted}")

@@ -3,10 +3,25 @@
 from pathlib import Path
 
 from vessa.datasets.base import Case, Dataset, Slice
+from vessa.datasets.biomedparse import BiomedParse
+from vessa.datasets.nnunet import NnUnet
 from vessa.datasets.png_folder import PngFolder
+from vessa.datasets.ssl4mis import Ssl4mis, slices_folder
+from vessa.datasets.verify import Finding, verify
 from vessa.errors import InvalidDataset
 
-__all__ = ["Case", "Dataset", "PngFolder", "Slice", "open_dataset"]
+__all__ = [
+    "BiomedParse",
+    "Case",
+    "Dataset",
+    "Finding",
+    "NnUnet",
+    "PngFolder",
+    "Slice",
+    "Ssl4mis",
+    "open_dataset",
+    "verify",
+]
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -14,7 +29,13 @@ def open_dataset(path: str | Path) -> Dataset:
     root = Path(path)
     if (root / "meta.json").is_file() and (root / "images").is_dir():
         return PngFolder(root)
+    if (root / "dataset.json").is_file():
+        return NnUnet(root)
+    if slices_folder(root) is not None:
+        return Ssl4mis(root)
+    if (root / "train").is_dir() and (root / "train_mask").is_dir():
+        return BiomedParse(root)
     raise InvalidDataset(
-        f"{root} has none of the known layouts: PNG folders (images/, masks/, meta.json), SSL4MIS HDF5, "
-        "nnU-Net NIfTI (dataset.json, imagesTr/) or BiomedParse (train/, train_mask/)"
+        f"{root} has none of the known layouts: PNG folders (images/, masks/, meta.json), SSL4MIS HDF5 "
+        "(data/slices/*.h5), nnU-Net NIfTI (dataset.json, imagesTr/) or BiomedParse (train/, train_mask/)"
     )

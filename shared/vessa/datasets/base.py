@@ -13,7 +13,7 @@ from vessa.errors import InvalidDataset
 
 @dataclass(frozen=True)
 class Slice:
-    """One image. name: unique in the data set; case: its volume; group: its patient; index: place in the case."""
+    """One image. name: unique in the data set; case: its volume; group: its patient; index: in the case."""
 
     name: str
     case: str
@@ -80,7 +80,9 @@ class Dataset(ABC):
         candidates = [path] if path.is_absolute() else [self.root / path, path]
         found = next((p for p in candidates if p.is_file()), None)
         if found is None:
-            raise InvalidDataset(f"no split file '{name_or_path}' in {self.root} or here: expected one group a line")
+            raise InvalidDataset(
+                f"no split file '{name_or_path}' in {self.root} or here: expected one group a line"
+            )
         groups = tuple(dict.fromkeys(line.strip() for line in found.read_text().splitlines() if line.strip()))
         unknown = [g for g in groups if g not in self._known_groups]
         if unknown:

@@ -47,7 +47,8 @@ class PngFolder(Dataset):
             item = Slice(path.stem, case, group, int(match["index"]) if match else 0)
             cases.setdefault(case, []).append(item)
         return tuple(
-            Case(name, items[0].group, tuple(sorted(items, key=lambda s: s.index))) for name, items in sorted(cases.items())
+            Case(name, items[0].group, tuple(sorted(items, key=lambda s: s.index)))
+            for name, items in sorted(cases.items())
         )
 
     def cases(self) -> tuple[Case, ...]:
@@ -56,15 +57,16 @@ class PngFolder(Dataset):
 
     def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels, uint8 (H, W) or (H, W, 3)."""
-        return _pixels(self.root / "images" / f"{item.name}.png", color=True)
+        return read_png(self.root / "images" / f"{item.name}.png", color=True)
 
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
         """Return the class ids, uint8 (H, W); None where there is no mask file."""
         path = self.root / "masks" / f"{item.name}.png"
-        return _pixels(path, color=False) if path.is_file() else None
+        return read_png(path, color=False) if path.is_file() else None
 
 
-def _pixels(path: Path, *, color: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read_png(path: Path, *, color: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Read uint8 (H, W) or, when `color`, also (H, W, 3). Raises InvalidDataset."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.mode in ("L", "P"):  # a palette's indices are the class ids

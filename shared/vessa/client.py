@@ -1,0 +1,311 @@
+"""Clients of the annotator, sync and async.
+
+Requests are built and answers read by plain functions in `vessa.protocol`; the two clients here
+only send. What may be repeated safely is repeated, waiting as long as Retry-After says.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpx
+import stamina
+
+from vessa import protocol
+from vessa.errors import NotReady, QueueFull, Unreachable, VessaError
+from vessa.protocol import Annotation, Call, Image, Prompts
+from vessa.schemas import BankInfo, ServiceInfo, TemplateInfo
+
+__all__ = ["Annotation", "AnnotatorClient", "AsyncAnnotatorClient", "Prompts", "default_key_file"]
+
+DEFAULT_URL = "http://127.0.0.1:8700"
+_REPEATABLE_STATUS = {429, 502, 503, 504}
+_LONGEST_WAIT = 60.0  # seconds; a Retry-After beyond it is not obeyed blindly
+
+_T = TypeVar("_T")
+
+
+class _RepeatableError(Exception):
+    """A failure worth another try; carries what to raise when there is none left."""
+
+    def __init__(self, error: VessaError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def default_key_file() -> Path:
+    """Where the annotator keeps the key it made at its first start, on this machine."""
+    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(config) / "vessa" / "api-key"
+
+
+def find_key() -> str | None:
+    """Return the key from VESSA_API_KEY, else from the key file, else None."""
+    key = os.environ.get("VESSA_API_KEY")
+    if key:
+        return key
+    try:
+        return default_key_file().read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _wait(error: Exception) -> bool | timedelta:
+    """Tell stamina whether and when to try again."""
+    if not isinstance(error, _RepeatableError):
+        return False
+    after = error.error.retry_after
+    return True if after is None else timedelta(seconds=min(after, _LONGEST_WAIT))
+
+
+def _result(call: Call[_T], response: httpx.Response) -> _T:
+    """Read an answer, or raise the service's error as the class it was there."""
+    if response.status_code < 400:
+        return call.read(response)
+    error = protocol.read_error(response)
+    if response.status_code in _REPEATABLE_STATUS and call.repeatable:
+        raise _RepeatableError(error)
+    raise error
+
+
+def _unreachable(url: str, call: Call[Any], error: httpx.TransportError) -> Exception:
+    text = (
+        f"no answer from the annotator at {url} ({type(error).__name__}): "
+        "start it with `vessa-server serve`, or give its address by --url"
+    )
+    failure = Unreachable(text)
+    never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    return _RepeatableError(failure) if call.repeatable or never_sent else failure
+
+
+class _Base:
+    def __init__(
+        self, url: str, api_key: str | None, timeout: float, attempts: int, wait_initial: float
+    ) -> None:
+        self.url = url.rstrip("/")
+        key = api_key or find_key()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._options: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": headers,
+            "timeout": httpx.Timeout(timeout, connect=5.0),
+        }
+        self._retry: dict[str, Any] = {
+            "on": _wait,
+            "attempts": attempts,
+            "timeout": None,
+            "wait_initial": wait_initial,
+        }
+
+
+class AnnotatorClient(_Base):
+    """Talks to one annotator. Safe to share between threads.
+
+    url: of the annotator; api_key: None looks in VESSA_API_KEY, then in the local key file;
+    transport: an httpx transport in place of the network; timeout: seconds a request may take;
+    attempts: tries a repeatable request gets. Every method raises VessaError subclasses, among them
+    Unreachable when nobody answers.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        timeout: float = 60.0,
+        attempts: int = 4,
+        wait_initial: float = 0.2,
+    ) -> None:
+        """Open a client; use it as a context manager or `close` it."""
+        super().__init__(url, api_key, timeout, attempts, wait_initial)
+        self._http = httpx.Client(transport=transport, **self._options)
+
+    def __enter__(self) -> "AnnotatorClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def _send(self, call: Call[_T]) -> _T:
+        try:
+            for attempt in stamina.retry_context(**self._retry):
+                with attempt:
+                    try:
+                        response = self._http.request(call.method, call.path, **call.options)
+                    except httpx.TransportError as error:
+                        raise _unreachable(self.url, call, error) from error
+                    return _result(call, response)
+        except _RepeatableError as error:
+            raise error.error from error.__cause__
+        raise AssertionError("stamina gives at least one attempt")
+
+    def info(self) -> ServiceInfo:
+        """What is running there."""
+        return self._send(protocol.info())
+
+    def ready(self) -> bool:
+        """Whether it takes requests now."""
+        try:
+            return self._send(protocol.ready())
+        except (Unreachable, NotReady, QueueFull):
+            return False
+
+    def banks(self) -> list[BankInfo]:
+        """All template banks."""
+        return self._send(protocol.banks())
+
+    def bank(self, name: str) -> BankInfo:
+        """One template bank. Raises UnknownBank."""
+        return self._send(protocol.bank(name))
+
+    def templates(self, bank: str) -> list[TemplateInfo]:
+        """The templates of a bank."""
+        return self._send(protocol.templates(bank))
+
+    def add_templates(
+        self,
+        bank: str,
+        images: Sequence[Image],
+        masks: Sequence[Image],
+        classes: Mapping[int, str],
+        groups: Sequence[str],
+    ) -> list[TemplateInfo]:
+        """Add annotated images; the same image, mask, classes and group are added once.
+
+        images: uint8 (H, W[, 3]); masks: uint8 (H, W) class ids; groups: the patient of each.
+        """
+        calls = protocol.add_templates(bank, images, masks, classes, groups)
+        return protocol.in_order(len(images), [(rows, self._send(call)) for rows, call in calls])
+
+    def delete_template(self, bank: str, template: str) -> None:
+        """Remove one template. Raises UnknownTemplate."""
+        self._send(protocol.delete_template(bank, template))
+
+    def delete_bank(self, name: str) -> None:
+        """Remove a bank with all its templates. Raises UnknownBank."""
+        self._send(protocol.delete_bank(name))
+
+    def segment(
+        self,
+        images: Sequence[Image] | None = None,
+        *,
+        bank: str,
+        image_ids: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[Annotation]:
+        """Segment images, or images the service has seen, by their ids.
+
+        images: uint8 (H, W[, 3]), sizes may differ; further options: classes, groups, prompts,
+        template_choice, seed, probabilities, as in `vessa.protocol.segment`. An item that failed
+        has its `error` set; the others are not touched by it.
+        """
+        count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)
+        return protocol.in_order(count, [(rows, self._send(call)) for rows, call in calls])
+
+
+class AsyncAnnotatorClient(_Base):
+    """The same client for asyncio; see AnnotatorClient."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        timeout: float = 60.0,
+        attempts: int = 4,
+        wait_initial: float = 0.2,
+    ) -> None:
+        """Open a client; use it as an async context manager or `aclose` it."""
+        super().__init__(url, api_key, timeout, attempts, wait_initial)
+        self._http = httpx.AsyncClient(transport=transport, **self._options)
+
+    async def __aenter__(self) -> "AsyncAnnotatorClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def _send(self, call: Call[_T]) -> _T:
+        try:
+            async for attempt in stamina.retry_context(**self._retry):
+                with attempt:
+                    try:
+                        response = await self._http.request(call.method, call.path, **call.options)
+                    except httpx.TransportError as error:
+                        raise _unreachable(self.url, call, error) from error
+                    return _result(call, response)
+        except _RepeatableError as error:
+            raise error.error from error.__cause__
+        raise AssertionError("stamina gives at least one attempt")
+
+    async def info(self) -> ServiceInfo:
+        """What is running there."""
+        return await self._send(protocol.info())
+
+    async def ready(self) -> bool:
+        """Whether it takes requests now."""
+        try:
+            return await self._send(protocol.ready())
+        except (Unreachable, NotReady, QueueFull):
+            return False
+
+    async def banks(self) -> list[BankInfo]:
+        """All template banks."""
+        return await self._send(protocol.banks())
+
+    async def bank(self, name: str) -> BankInfo:
+        """One template bank. Raises UnknownBank."""
+        return await self._send(protocol.bank(name))
+
+    async def templates(self, bank: str) -> list[TemplateInfo]:
+        """The templates of a bank."""
+        return await self._send(protocol.templates(bank))
+
+    async def add_templates(
+        self,
+        bank: str,
+        images: Sequence[Image],
+        masks: Sequence[Image],
+        classes: Mapping[int, str],
+        groups: Sequence[str],
+    ) -> list[TemplateInfo]:
+        """Add annotated images; see AnnotatorClient."""
+        calls = protocol.add_templates(bank, images, masks, classes, groups)
+        return protocol.in_order(len(images), [(rows, await self._send(call)) for rows, call in calls])
+
+    async def delete_template(self, bank: str, template: str) -> None:
+        """Remove one template. Raises UnknownTemplate."""
+        await self._send(protocol.delete_template(bank, template))
+
+    async def delete_bank(self, name: str) -> None:
+        """Remove a bank with all its templates. Raises UnknownBank."""
+        await self._send(protocol.delete_bank(name))
+
+    async def segment(
+        self,
+        images: Sequence[Image] | None = None,
+        *,
+        bank: str,
+        image_ids: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[Annotation]:
+        """Segment images; see AnnotatorClient."""
+        count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)
+        return protocol.in_order(count, [(rows, await self._send(call)) for rows, call in calls])

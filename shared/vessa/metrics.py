@@ -1,0 +1,123 @@
+"""Dice, IoU and HD95 of volumes, with the empty cases written out.
+
+Both masks empty: not scored, counted. One of them empty: Dice and IoU 0, HD95 the diagonal of the
+volume; counted. Nothing that was missed ever looks perfect.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Labels = np.ndarray[Any, np.dtype[np.uint8]]
+Spacing = tuple[float, float, float]
+
+METRICS = ("dice", "iou", "iou_fgbg", "hd95")
+
+
+def dice(pred: Mask, truth: Mask) -> float | None:
+    """Dice of two bool arrays of one shape, in [0, 1]; None when both are empty."""
+    total = int(pred.sum()) + int(truth.sum())
+    return None if total == 0 else 2 * int((pred & truth).sum()) / total
+
+
+def iou(pred: Mask, truth: Mask) -> float | None:
+    """Intersection over union of the foreground, in [0, 1]; None when both are empty."""
+    union = int((pred | truth).sum())
+    return None if union == 0 else int((pred & truth).sum()) / union
+
+
+def iou_fgbg(pred: Mask, truth: Mask) -> float | None:
+    """Mean IoU of foreground and background, as the paper's tables have it; None when both are empty."""
+    foreground, background = iou(pred, truth), iou(~pred, ~truth)
+    if foreground is None:
+        return None
+    return (foreground + (1.0 if background is None else background)) / 2
+
+
+def hd95(pred: Mask, truth: Mask, spacing: Spacing | None = None) -> float | None:
+    """95th percentile of the symmetric surface distances of two bool volumes.
+
+    pred, truth: (D, H, W); spacing: (z, y, x) mm, None for voxels. Both empty: None. One empty:
+    the volume's diagonal in the same unit.
+    """
+    step = (1.0,) * pred.ndim if spacing is None else tuple(spacing)
+    if pred.shape[0] == 1:  # a lone slice has no neighbors in z: its surface is its contour
+        pred, truth, step = pred[0], truth[0], step[1:]
+    if not pred.any() or not truth.any():
+        if not pred.any() and not truth.any():
+            return None
+        return float(np.linalg.norm(np.array(pred.shape) * np.array(step)))
+    pred, truth = _cropped(pred, truth)
+    surface_pred, surface_truth = _surface(pred), _surface(truth)
+    to_truth = ndimage.distance_transform_edt(~surface_truth, sampling=step)[surface_pred]
+    to_pred = ndimage.distance_transform_edt(~surface_pred, sampling=step)[surface_truth]
+    return float(np.percentile(np.concatenate([to_truth, to_pred]), 95))
+
+
+def _cropped(pred: Mask, truth: Mask) -> tuple[Mask, Mask]:
+    """Cut both to the box that holds them, with a rim of background so that surfaces stay surfaces."""
+    where = np.argwhere(pred | truth)
+    box = tuple(slice(low, high + 1) for low, high in zip(where.min(0), where.max(0), strict=True))
+    return np.pad(pred[box], 1), np.pad(truth[box], 1)
+
+
+def _surface(mask: Mask) -> Mask:
+    """Foreground voxels with a background neighbor across a face."""
+    surface: Mask = mask & ~ndimage.binary_erosion(mask)
+    return surface
+
+
+@dataclass
+class Scores:
+    """Scores of a set of volumes.
+
+    by_class: {class: {metric: mean over scored volumes}}; mean: {metric: mean over classes};
+    unit: of HD95, "mm" when every volume's spacing is known, else "voxel"; counts: {class:
+    {scored, both_empty, pred_empty, truth_empty}}. A metric without any scored volume is None.
+    """
+
+    by_class: dict[str, dict[str, float | None]]
+    mean: dict[str, float | None]
+    unit: str
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"by_class": self.by_class, "mean": self.mean, "unit": self.unit, "counts": self.counts}
+
+
+def score_volumes(
+    pairs: Iterable[tuple[Labels, Labels, Spacing | None]], classes: Mapping[int, str]
+) -> Scores:
+    """Score volumes class by class.
+
+    pairs: (prediction, truth, spacing) with class ids uint8 (D, H, W); classes: id to name.
+    HD95 is in mm only if all volumes have a spacing. Raises ValueError when shapes differ.
+    """
+    volumes = list(pairs)
+    unit = "mm" if volumes and all(spacing is not None for _, _, spacing in volumes) else "voxel"
+    found: dict[str, dict[str, list[float]]] = {n: {m: [] for m in METRICS} for n in classes.values()}
+    counts = {n: {"scored": 0, "both_empty": 0, "pred_empty": 0, "truth_empty": 0} for n in classes.values()}
+    for index, (pred, truth, spacing) in enumerate(volumes):
+        if pred.shape != truth.shape:
+            raise ValueError(f"volume {index}: prediction has shape {pred.shape}, truth {truth.shape}")
+        for class_id, name in classes.items():
+            ours, theirs = pred == class_id, truth == class_id
+            kind = {(True, True): "scored", (False, True): "pred_empty", (True, False): "truth_empty"}
+            counts[name][kind.get((bool(ours.any()), bool(theirs.any())), "both_empty")] += 1
+            distance = hd95(ours, theirs, spacing if unit == "mm" else None)
+            values = (dice(ours, theirs), iou(ours, theirs), iou_fgbg(ours, theirs), distance)
+            for metric, value in zip(METRICS, values, strict=True):
+                if value is not None:
+                    found[name][metric].append(value)
+    by_class = {n: {m: _mean(v) for m, v in metrics.items()} for n, metrics in found.items()}
+    mean = {m: _mean([v for c in by_class.values() if (v := c[m]) is not None]) for m in METRICS}
+    return Scores(by_class, mean, unit, counts)
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
