@@ -278,7 +278,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             raise InvalidConfig(f"{name} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or (arguments[-1] is not ... and len(value) != len(arguments)):
+        if not isinstance(value, (list, tuple)) or (
+            arguments[-1] is not ... and len(value) != len(arguments)
+        ):
             count = "" if arguments[-1] is ... else f" of {len(arguments)}"
             raise InvalidConfig(f"{name} must be a list{count}, got {value!r}")
         return tuple(_convert(arguments[0], item, name) for item in value)
@@ -331,7 +333,9 @@ def _check(config: Config) -> None:
             raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
     multiple = 14 if student.name == "dpt" else 2 ** (len(student.widths) - 1)
     if student.crop % multiple:
-        raise InvalidConfig(f"student.crop must be a multiple of {multiple} for {student.name}, got {student.crop}")
+        raise InvalidConfig(
+            f"student.crop must be a multiple of {multiple} for {student.name}, got {student.crop}"
+        )
     unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
     if unknown:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")

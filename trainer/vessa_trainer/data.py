@@ -1,0 +1,176 @@
+"""Splits, and images prepared once: decoded, put on squares of one size and kept in memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+from vessa.datasets import Case, Dataset, Slice
+from vessa.errors import InvalidDataset
+from vessa_trainer.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Groups of each part; no group is in two of them."""
+
+    labeled: tuple[str, ...]
+    unlabeled: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def read_splits(dataset: Dataset, config: DataConfig) -> Splits:
+    """Read the four split files, or draw the splits by patient when none of them exists.
+
+    The unlabeled groups are those of their file that are not labeled. Raises InvalidDataset when
+    some files exist and others do not, or when a group is in two parts.
+    """
+    names = {"labeled": config.labeled, "unlabeled": config.unlabeled, "val": config.val, "test": config.test}
+    missing = {k: v for k, v in names.items() if not ((dataset.root / v).is_file() or Path(v).is_file())}
+    if len(missing) == len(names):
+        return _draw(dataset, config)
+    if missing:
+        raise InvalidDataset(f"no split file for {', '.join(f'{k} ({v})' for k, v in missing.items())}")
+    parts = {k: dataset.split(v) for k, v in names.items()}
+    parts["unlabeled"] = tuple(g for g in parts["unlabeled"] if g not in parts["labeled"])
+    splits = Splits(**parts)
+    for one, other in (
+        ("val", "test"),
+        ("labeled", "val"),
+        ("labeled", "test"),
+        ("unlabeled", "val"),
+        ("unlabeled", "test"),
+    ):
+        both = set(getattr(splits, one)) & set(getattr(splits, other))
+        if both:
+            raise InvalidDataset(f"groups in both {one} and {other}: {sorted(both)[:5]}")
+    return splits
+
+
+def _draw(dataset: Dataset, config: DataConfig) -> Splits:
+    groups = np.random.default_rng(config.split_seed).permutation(sorted(dataset.groups())).tolist()
+    val, test = (max(1, round(share * len(groups))) for share in (config.val_share, config.test_share))
+    train = groups[val + test :]
+    if len(train) <= config.labeled_groups:
+        raise InvalidDataset(
+            f"'{dataset.name}' has {len(groups)} groups: too few for {config.labeled_groups} labeled ones "
+            "besides unlabeled, validation and test groups"
+        )
+    return Splits(
+        tuple(train[: config.labeled_groups]),
+        tuple(train[config.labeled_groups :]),
+        tuple(groups[:val]),
+        tuple(groups[val : val + test]),
+    )
+
+
+def slices_of(dataset: Dataset, groups: Sequence[str]) -> list[Slice]:
+    """All slices of some groups, in order."""
+    wanted = set(groups)
+    return [s for s in dataset.slices() if s.group in wanted]
+
+
+def cases_of(dataset: Dataset, groups: Sequence[str]) -> list[Case]:
+    """All cases of some groups, in order."""
+    wanted = set(groups)
+    return [c for c in dataset.cases() if c.group in wanted]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How an image of `height` x `width` px lies on its square of `size` px: resized, centered."""
+
+    height: int
+    width: int
+    size: int
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """Height and width of the resized image, px."""
+        scale = self.size / max(self.height, self.width)
+        return max(1, round(self.height * scale)), max(1, round(self.width * scale))
+
+    def enter(self, array: Tensor, mode: str) -> Tensor:
+        """Move (C, height, width) float to (C, size, size); the border is 0."""
+        inner = self.inner
+        shrinks = mode == "bilinear" and inner[0] < self.height
+        options = {"align_corners": False, "antialias": shrinks} if mode == "bilinear" else {}
+        small = F.interpolate(array[None], inner, mode=mode, **options)[0]  # type: ignore[arg-type]
+        top, left = (self.size - inner[0]) // 2, (self.size - inner[1]) // 2
+        return F.pad(small, (left, self.size - inner[1] - left, top, self.size - inner[0] - top))
+
+    def leave(self, array: Tensor) -> Tensor:
+        """Move (C, size, size) float back to (C, height, width)."""
+        inner = self.inner
+        top, left = (self.size - inner[0]) // 2, (self.size - inner[1]) // 2
+        cut = array[:, top : top + inner[0], left : left + inner[1]]
+        return F.interpolate(cut[None], (self.height, self.width), mode="bilinear", align_corners=False)[0]
+
+
+class Prepared:
+    """Slices on squares. images: (N, C, S, S) uint8; masks: (N, S, S) uint8; valid: (N, S, S) bool."""
+
+    def __init__(self, dataset: Dataset, slices: Sequence[Slice], size: int, *, need_masks: bool) -> None:
+        """Decode and resize; `need_masks` raises InvalidDataset for a slice without annotation."""
+        self.slices = list(slices)
+        self.rows = {s.name: i for i, s in enumerate(self.slices)}
+        self.size = size
+        images, masks, valid, self.frames = [], [], [], []
+        for item in track(self.slices, "preparing images", transient=True):
+            image = dataset.image(item)
+            mask = dataset.mask(item) if need_masks else np.zeros(image.shape[:2], np.uint8)
+            if mask is None:
+                raise InvalidDataset(f"{item.name} is in a labeled split but has no mask")
+            frame = Frame(image.shape[0], image.shape[1], size)
+            pixels = torch.from_numpy(image).float()
+            pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+            images.append(frame.enter(pixels, "bilinear").round().byte())
+            masks.append(frame.enter(torch.from_numpy(mask)[None].float(), "nearest-exact")[0].byte())
+            valid.append(frame.enter(torch.ones(1, *mask.shape), "nearest-exact")[0] > 0)
+            self.frames.append(frame)
+        if not images:
+            raise InvalidDataset("a split holds no images")
+        if len({i.shape[0] for i in images}) > 1:
+            images = [i.expand(3, -1, -1) for i in images]
+        self.images, self.masks, self.valid = torch.stack(images), torch.stack(masks), torch.stack(valid)
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images, 1 or 3."""
+        return self.images.shape[1]
+
+    def floats(self, rows: Sequence[int]) -> Tensor:
+        """Images of some rows, (B, C, S, S) float in [0, 1]."""
+        return self.images[list(rows)].float() / 255
+
+
+class Order:
+    """Endless shuffled rows, epoch after epoch; a position alone says what comes next."""
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        self.count, self.batch, self.seed = count, batch, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def _row(self, position: int) -> int:
+        epoch = position // self.count
+        if epoch not in self._epochs:
+            self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return int(self._epochs[epoch][position % self.count])
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of the batch of one step."""
+        return [self._row(step * self.batch + i) for i in range(self.batch)]
+
+    def ahead(self, step: int, batches: int) -> Iterator[list[int]]:
+        """Rows of the batches from `step` on."""
+        return (self.rows(s) for s in range(step, step + batches))
