@@ -1,0 +1,69 @@
+"""Checkpoints: everything an exact resume needs, written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vessa.errors import InvalidWeights
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON metadata atomically: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    save_file(stored, fresh, {k: json.dumps(v) for k, v in metadata.items()})
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write` wrote. Raises InvalidWeights when the file is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+            return tensors, {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InvalidWeights(f"{path} is missing or no readable checkpoint") from error
+
+
+def module_state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """State of a module under a prefix."""
+    return {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
+
+
+def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Load a module's state strictly. Raises InvalidWeights when it does not fit."""
+    state = {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise InvalidWeights(
+            f"the checkpoint's {prefix} does not fit this config: {str(error)[:300]}"
+        ) from error
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimizer's per-parameter state."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{k}": v for i, values in state.items() for k, v in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_state` flattened."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,303 @@
+"""A training run from start to report, wherever it was stopped."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from vessa.datasets import Case, Dataset
+from vessa.errors import Unreachable
+from vessa.metrics import Scores, score_volumes
+from vessa_trainer import checkpoint
+from vessa_trainer.annotations import AnnotationFeed
+from vessa_trainer.config import Config, save_config
+from vessa_trainer.data import Frame, Order, Prepared, cases_of, read_splits, slices_of
+from vessa_trainer.feedback import FeedbackRounds
+from vessa_trainer.schedule import ema_decay, poly, update_teacher
+from vessa_trainer.step import compute_loss, labeled_batch, unlabeled_views
+from vessa_trainer.student import DPT, build_student
+
+
+class Interrupted(Unreachable):
+    """The run was stopped and saved; its message ends with the line that resumes it."""
+
+    code = "interrupted"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run is worth. val, test: scores of the best teacher by validation Dice."""
+
+    out: Path
+    steps: int
+    best_step: int
+    val: Scores
+    test: Scores
+    seconds: float
+
+
+@torch.no_grad()
+def predict_slice(
+    model: nn.Module, images: Sequence[np.ndarray], config: Config, channels: int
+) -> list[Tensor]:
+    """Class probabilities (C, H, W) of images uint8 (H, W[, 3]), each at its own size."""
+    model.eval()
+    size, device = config.student.size, next(model.parameters()).device
+    frames = [Frame(i.shape[0], i.shape[1], size) for i in images]
+    batch = torch.stack(
+        [
+            f.enter(_channels(image, channels), "bilinear") / 255
+            for f, image in zip(frames, images, strict=True)
+        ]
+    )
+    padding = -size % (14 if config.student.name == "dpt" else 16)  # the network wants a multiple
+    batch = nn.functional.pad(batch, (0, padding, 0, padding)).to(device)
+    probability = model(batch).softmax(1)[..., :size, :size].cpu()
+    return [f.leave(p) for f, p in zip(frames, probability, strict=True)]
+
+
+def _channels(image: np.ndarray, channels: int) -> Tensor:
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    if channels == 1:
+        return pixels.mean(0, keepdim=True)
+    return pixels.expand(channels, -1, -1)
+
+
+def predict_volumes(
+    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
+) -> Iterator[tuple[Case, list[Tensor]]]:
+    """Predict case by case: the probabilities (C, H, W) of its slices, each at its own size."""
+    for case in cases:
+        slices: list[Tensor] = []
+        for start in range(0, len(case.slices), config.batch_eval):
+            images = [dataset.image(s) for s in case.slices[start : start + config.batch_eval]]
+            slices += predict_slice(model, images, config, channels)
+        yield case, slices
+
+
+def evaluate(
+    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
+) -> Scores:
+    """Score a model on volumes; slices without a mask are left out."""
+    volumes = []
+    for case, slices in predict_volumes(model, dataset, cases, config, channels):
+        masks = [dataset.mask(s) for s in case.slices]
+        pairs = [(p.argmax(0).byte().numpy(), m) for p, m in zip(slices, masks, strict=True) if m is not None]
+        if pairs:
+            volumes.append((np.stack([p for p, _ in pairs]), np.stack([m for _, m in pairs]), case.spacing))
+    return score_volumes(volumes, dataset.classes)
+
+
+class Run:
+    """One run's state. feed: VESSA's labels, for method "vessa"; resume: the command that resumes."""
+
+    def __init__(
+        self, config: Config, dataset: Dataset, feed: AnnotationFeed | None, resume_line: str
+    ) -> None:
+        if (config.semi.method == "vessa") != (feed is not None):
+            raise ValueError("a feed of labels belongs to method 'vessa', and to no other")
+        self.config, self.dataset, self.feed, self.resume_line = config, dataset, feed, resume_line
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.out = Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.out / "config.yaml")
+        self.splits = read_splits(dataset, config.data)
+        size = config.student.size
+        self.labeled = Prepared(dataset, slices_of(dataset, self.splits.labeled), size, need_masks=True)
+        self.unlabeled: Prepared | None = None
+        if config.semi.method != "supervised":
+            self.unlabeled = Prepared(
+                dataset, slices_of(dataset, self.splits.unlabeled), size, need_masks=False
+            )
+        self.channels = self.labeled.channels
+        self.student = build_student(config.student, self.channels, max(dataset.classes) + 1).to(
+            config.device
+        )
+        self.teacher = deepcopy(self.student).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.student, config), fused=True)
+        self.rates = [g["lr"] for g in self.optimizer.param_groups]
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.order = Order(len(self.labeled), config.batch_labeled, config.seed)
+        self.unlabeled_order = (
+            Order(len(self.unlabeled), config.batch_unlabeled, config.seed + 1) if self.unlabeled else None
+        )
+        self.feedback = FeedbackRounds(config) if feed is not None and config.feedback.enabled else None
+        self.step, self.best, self.best_step, self.seconds, self.waited = 0, -1.0, -1, 0.0, 0.0
+        self.val_cases = cases_of(dataset, self.splits.val)
+
+    def resume(self) -> bool:
+        """Take up the last checkpoint; False when there is none."""
+        path = self.out / checkpoint.LAST
+        if not path.is_file():
+            return False
+        tensors, metadata = checkpoint.read(path)
+        checkpoint.load_module(self.student, tensors, "student")
+        checkpoint.load_module(self.teacher, tensors, "teacher")
+        checkpoint.load_optimizer(self.optimizer, tensors)
+        self.generator.set_state(tensors["generator"])
+        torch.set_rng_state(tensors["torch_rng"])
+        state = metadata["state"]
+        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+        self.seconds, self.waited = state["seconds"], state["waited"]
+        _truncate(self.out / "metrics.jsonl", self.step)
+        return True
+
+    def save(self) -> None:
+        """Write the checkpoint that `resume` takes up."""
+        tensors = checkpoint.module_state(self.student, "student")
+        tensors |= checkpoint.module_state(self.teacher, "teacher")
+        tensors |= checkpoint.optimizer_state(self.optimizer)
+        tensors |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
+        state = {"step": self.step, "best": self.best, "best_step": self.best_step}
+        state |= {"seconds": self.seconds, "waited": self.waited}
+        checkpoint.write(self.out / checkpoint.LAST, tensors, {"state": state})
+
+    def train(self, on_step: Callable[[int], None] | None = None) -> RunResult:
+        """Train to the end. Raises Interrupted, after saving, when stopped or left by the annotator."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns) as bar, SummaryWriter(str(self.out / "tensorboard")) as board:
+                task = bar.add_task(self.config.semi.method, total=self.config.steps, completed=self.step)
+                while self.step < self.config.steps:
+                    figures = self._step()
+                    bar.update(task, completed=self.step, description=_describe(self, figures))
+                    if self.step % 10 == 0 or self.step == self.config.steps:
+                        self._log(figures, board)
+                    if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
+                        self._validate(board)
+                    if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                        self.save()
+                    if on_step is not None:
+                        on_step(self.step)
+        except Interrupted:
+            raise
+        except (Unreachable, KeyboardInterrupt) as error:
+            self.save()
+            why = error.message if isinstance(error, Unreachable) else "stopped by Ctrl-C"
+            raise Interrupted(f"{why}; saved at step {self.step}. Resume with: {self.resume_line}") from error
+        return self._result()
+
+    def _step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        config = self.config
+        self.student.train()
+        unlabeled = None
+        waited = 0.0
+        if self.unlabeled is not None and self.unlabeled_order is not None:
+            rows = self.unlabeled_order.rows(self.step)
+            if self.feed is not None:
+                self._look_ahead(rows)
+                before = self.feed.stats()["wait_seconds"]
+            unlabeled = unlabeled_views(self.unlabeled, rows, config, self.feed, self.generator)
+            if self.feed is not None:
+                waited = self.feed.stats()["wait_seconds"] - before
+        labeled = labeled_batch(self.labeled, self.order.rows(self.step), config, self.generator)
+        factor = poly(self.step, config.steps, config.optim.power)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        loss, figures = compute_loss(
+            self.student, self.teacher.eval(), labeled, unlabeled, config, self.step, self.generator
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        update_teacher(self.teacher, self.student, ema_decay(self.step, config.semi.ema_decay))
+        self.seconds += time.perf_counter() - started
+        self.waited += waited
+        return {**figures, "lr": self.optimizer.param_groups[-1]["lr"], "wait_seconds": waited}
+
+    def _look_ahead(self, rows: list[int]) -> None:
+        """Ask for the labels of the coming batches; send the teacher's feedback when it is due."""
+        assert self.feed is not None
+        assert self.unlabeled is not None
+        assert self.unlabeled_order is not None
+        coming = self.unlabeled_order.ahead(self.step, self.config.annotator.lookahead_batches + 1)
+        self.feed.prefetch([self.unlabeled.slices[r].name for batch in coming for r in batch])
+        if self.feedback is not None:
+            self.feedback.send_if_due(self)
+
+    def _log(self, figures: dict[str, float], board: SummaryWriter) -> None:
+        row: dict[str, Any] = {"step": self.step, **{k: round(v, 6) for k, v in figures.items()}}
+        if self.feed is not None:
+            row["feed"] = self.feed.stats()
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for key, value in figures.items():
+            board.add_scalar(f"train/{key}", value, self.step)
+
+    def _validate(self, board: SummaryWriter) -> None:
+        row: dict[str, Any] = {"step": self.step}
+        for name, model in (("student", self.student), ("teacher", self.teacher)):
+            scores = evaluate(model, self.dataset, self.val_cases, self.config, self.channels)
+            row[f"val_{name}"] = {"mean": scores.mean, "by_class": scores.by_class}
+            board.add_scalar(f"val/{name}_dice", scores.mean["dice"] or 0.0, self.step)
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        dice = row["val_teacher"]["mean"]["dice"] or 0.0
+        if dice > self.best:
+            self.best, self.best_step = dice, self.step
+            metadata = {
+                "channels": self.channels,
+                "classes": {str(c): n for c, n in self.dataset.classes.items()},
+            }
+            checkpoint.write(
+                self.out / checkpoint.BEST, checkpoint.module_state(self.teacher, "teacher"), metadata
+            )
+
+    def _result(self) -> RunResult:
+        tensors, _ = checkpoint.read(self.out / checkpoint.BEST)
+        model = deepcopy(self.teacher)
+        checkpoint.load_module(model, tensors, "teacher")
+        val = evaluate(model, self.dataset, self.val_cases, self.config, self.channels)
+        test_cases = cases_of(self.dataset, self.splits.test)
+        test = evaluate(model, self.dataset, test_cases, self.config, self.channels)
+        return RunResult(self.out, self.step, self.best_step, val, test, self.seconds)
+
+
+def load_best(run: Path, config: Config) -> tuple[nn.Module, int, dict[int, str]]:
+    """Return a finished run's best teacher, its channels and its classes."""
+    tensors, metadata = checkpoint.read(run / checkpoint.BEST)
+    classes = {int(c): n for c, n in metadata["classes"].items()}
+    model = build_student(config.student, metadata["channels"], max(classes) + 1)
+    checkpoint.load_module(model, tensors, "teacher")
+    return model.eval().to(config.device), metadata["channels"], classes
+
+
+def _parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]:
+    optim = config.optim
+    if isinstance(student, DPT):
+        backbone = list(student.backbone.parameters())
+        ids = {id(p) for p in backbone}
+        rest = [p for p in student.parameters() if id(p) not in ids]
+        groups = [{"params": backbone, "lr": optim.backbone_lr}, {"params": rest, "lr": optim.lr}]
+    else:
+        groups = [{"params": list(student.parameters()), "lr": optim.lr}]
+    return [{**g, "betas": (0.9, 0.999), "weight_decay": optim.weight_decay} for g in groups]
+
+
+def _describe(run: Run, figures: dict[str, float]) -> str:
+    parts = [f"{run.config.semi.method} {run.step}/{run.config.steps}", f"loss {figures['loss']:.3f}"]
+    for key, text in (("eta", "eta"), ("confident", "confident"), ("agreement", "agree")):
+        if key in figures:
+            parts.append(f"{text} {figures[key]:.2f}")
+    return " ".join([*parts, f"val {max(run.best, 0):.3f}", f"waited {run.waited:.0f}s"])
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines after a step: a resumed run writes them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in lines))

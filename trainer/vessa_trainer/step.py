@@ -1,0 +1,167 @@
+"""One training step: from a batch of rows to gradients and figures."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vessa_trainer import losses, views
+from vessa_trainer.config import Config
+from vessa_trainer.data import Prepared
+from vessa_trainer.schedule import source_weights
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """VESSA's label of one image at its own size. labels, confidence: uint8 (H, W)."""
+
+    labels: np.ndarray
+    confidence: np.ndarray
+
+
+class LabelSource(Protocol):
+    """Where a step gets VESSA's labels from; see `vessa_trainer.annotations`."""
+
+    def get(self, names: list[str]) -> list[PseudoLabel]:
+        """Labels of some slices by name, waiting for them if need be."""
+        ...
+
+
+@dataclass(frozen=True)
+class UnlabeledViews:
+    """What the unlabeled term of a step is computed from; sizes as in `losses.joint_loss`."""
+
+    weak: Tensor
+    strong: tuple[Tensor, Tensor]
+    boxes: tuple[Tensor, Tensor]
+    valid: Tensor
+    vessa: tuple[Tensor, Tensor] | None
+
+
+def labeled_batch(
+    data: Prepared, rows: list[int], config: Config, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weak views of labeled images: (images, masks, valid)."""
+    crop = config.student.crop
+    geometry = views.draw_geometry(len(rows), data.size, crop, config.views, generator)
+    return (
+        geometry.image(data.floats(rows)),
+        geometry.labels(data.masks[rows]),
+        geometry.valid(data.valid[rows]),
+    )
+
+
+def unlabeled_views(
+    data: Prepared, rows: list[int], config: Config, source: LabelSource | None, generator: torch.Generator
+) -> UnlabeledViews:
+    """Draw the weak view, both strong views and their CutMix boxes; replay VESSA's labels."""
+    crop = config.student.crop
+    geometry = views.draw_geometry(len(rows), data.size, crop, config.views, generator)
+    weak = geometry.image(data.floats(rows))
+    boxes = tuple(
+        views.cutmix_boxes(len(rows), (crop, crop), config.views.cutmix_p, generator) for _ in range(2)
+    )
+    strong = tuple(views.paste(views.strong_view(weak, config.views, generator), box) for box in boxes)
+    vessa = None
+    if source is not None:
+        labels, confidence = vessa_on_square(data, rows, source)
+        vessa = (geometry.labels(labels), geometry.confidence(confidence))
+    return UnlabeledViews(
+        weak, (strong[0], strong[1]), (boxes[0], boxes[1]), geometry.valid(data.valid[rows]), vessa
+    )
+
+
+def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tuple[Tensor, Tensor]:
+    """VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S)."""
+    labels, confidence = [], []
+    for row, label in zip(rows, source.get([data.slices[r].name for r in rows]), strict=True):
+        frame = data.frames[row]
+        both = torch.from_numpy(np.stack([label.labels, label.confidence])).float()
+        moved = frame.enter(both, "nearest-exact")
+        labels.append(moved[0].long())
+        confidence.append(moved[1] / 255)
+    return torch.stack(labels), torch.stack(confidence)
+
+
+def _dropout(student: nn.Module, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Masks for both strong views stacked, per feature level: (2B, C)."""
+    channels: list[int] = student.feature_channels  # type: ignore[assignment]
+    return [torch.cat(views.complementary_dropout(count, c, generator)) for c in channels]
+
+
+def compute_loss(
+    student: nn.Module,
+    teacher: nn.Module,
+    labeled: tuple[Tensor, Tensor, Tensor],
+    unlabeled: UnlabeledViews | None,
+    config: Config,
+    step: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, float]]:
+    """The whole objective, Eq. 6 or Eq. 9, and the figures worth looking at."""
+    images, masks, valid = labeled
+    optim, semi = config.optim, config.semi
+    supervised = losses.supervised_loss(student(images), masks, valid, optim.lambda_ce, optim.lambda_dice)
+    if unlabeled is None:
+        return supervised, {"loss": supervised.item(), "loss_sup": supervised.item()}
+    with torch.no_grad():
+        probability = teacher(unlabeled.weak).softmax(1)
+        weak_confidence, weak_labels = probability.max(1)
+    count = unlabeled.weak.shape[0]
+    logits = student(torch.cat(unlabeled.strong), _dropout(student, count, generator))
+    strong = (logits[:count], logits[count:])
+
+    def both(labels: Tensor, confidence: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        one, other = ((views.paste(labels, b), views.paste(confidence, b)) for b in unlabeled.boxes)
+        return one, other
+
+    teacher_views = both(weak_labels, weak_confidence)
+    valid_views = (
+        views.paste(unlabeled.valid, unlabeled.boxes[0]),
+        views.paste(unlabeled.valid, unlabeled.boxes[1]),
+    )
+    figures: dict[str, float] = {}
+    if unlabeled.vessa is None:
+        terms = [
+            losses.consistency_loss(s, *t, v, semi.conf_threshold)
+            for s, t, v in zip(strong, teacher_views, valid_views, strict=True)
+        ]
+        unsupervised = (terms[0] + terms[1]) / 2
+    else:
+        alpha_t, alpha_v = source_weights(step, config.steps, semi.alpha_v_floor)
+        unsupervised, teacher_term, vessa_term = losses.joint_loss(
+            strong,
+            teacher_views,
+            both(*unlabeled.vessa),
+            valid_views,
+            alpha_t=alpha_t,
+            alpha_v=alpha_v,
+            conf_threshold=semi.conf_threshold,
+            vessa_threshold=semi.vessa_threshold,
+            gate=semi.vessa_gate,
+        )
+        figures |= {"loss_teacher": teacher_term.item(), "loss_vessa": vessa_term.item(), "eta": alpha_t}
+        figures |= _agreement(weak_labels, unlabeled.vessa, unlabeled.valid, semi.vessa_threshold)
+    loss = supervised + semi.lambda_u * unsupervised
+    keep = (weak_confidence >= semi.conf_threshold) & unlabeled.valid
+    figures |= {
+        "loss": loss.item(),
+        "loss_sup": supervised.item(),
+        "loss_unsup": unsupervised.item(),
+        "confident": (keep.sum() / unlabeled.valid.sum().clamp(min=1)).item(),
+    }
+    return loss, figures
+
+
+def _agreement(
+    teacher: Tensor, vessa: tuple[Tensor, Tensor], valid: Tensor, threshold: float
+) -> dict[str, float]:
+    """Share of VESSA's confident pixels, and Dice of its foreground with the teacher's (echo check)."""
+    labels, confidence = vessa
+    ours, theirs = (teacher > 0) & valid, (labels > 0) & valid
+    same = ((teacher == labels) & ours).sum()
+    dice = 2 * same / (ours.sum() + theirs.sum()).clamp(min=1)
+    share = ((confidence >= threshold) & valid).sum() / valid.sum().clamp(min=1)
+    return {"vessa_confident": share.item(), "agreement": dice.item()}
