@@ -56,7 +56,9 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a real Redis of this test session's own."""
     binary = shutil.which("redis-server")
     if binary is None:
-        pytest.fail("no redis-server on this machine: `make test` installs it, or `apt-get install redis-server`")
+        pytest.fail(
+            "no redis-server on this machine: `make test` installs it, or `apt-get install redis-server`"
+        )
     port, folder = free_port(), tmp_path_factory.mktemp("redis")
     options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
     server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from vessa.datasets import open_dataset
 from vessa_server.model.presets import PRESETS
 from vessa_server.pretraining.augment import rough_boxes, rough_logits, shade, warp
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
@@ -20,8 +22,6 @@ from vessa_server.pretraining.losses import (
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_server.pretraining.synthetic import phantom_study, random_study
 from vessa_server.pretraining.tasks import Tasks, pool_of_dataset, pool_of_study, synthetic_pools
-
-from vessa.datasets import open_dataset
 
 
 def test_mask_loss_is_equation_3():
@@ -113,7 +113,8 @@ def test_phantoms_are_written_as_a_data_set(tmp_path):
     assert set(dataset.split("splits/labeled_1.txt")) <= splits[0]
     pool = pool_of_dataset(dataset, dataset.groups(), 64)
     assert pool.images.shape == (12, 64, 64)
-    assert Image.open(tmp_path / "a" / "heart" / "images" / "heart000_01.png").mode == "L"
+    with Image.open(tmp_path / "a" / "heart" / "images" / "heart000_01.png") as image:
+        assert image.mode == "L"
 
 
 def test_image_and_mask_move_together():
@@ -144,7 +145,9 @@ def _run(tmp_path, steps, name):
     pools = synthetic_pools(7, 4, 160)
     config = PretrainConfig(steps=steps, batch=2, warmup=2, validate_every=2)
     pairs = validation_pairs(pools, 2, 0)
-    return Pretraining(PRESETS["nano"], config, Tasks([], pools, 1.0), pairs, tmp_path / name, {"command": "test"})
+    return Pretraining(
+        PRESETS["nano"], config, Tasks([], pools, 1.0), pairs, tmp_path / name, {"command": "test"}
+    )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):

@@ -86,7 +86,7 @@ class NnUnet(Dataset):
 
 def _open(path: Path) -> Any:
     try:
-        return nib.load(path)  # type: ignore[attr-defined]
+        return nib.load(path) 
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise InvalidDataset(f"{path} is not a readable NIfTI file") from error
 

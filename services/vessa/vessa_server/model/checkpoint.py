@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vessa.errors import InvalidWeights
-from vessa_server.model.language import LanguageModel
+from vessa_server.model.language import LanguageModel, stored_state
 from vessa_server.model.presets import Preset
 from vessa_server.model.vessa import Vessa
 
@@ -40,15 +40,9 @@ def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool 
     for part in _PARTS:
         module = getattr(model, part)
         if module is not None:
-            state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
-            save_file(state, fresh / f"{part}.safetensors")
+            save_file(stored_state(module, half), fresh / f"{part}.safetensors")
     if model.language is not None:
-        dtype = next(model.language.model.parameters()).dtype
-        if half:
-            model.language.model.half()
-        model.language.write(fresh / "language")
-        model.language.model.to(dtype)
+        model.language.write(fresh / "language", half=half)
     files = {
         str(p.relative_to(fresh)): _sha256(p)
         for p in sorted(fresh.rglob("*"))

@@ -38,6 +38,12 @@ _CHAT = (
 )
 
 
+def stored_state(module: nn.Module, half: bool) -> dict[str, Tensor]:
+    """Return a module's state on the CPU, floats as float16 when `half`; the module stays as it is."""
+    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    return {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+
+
 class LanguageModel(nn.Module):
     """A Qwen3-VL with its processor.
 
@@ -69,9 +75,9 @@ class LanguageModel(nn.Module):
         processor = Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
         return cls(model, processor, image_size)
 
-    def write(self, folder: Path) -> None:
-        """Write the directory that `read` and vLLM take."""
-        self.model.save_pretrained(folder)
+    def write(self, folder: Path, *, half: bool) -> None:
+        """Write the directory that `read` and vLLM take; `half` stores float16."""
+        self.model.save_pretrained(folder, state_dict=stored_state(self.model, half))
         self.processor.save_pretrained(folder)
 
     @property
