@@ -1,0 +1,219 @@
+"""`vessa-trainer fit|evaluate|predict|compare|verify`: the trainer's command line."""
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import track
+
+from vessa.datasets import open_dataset
+from vessa.datasets import verify as find_faults
+from vessa.errors import InvalidDataset, VessaError
+from vessa_trainer.config import Config, load_config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+_console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of one experiment.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override, as section.key=value; repeatable.")]
+Data = Annotated[Path | None, typer.Option(help="Data folder.")]
+Labeled = Annotated[str | None, typer.Option(help="Split file of the labeled patients.")]
+Student = Annotated[str | None, typer.Option(help="unet or dpt.")]
+Steps = Annotated[int | None, typer.Option(help="Training iterations.")]
+Out = Annotated[Path | None, typer.Option(help="Where to write.")]
+Url = Annotated[str | None, typer.Option(help="Address of the annotator.")]
+
+
+def _config(file: Path | None, overrides: list[str] | None, **given: object) -> Config:
+    names = {
+        "data": "data.root",
+        "labeled": "data.labeled",
+        "student": "student.name",
+        "url": "annotator.url",
+    }
+    named = [f"{names.get(k, k)}={v}" for k, v in given.items() if v is not None]
+    return load_config(file, [*named, *(overrides or [])])
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+
+
+def _command(*extra: str) -> str:
+    arguments = [a for a in sys.argv[1:] if a not in extra]
+    return "vessa-trainer " + shlex.join([*arguments, *extra])
+
+
+@app.command()
+def fit(
+    config: ConfigFile = None,
+    data: Data = None,
+    labeled: Labeled = None,
+    student: Student = None,
+    method: Annotated[str | None, typer.Option(help="supervised, unimatch_v2 or vessa.")] = None,
+    steps: Steps = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    out: Out = None,
+    url: Url = None,
+    overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run found in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one student; the run directory holds its checkpoints, curves and scores."""
+    from vessa_trainer.compare import fit as train
+
+    resolved = _config(
+        config,
+        overrides,
+        data=data,
+        labeled=labeled,
+        student=student,
+        steps=steps,
+        seed=seed,
+        out=out,
+        url=url,
+        **{"semi.method": method},
+    )
+    summary = train(resolved, resume_line=_command("--resume"), resume=resume)
+    dice = summary["test"]["mean"]["dice"]
+    _console.print(f"test Dice {dice:.3f}; run in {resolved.out}", highlight=False)
+    _finish(
+        {"dice": dice, "test": summary["test"], "out": resolved.out, "wait_share": summary["wait_share"]},
+        as_json,
+    )
+
+
+@app.command()
+def compare(
+    config: ConfigFile = None,
+    data: Data = None,
+    labeled: Labeled = None,
+    student: Student = None,
+    steps: Steps = None,
+    seeds: Annotated[int, typer.Option(help="Seeds 0..N-1.", min=1)] = 3,
+    out: Out = None,
+    url: Url = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train UniMatch V2 alone and VESSA-assisted with the same steps and seeds; print one table."""
+    from vessa_trainer.compare import compare as run
+
+    resolved = _config(
+        config, overrides, data=data, labeled=labeled, student=student, steps=steps, out=out, url=url
+    )
+    result = run(resolved, seeds=seeds, resume_line=_command(), console=_console)
+    _console.print(f"report: {result['report']}", highlight=False)
+    _finish(result, as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    split: Annotated[str, typer.Option(help="Split file of the patients to score.")] = "splits/test.txt",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run's best teacher on the patients of a split."""
+    from vessa_trainer.data import cases_of
+    from vessa_trainer.loop import evaluate as score
+    from vessa_trainer.loop import load_best
+    from vessa_trainer.report import Row, table
+
+    config = _config(run / "config.yaml", None, data=data)
+    dataset = open_dataset(config.data.root)
+    model, channels, _ = load_best(run, config)
+    scores = score(model, dataset, cases_of(dataset, dataset.split(split)), config, channels)
+    header, lines = table([Row(config.semi.method, [scores])])
+    for line in [header, *lines]:
+        _console.print("  ".join(f"{c:<24}" for c in line), highlight=False)
+    _finish(scores.to_dict(), as_json)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    images: Annotated[Path, typer.Argument(help="A data folder, or a folder of PNG, JPEG or TIFF images.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the masks: 8-bit PNG with class ids, same size.")],
+    as_json: Json = False,
+) -> None:
+    """Segment a folder of images with a run's best teacher."""
+    from vessa_trainer.loop import load_best, predict_slice
+
+    config = _config(run / "config.yaml", None)
+    model, channels, classes = load_best(run, config)
+    out.mkdir(parents=True, exist_ok=True)
+    sources = _images(images)
+    for name, read in track(sources.items(), "predicting", console=_console, transient=True):
+        probability = predict_slice(model, [read()], config, channels)[0]
+        Image.fromarray(probability.argmax(0).byte().numpy()).save(out / f"{name}.png")
+    _console.print(f"{len(sources)} masks in {out}", highlight=False)
+    _finish({"masks": len(sources), "out": str(out), "classes": classes}, as_json)
+
+
+def _images(folder: Path) -> dict[str, Any]:
+    """Names and readers of a folder's images, whatever its layout."""
+    try:
+        dataset = open_dataset(folder)
+    except InvalidDataset:
+        paths = sorted(
+            p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+        )
+        if not paths:
+            raise InvalidDataset(f"{folder} is no data set and holds no PNG, JPEG or TIFF images") from None
+        return {p.stem: lambda p=p: _read(p) for p in paths}
+    return {s.name: lambda s=s: dataset.image(s) for s in dataset.slices()}
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "TIFF"]) as image:
+            return np.array(image if image.mode == "L" else image.convert("RGB"), dtype=np.uint8)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InvalidDataset(f"{path} is not a readable PNG, JPEG or TIFF image") from error
+
+
+@app.command()
+def verify(
+    data: Annotated[Path, typer.Argument(help="Data folder.")],
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="Split files that must not overlap.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find what would spoil training: sizes, class ids, empty masks, duplicates, patients in two splits."""
+    dataset = open_dataset(data)
+    names = splits or [
+        n for n in ("splits/train.txt", "splits/val.txt", "splits/test.txt") if (data / n).is_file()
+    ]
+    findings = find_faults(dataset, {n: dataset.split(n) for n in names})
+    for finding in findings:
+        color = "red" if finding.severity == "error" else "yellow"
+        _console.print(f"{finding.severity}: {finding.kind}: {finding.where}: {finding.message}", style=color)
+    errors = sum(f.severity == "error" for f in findings)
+    _console.print(f"{len(dataset.slices())} images, {errors} errors, {len(findings) - errors} warnings")
+    _finish(
+        {"images": len(dataset.slices()), "errors": errors, "findings": [vars(f) for f in findings]}, as_json
+    )
+    if errors:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; a VessaError becomes one clear line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_console)])
+    try:
+        app()
+    except VessaError as error:
+        _console.print(f"vessa-trainer: {error.code}: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from error
