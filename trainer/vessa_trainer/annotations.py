@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
@@ -206,14 +207,15 @@ class AnnotationFeed:
         if missing:
             answers = self._ask([batch[i] for i in missing], [images[i] for i in missing])
             for i, answer in zip(missing, answers, strict=True):
-                found[i] = self._label(batch[i], images[i], answer)
+                label = self._label(batch[i], images[i], answer)
+                found[i] = label
                 if answer.error is None:
-                    fresh[self._key(images[i], batch[i], answer.bank_version)] = found[i]
+                    fresh[self._key(images[i], batch[i], answer.bank_version)] = label
             self._cache.put(fresh)
         with self._changed:
-            for wanted, label in zip(batch, found, strict=True):
-                assert label is not None
-                self._keep(wanted, label)
+            for wanted, kept in zip(batch, found, strict=True):
+                assert kept is not None
+                self._keep(wanted, kept)
             self._changed.notify_all()
 
     def _keep(self, wanted: _Wanted, label: PseudoLabel) -> None:
@@ -228,7 +230,7 @@ class AnnotationFeed:
 
     def _ask(self, batch: list[_Wanted], images: list[np.ndarray]) -> list[Annotation]:
         """Ask the annotator; images it has seen go by their id alone."""
-        options = {
+        options: dict[str, Any] = {
             "bank": self._bank.name,
             "classes": self._classes,
             "groups": [w.item.group for w in batch],

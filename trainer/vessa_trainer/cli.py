@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from PIL import Image
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.progress import track
 from vessa.datasets import open_dataset
 from vessa.datasets import verify as find_faults
 from vessa.errors import InvalidDataset, VessaError
+from vessa.images import read_image
 from vessa_trainer.config import Config, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -171,16 +171,8 @@ def _images(folder: Path) -> dict[str, Any]:
         )
         if not paths:
             raise InvalidDataset(f"{folder} is no data set and holds no PNG, JPEG or TIFF images") from None
-        return {p.stem: lambda p=p: _read(p) for p in paths}
+        return {p.stem: lambda p=p: read_image(p) for p in paths}
     return {s.name: lambda s=s: dataset.image(s) for s in dataset.slices()}
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path, formats=["PNG", "JPEG", "TIFF"]) as image:
-            return np.array(image if image.mode == "L" else image.convert("RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidDataset(f"{path} is not a readable PNG, JPEG or TIFF image") from error
 
 
 @app.command()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -31,7 +31,10 @@ from vessa_trainer.report import (
     write_run_report,
 )
 
-_METHODS = {"unimatch_v2": "UniMatch V2", "vessa": "VESSA-assisted"}
+_METHODS: dict[Literal["unimatch_v2", "vessa"], str] = {
+    "unimatch_v2": "UniMatch V2",
+    "vessa": "VESSA-assisted",
+}
 
 
 def bank_name(config: Config, dataset: Dataset) -> str:
@@ -147,9 +150,9 @@ def compare(config: Config, *, seeds: int, resume_line: str, console: Console) -
         out / "report.html",
         title=f"{dataset.name}: UniMatch V2 and VESSA",
         lead=(
-            f"{len(splits.labeled)} labeled and {len(splits.unlabeled)} unlabeled patients, {len(splits.test)} test "
-            f"patients; {config.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; the checkpoint was chosen on "
-            f"{len(splits.val)} validation patients."
+            f"{len(splits.labeled)} labeled and {len(splits.unlabeled)} unlabeled patients, "
+            f"{len(splits.test)} test patients; {config.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; "
+            f"the checkpoint was chosen on {len(splits.val)} validation patients."
         ),
         header=header,
         lines=lines,

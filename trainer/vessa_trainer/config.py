@@ -333,9 +333,7 @@ def _check(config: Config) -> None:
             raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
     multiple = 14 if student.name == "dpt" else 2 ** (len(student.widths) - 1)
     if student.crop % multiple:
-        raise InvalidConfig(
-            f"student.crop must be a multiple of {multiple} for {student.name}, got {student.crop}"
-        )
+        raise InvalidConfig(f"student.crop must be a multiple of {multiple}, got {student.crop}")
     unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
     if unknown:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")

@@ -101,7 +101,7 @@ class Frame:
         inner = self.inner
         shrinks = mode == "bilinear" and inner[0] < self.height
         options = {"align_corners": False, "antialias": shrinks} if mode == "bilinear" else {}
-        small = F.interpolate(array[None], inner, mode=mode, **options)[0]  # type: ignore[arg-type]
+        small = F.interpolate(array[None], inner, mode=mode, **options)[0]
         top, left = (self.size - inner[0]) // 2, (self.size - inner[1]) // 2
         return F.pad(small, (left, self.size - inner[1] - left, top, self.size - inner[0] - top))
 

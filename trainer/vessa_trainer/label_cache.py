@@ -163,7 +163,7 @@ class RedisCache:
             self._note(error)
             return [None] * len(keys)
         self._note(None)
-        return [None if v is None else unpack(v) for v in values]
+        return [unpack(v) if isinstance(v, bytes) else None for v in values]
 
     def put(self, labels: Mapping[str, PseudoLabel]) -> None:
         """Write labels in one round trip."""

@@ -15,13 +15,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vessa.images import class_color, overlay
 from vessa.metrics import METRICS, Scores
 
 matplotlib.use("Agg")
 
-_COLORS = np.array(
-    [[230, 75, 60], [60, 160, 230], [245, 190, 50], [90, 190, 110], [170, 110, 210], [240, 130, 190]]
-)
 _HEADINGS = {"dice": "Dice", "iou": "IoU", "iou_fgbg": "IoU (fg+bg)", "hd95": "HD95"}
 
 
@@ -120,30 +118,12 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 @dataclass(frozen=True)
 class Overlay:
-    """One case of the picture table. image: uint8 (H, W[, 3]); masks: column title to uint8 (H, W) class ids."""
+    """One case of the picture table. image: uint8 (H, W[, 3]); masks: column to uint8 (H, W)."""
 
     title: str
     image: np.ndarray
     masks: dict[str, np.ndarray]
     captions: dict[str, str]
-
-
-def paint(image: np.ndarray, mask: np.ndarray, opacity: float = 0.45) -> np.ndarray:
-    """Lay class colors over an image: uint8 (H, W, 3)."""
-    canvas = np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image
-    canvas = canvas.astype(np.float32)
-    for class_id in np.unique(mask[mask > 0]):
-        inside = mask == class_id
-        edge = inside & ~_shrunk(inside)
-        color = _COLORS[(int(class_id) - 1) % len(_COLORS)]
-        canvas[inside] = canvas[inside] * (1 - opacity) + color * opacity
-        canvas[edge] = color
-    return canvas.round().astype(np.uint8)
-
-
-def _shrunk(mask: np.ndarray) -> np.ndarray:
-    padded = np.pad(mask, 1)
-    return padded[1:-1, :-2] & padded[1:-1, 2:] & padded[:-2, 1:-1] & padded[2:, 1:-1]
 
 
 def _picture(pixels: np.ndarray, height: int = 190) -> str:
@@ -157,10 +137,15 @@ def _picture(pixels: np.ndarray, height: int = 190) -> str:
     return f'<img height="{height}" alt="" src="data:image/png;base64,{data}">'
 
 
+def _css(class_id: int) -> str:
+    return ",".join(f"{v:.0f}" for v in class_color(class_id))
+
+
 def _chart(figure: Figure) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=100)
-    return f'<img class="chart" alt="curves" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+    data = base64.b64encode(stream.getvalue()).decode()
+    return f'<img class="chart" alt="curves" src="data:image/png;base64,{data}">'
 
 
 _STYLE = """
@@ -201,26 +186,27 @@ def write_html(
     body.append("</tr></table>")
     if overlays:
         legend = "".join(
-            f"<span class='swatch' style='background:rgb({','.join(map(str, _COLORS[(c - 1) % len(_COLORS)]))})'></span>"
-            f"{escape(n)}"
+            f"<span class='swatch' style='background:rgb({_css(c)})'></span>{escape(n)}"
             for c, n in classes.items()
         )
         body.append(
-            f"<h2>Best, median and worst cases</h2><p>{legend}</p><table class='cases'><tr><th></th><th>image</th>"
+            f"<h2>Best, median and worst cases</h2><p>{legend}</p>"
+            "<table class='cases'><tr><th></th><th>image</th>"
         )
         body += [f"<th>{escape(t)}</th>" for t in overlays[0].masks]
         for case in overlays:
-            plain = paint(case.image, np.zeros(case.image.shape[:2], np.uint8))
+            plain = overlay(case.image, np.zeros(case.image.shape[:2], np.uint8))
             body.append(f"</tr><tr><td>{escape(case.title)}</td><td>{_picture(plain)}</td>")
             for name, mask in case.masks.items():
                 caption = f"<br><small>{escape(case.captions.get(name, ''))}</small>"
-                body.append(f"<td>{_picture(paint(case.image, mask))}{caption}</td>")
+                body.append(f"<td>{_picture(overlay(case.image, mask))}{caption}</td>")
         body.append("</tr></table>")
     for name, figure in figures:
         body.append(f"<h2>{escape(name)}</h2>{_chart(figure)}")
     listing = escape(json.dumps(details, indent=1, default=str))
     body.append(
-        f"<h2>How this was made</h2><details><summary>configuration and counts</summary><pre>{listing}</pre></details>"
+        "<h2>How this was made</h2><details><summary>configuration and counts</summary>"
+        f"<pre>{listing}</pre></details>"
     )
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"

@@ -1,6 +1,7 @@
 """The students: UniMatch v1's medical U-Net, and DINOv2 with a DPT head as in UniMatch V2."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -58,7 +59,9 @@ class UNet(nn.Module):
         return self.head(x)
 
 
-_BACKBONES = {  # timm name and options, layers read, DPT features, channels of the four levels
+_BACKBONES: dict[
+    str, tuple[str, dict[str, Any], tuple[int, ...], int, tuple[int, ...]]
+] = {  # timm name and options, layers read, DPT features, channels of the four levels
     "tiny": (
         "vit_small_patch14_dinov2",
         {"embed_dim": 48, "depth": 4, "num_heads": 3},
@@ -106,12 +109,15 @@ class DPT(nn.Module):
         super().__init__()
         name, options, self.layers, width, levels = _BACKBONES[config.backbone]
         hub = config.pretrained and config.weights is None
-        self.backbone = timm.create_model(
+        self.mean: Tensor
+        self.std: Tensor
+        backbone: Any = timm.create_model(
             name, pretrained=hub, num_classes=0, dynamic_img_size=True, img_size=config.crop, **options
         )
+        self.backbone = backbone
         if config.weights is not None:
-            _load_backbone(self.backbone, Path(config.weights))
-        dim = self.backbone.embed_dim
+            _load_backbone(backbone, Path(config.weights))
+        dim = int(backbone.embed_dim)
         self.feature_channels = [dim]  # one mask serves all four levels, as upstream does
         self.reduce = nn.ModuleList(nn.Conv2d(dim, c, 1) for c in levels)
         self.rescale = nn.ModuleList(

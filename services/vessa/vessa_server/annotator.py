@@ -288,8 +288,9 @@ class Annotator:
             side = 4 * self.model.segmenter.side
             logits = torch.stack([_square_logits(p, side) for p in passes]).to(self.model.device)
         device = self.model.device
-        sparse = (all_points.to(device), all_labels.to(device)) if longest else (None, None)
-        return PromptBatch(*sparse, logits, present.to(device))
+        if not longest:
+            return PromptBatch(mask_logits=logits, mask_present=present.to(device))
+        return PromptBatch(all_points.to(device), all_labels.to(device), logits, present.to(device))
 
     def _fuse(
         self, item: SegmentItem, bank: Bank, plan: list[_Pass], outputs: list[tuple[Tensor, float]]

@@ -35,7 +35,7 @@ class NnUnet(Dataset):
             channels = meta.get("channel_names", meta.get("modality", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidDataset(
-                f'{self.root / "dataset.json"} must hold {{"labels": {{"background": 0, ...}}}} with one id a class'
+                f'{self.root}/dataset.json must hold {{"labels": {{"background": 0, ...}}}} with an id each'
             ) from error
         self.modality = str(channels.get("0", "")) if isinstance(channels, dict) else ""
         self.licence = str(meta.get("licence", meta.get("license", "")))
@@ -86,7 +86,7 @@ class NnUnet(Dataset):
 
 def _open(path: Path) -> Any:
     try:
-        return nib.load(path) 
+        return nib.load(path)
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise InvalidDataset(f"{path} is not a readable NIfTI file") from error
 

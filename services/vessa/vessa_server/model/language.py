@@ -26,7 +26,13 @@ from vessa_server.model.presets import LanguagePreset
 
 SEG = "<SEG>"
 _PATCH, _MERGE = 16, 2
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+_SPECIAL: tuple[str, ...] = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+)
 _SPECIAL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", SEG)
 _CHAT = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
@@ -83,7 +89,8 @@ class LanguageModel(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Length of the state at <SEG>."""
-        return self.model.config.text_config.hidden_size
+        config: Any = self.model.config.text_config
+        return int(config.hidden_size)
 
     def forward(
         self, overlays: Tensor, targets: Tensor, class_names: list[str], instructions: list[str]
@@ -129,7 +136,7 @@ class LanguageModel(nn.Module):
                 self._encoded.clear()
             image = {"type": "image"}
             content = [image, {"type": "text", "text": ask(instruction, class_name)}, image]
-            messages = [
+            messages: Any = [
                 {"role": "user", "content": content},
                 {"role": "assistant", "content": answer(class_name)},
             ]

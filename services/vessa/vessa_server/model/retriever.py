@@ -1,5 +1,7 @@
 """DINOv2 features for finding the most similar template (Eq. 1)."""
 
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ class Retriever(nn.Module):
     def __init__(self, preset: RetrieverPreset) -> None:
         super().__init__()
         self.preset = preset
-        self.backbone = timm.create_model(
+        self.mean: Tensor
+        self.std: Tensor
+        self.backbone: Any = timm.create_model(
             preset.name, pretrained=False, num_classes=0, img_size=preset.image_size, **preset.options
         )
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)

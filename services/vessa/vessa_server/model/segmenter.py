@@ -112,6 +112,8 @@ class Segmenter(nn.Module):
         self.correlation = (
             Correlation(preset.dim, preset.correlation_heads) if preset.correlation_heads else None
         )
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 

@@ -90,7 +90,7 @@ class Pretraining:
         """Train to the end, write weights to `out/weights` and return the run's figures."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns) as bar:
-            task = bar.add_task("Stage 1", total=1.0, completed=self.progress)
+            task = bar.add_task("Stage 1", total=1.0)
             while self.progress < 1:
                 started = time.perf_counter()
                 figures = self._step()

@@ -21,6 +21,8 @@ from vessa_server.pretraining.losses import (
 from vessa_server.pretraining.tasks import Pair
 
 BOX_SHARE, LOGITS_SHARE, NO_LANGUAGE_SHARE, NO_MEMORY_SHARE = 0.15, 0.15, 0.1, 0.05
+ANONYMOUS_SHARE = 0.4  # of the pairs name no structure: a lab's class names are not those of Stage 1
+ANONYMOUS = "structure"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def validation_dice(model: Vessa, pairs: list[Pair], device: torch.device, size:
             seen = overlay(batch.templates, batch.template_masks)
             h_seg, _ = model.see(seen, batch.targets, batch.class_names, [INSTRUCTIONS[0]] * count)
         logits, _, _ = model.draw(features[count:], memories, h_seg)
-        logits = resize(logits, batch.target_masks.shape[-2:])
+        logits = resize(logits, (batch.target_masks.shape[-2], batch.target_masks.shape[-1]))
         scores.append(soft_dice((logits > 0).float() * 40 - 20, batch.target_masks, 1e-3))
     model.train()
     return float(torch.cat(scores).mean())
