@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
+
 from vessa.errors import ClassConflict, InvalidRequest, TooLarge, UnknownBank, UnknownTemplate, VessaError
 from vessa.schemas import BankInfo, TemplateInfo
-
 from vessa_server.store import Entry, Index, Store, blob_digest
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class Template:
 
     image: (H, W) or (H, W, 3) uint8; mask: (H, W) uint8 class ids, 0 background
     classes: {id: name} of the classes in the mask; group: whose image it is (a patient)
-    feature: (D,) float32 of unit norm; memories: class id -> (M, C) float16; model: digest of the weights of both
+    feature: (D,) float32 of unit norm; memories: class id -> (M, C) float16; model: digest of the weights of
+    both
     """
 
     id: str
@@ -52,7 +53,12 @@ class Template:
         """Return the template as safetensors bytes."""
         tensors = {"image": self.image, "mask": self.mask, "feature": self.feature}
         tensors |= {f"memory.{key}": value for key, value in self.memories.items()}
-        metadata = {"id": self.id, "group": self.group, "model": self.model, "classes": json.dumps(self.classes)}
+        metadata = {
+            "id": self.id,
+            "group": self.group,
+            "model": self.model,
+            "classes": json.dumps(self.classes),
+        }
         return save_tensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
 
     @classmethod
@@ -60,11 +66,19 @@ class Template:
         """Read what `to_blob` wrote; ValueError when it is something else."""
         try:
             tensors = load_tensors(data)
-            memories = {int(k.removeprefix("memory.")): v for k, v in tensors.items() if k.startswith("memory.")}
+            memories = {
+                int(k.removeprefix("memory.")): v for k, v in tensors.items() if k.startswith("memory.")
+            }
             return cls(
-                identity, entry.group, entry.classes, tensors["image"], tensors["mask"], tensors["feature"], memories,
+                identity,
+                entry.group,
+                entry.classes,
+                tensors["image"],
+                tensors["mask"],
+                tensors["feature"],
+                memories,
                 entry.model,
-            )  # fmt: skip
+            )
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"blob of template {identity} is not a template") from error
 
@@ -77,7 +91,13 @@ class Template:
         """Return the public description."""
         height, width = self.mask.shape
         return TemplateInfo(
-            id=self.id, bank=bank, group=self.group, classes=self.classes, height=height, width=width, created=created
+            id=self.id,
+            bank=bank,
+            group=self.group,
+            classes=self.classes,
+            height=height,
+            width=width,
+            created=created,
         )
 
 
@@ -100,8 +120,8 @@ def template_id(
 class Bank:
     """One state of a template bank; a change makes a new one with a higher version.
 
-    classes: {id: name} over all templates, by id; model: when set, retrieval leaves out templates that other weights
-    encoded (a second server with other weights on the same store), for their features do not compare.
+    classes: {id: name} over all templates, by id; model: when set, retrieval leaves out templates that other
+    weights encoded (a second server with other weights on the same store), for their features do not compare.
     """
 
     name: str
@@ -134,10 +154,11 @@ class Bank:
     def retrieve(
         self, feature: NDArray[np.float32], class_id: int, *, exclude_group: str | None, top: int = 3
     ) -> Matches:
-        """Return the `top` most similar templates that show the class, best first, with their cosine in [-1, 1].
+        """Return the `top` most similar templates that show the class, best first, with their cosine.
 
-        feature: (D,) float32 of unit norm. exclude_group: the query's own patient, never retrieved (None: unknown).
-        Equal similarities are ordered by id. An empty list means there is no template of another group.
+        feature: (D,) float32 of unit norm. exclude_group: the query's own patient, never retrieved (None:
+        unknown). Equal similarities are ordered by id. An empty list means there is no template of another
+        group.
         """
         found, features = self._by_class.get(class_id, ([], None))
         if features is None:
@@ -151,7 +172,11 @@ class Bank:
         """Return the public description."""
         groups = sorted({template.group for template in self.templates})
         return BankInfo(
-            name=self.name, version=self.version, templates=len(self.templates), groups=groups, classes=self.classes
+            name=self.name,
+            version=self.version,
+            templates=len(self.templates),
+            groups=groups,
+            classes=self.classes,
         )
 
 
@@ -192,7 +217,8 @@ def check_name(bank: str) -> str:
     """Return the bank's name; InvalidRequest unless it is safe as a file name and a key."""
     if not BANK_NAME.fullmatch(bank):
         raise InvalidRequest(
-            f"a bank name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit; got {bank[:80]!r}"
+            "a bank name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit; "
+            f"got {bank[:80]!r}"
         )
     return bank
 
@@ -202,7 +228,7 @@ Encode = Callable[[list[Template]], Sequence[Template | VessaError]]
 
 @dataclass
 class TemplateBanks:
-    """All banks of a store. Safe to use from several threads; other processes' changes are seen at the next `get`."""
+    """All banks of a store, for several threads; other processes' changes are seen at the next `get`."""
 
     store: Store
     max_templates: int = 10_000
@@ -230,7 +256,8 @@ class TemplateBanks:
     def add(self, name: str, templates: Sequence[Template]) -> TemplateInfos:
         """Add templates, all or none, making the bank if needed; those it has already are left as they are.
 
-        ClassConflict when a class id or name would get a second meaning, TooLarge when the bank would be too full.
+        ClassConflict when a class id or name would get a second meaning, TooLarge when the bank would be too
+        full.
         """
         check_name(name)
         blobs = {template.id: template.to_blob() for template in templates}
@@ -265,7 +292,7 @@ class TemplateBanks:
         self.store.change(check_name(name), edit, {})
 
     def delete(self, name: str) -> None:
-        """Delete a bank with all its templates; UnknownBank. Its version lives on, should it be made again."""
+        """Delete a bank and its templates; UnknownBank. Its version lives on, should it be made again."""
 
         def edit(old: Index) -> Index:
             self._require(name, old)
@@ -276,10 +303,11 @@ class TemplateBanks:
     def refresh(
         self, encode: Encode, model: str, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> int:
-        """Encode anew every template whose model digest is not `model`, and use only those of `model` from now on.
+        """Encode anew every template whose model digest is not `model`; from now on use only `model`.
 
-        encode: templates -> the same with fresh feature and memories, or an error each; progress(done, total).
-        Returns how many were encoded. One that fails is left in the bank, out of retrieval, with a warning in the log.
+        encode: templates -> the same with fresh feature and memories, or an error each; progress(done,
+        total). Returns how many were encoded. One that fails is left in the bank, out of retrieval, with a
+        warning in the log.
         """
         self.model = None
         stale = [(n, t) for n in self.store.names() for t in self.get(n).templates if t.model != model]

@@ -1,8 +1,9 @@
 """A bounded queue in front of the one thread that uses the device.
 
-Requests submit items from the event loop; the device thread takes them in batches. An idle device starts at once with
-whatever is there; a busy one waits a few milliseconds for a fuller batch. Each item has its own future: it gets its
-own result or its own error, and one that nobody waits for any more is dropped before it costs anything.
+Requests submit items from the event loop; the device thread takes them in batches. An idle device starts at
+once with whatever is there; a busy one waits a few milliseconds for a fuller batch. Each item has its own
+future: it gets its own result or its own error, and one that nobody waits for any more is dropped before it
+costs anything.
 """
 
 import asyncio
@@ -32,11 +33,11 @@ class _Entry:
 
 
 class DeviceQueue:
-    """Bounded queue and device thread. `submit` and `submit_all` are for one event loop or several, any thread.
+    """Bounded queue and device thread; `submit` and `submit_all` are for any event loop.
 
     process: items -> one result or VessaError for each, in order; runs in the device thread only.
-    max_items: how many may wait; max_batch: how many are processed at once; wait_s: how long a busy device waits for
-    a fuller batch. observe(batch size, seconds): called after each batch.
+    max_items: how many may wait; max_batch: how many are processed at once; wait_s: how long a busy device
+    waits for a fuller batch. observe(batch size, seconds): called after each batch.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class DeviceQueue:
     ) -> None:
         """Start the device thread; ValueError when a limit is not positive."""
         if max_items < 1 or max_batch < 1 or wait_s < 0:
-            raise ValueError(f"expected limits >= 1 and a wait >= 0 s, got {max_items}, {max_batch}, {wait_s}")
+            raise ValueError(
+                f"expected limits >= 1 and a wait >= 0 s, got {max_items}, {max_batch}, {wait_s}"
+            )
         self.max_items, self.max_batch, self.wait_s = max_items, max_batch, wait_s
         self._process, self._observe = process, observe
         self._entries: deque[_Entry] = deque()

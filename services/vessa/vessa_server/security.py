@@ -1,7 +1,7 @@
 """Who may call: one bearer key, checked by a dependency of each route.
 
-Every route needs the key except the two probes `/livez` and `/readyz`, which say nothing but yes or no. That includes
-`/docs` and `/metrics`: reach them with the header `Authorization: Bearer <key>`.
+Every route needs the key except the two probes `/livez` and `/readyz`, which say nothing but yes or no. That
+includes `/docs` and `/metrics`: reach them with the header `Authorization: Bearer <key>`.
 """
 
 import hmac
@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
 from vessa.client import default_key_file
 from vessa.errors import Forbidden, InvalidConfig, Unauthorized
-
 from vessa_server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ _bearer = HTTPBearer(auto_error=False, description="The key of the key file, or 
 class Access:
     """How callers are let in.
 
-    key: what they must present, None = anyone (insecure); file: where a generated key is kept; created: just now.
+    key: what they must present, None = anyone (insecure); file: where a generated key is kept; created: just
+    now.
     """
 
     key: str | None
@@ -63,12 +64,14 @@ def resolve_access(settings: Settings) -> Access:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfig(f"the key file {path} cannot be used; set VESSA_API_KEY or repair it") from error
     if len(key) < 16 or not key.isascii():
-        raise InvalidConfig(f"the key file {path} holds no key of 16 characters or more; delete it for a new one")
+        raise InvalidConfig(
+            f"the key file {path} holds no key of 16 characters or more; delete it for a new one"
+        )
     return Access(key, path, created)
 
 
 def _create_key(path: Path) -> bool:
-    """Write a new key unless the file is there; of two servers starting at once, one writes and both read it."""
+    """Write a new key unless there is one; of two servers that start at once, both read the first."""
     if path.exists():
         return False
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -92,8 +95,8 @@ def require_key(
 ) -> None:
     """Let the request through when it presents the key; Unauthorized otherwise.
 
-    An insecure service has no key to check. It refuses (Forbidden) requests that a browser sends for another site's
-    page, so that visiting a page cannot change the banks of a service on the visitor's machine.
+    An insecure service has no key to check. It refuses (Forbidden) requests that a browser sends for another
+    site's page, so that visiting a page cannot change the banks of a service on the visitor's machine.
     """
     access: Access = request.app.state.access
     if access.key is None:

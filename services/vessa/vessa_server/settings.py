@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
 from vessa.errors import InvalidConfig
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -24,9 +25,10 @@ def default_store() -> str:
 class Settings(BaseSettings):
     """Everything an operator can choose. Built by the command line or `create_app`, never at import.
 
-    host: address to bind, loopback unless told otherwise; api_key: when empty, one is generated and kept in the key
-    file; insecure: serve without a key. weights: `nano` or a weights directory; device: cpu, cuda, cuda:N or auto.
-    store: folder:PATH or redis://...; threads: CPU threads of the device thread, 0 = torch's choice.
+    host: address to bind, loopback unless told otherwise; api_key: when empty, one is generated and kept in
+    the key file; insecure: serve without a key. weights: `nano` or a weights directory; device: cpu, cuda,
+    cuda:N or auto. store: folder:PATH or redis://...; threads: CPU threads of the device thread, 0 = torch's
+    choice.
     """
 
     model_config = SettingsConfigDict(env_prefix="VESSA_", extra="ignore", hide_input_in_errors=True)
@@ -34,7 +36,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8700, ge=0, le=65535)
     api_key: SecretStr = SecretStr("")
-    key_file: Path | None = Field(None, description="where the generated key is kept; the client's default place")
+    key_file: Path | None = Field(
+        None, description="where the generated key is kept; the client's default place"
+    )
     insecure: bool = False
     weights: str = "nano"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
@@ -58,10 +62,20 @@ class Settings(BaseSettings):
     drain_s: Seconds = Field(30.0, description="for requests in work after SIGTERM")
     feature_cache_bytes: int = Field(512 * MEGABYTE, ge=0)
 
+    def __init__(self, **given: Any) -> None:
+        """Read the environment; `given` goes before. InvalidConfig names what is wrong, not its value."""
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+            raise InvalidConfig("; ".join(parts)) from error
+
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         if self.insecure and self.key:
-            raise ValueError("insecure and api_key exclude each other: remove VESSA_API_KEY or VESSA_INSECURE")
+            raise ValueError(
+                "insecure and api_key exclude each other: remove VESSA_API_KEY or VESSA_INSECURE"
+            )
         if self.max_items > self.queue_items:
             raise ValueError(
                 f"max_items ({self.max_items}) must not exceed queue_items ({self.queue_items}): "
@@ -89,12 +103,3 @@ class Settings(BaseSettings):
             "queue_items": self.queue_items,
             "max_batch": self.max_batch,
         }
-
-
-def read_settings(**given: object) -> Settings:
-    """Build settings from the environment and `given`; InvalidConfig names each wrong one, without its value."""
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-        raise InvalidConfig("; ".join(parts)) from error

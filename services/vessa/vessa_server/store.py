@@ -1,9 +1,10 @@
 """Where template banks are kept: a folder, or Redis.
 
-A store holds, per bank, one versioned *index* (what the bank contains, small JSON) and immutable *blobs* named by
-their sha256 (safetensors, one a template). A change rewrites the index under a transaction, so another process sees
-either the old bank or the new one, and a process killed at any point leaves the old one. Versions only grow, also
-across the deletion of a bank: a label cached under (bank, version) can never be mistaken for a newer one.
+A store holds, per bank, one versioned *index* (what the bank contains, small JSON) and immutable *blobs*
+named by their sha256 (safetensors, one a template). A change rewrites the index under a transaction, so
+another process sees either the old bank or the new one, and a process killed at any point leaves the old
+one. Versions only grow, also across the deletion of a bank: a label cached under (bank, version) can never
+be mistaken for a newer one.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import redis
+
 from vessa.errors import InvalidConfig, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """One state of a bank: its version, whether it exists (deleted banks keep counting), template id -> entry."""
+    """One state of a bank: version, whether it exists (deleted ones keep counting), id -> entry."""
 
     version: int = 0
     exists: bool = False
@@ -72,7 +74,7 @@ class Index:
             raise StoreUnavailable("the index of a template bank is damaged; restore the store") from error
 
 
-# Returns the wanted entries and whether the bank exists, or None to leave it as it is. It may run several times.
+# Returns the wanted entries and whether the bank exists, or None to change nothing. May run several times.
 Edit = Callable[[Index], Index | None]
 
 
@@ -116,8 +118,8 @@ def _checked(bank: str, digest: str, data: bytes | None) -> bytes | None:
 class FolderStore:
     """Keeps each bank in `<folder>/<bank>/`: `index.json` and `blobs/<sha256>.safetensors`.
 
-    Files are written beside their place, synced and renamed. One lock file orders the writers, of this process and
-    of others; readers need no lock.
+    Files are written beside their place, synced and renamed. One lock file orders the writers, of this
+    process and of others; readers need no lock.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -226,7 +228,7 @@ def _disk(action: str) -> Iterator[None]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file so that its name holds either the old bytes or all of the new ones, also after a power cut."""
+    """Write a file so that its name holds the old bytes or all of the new ones, also after a power cut."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with fresh.open("wb") as file:
@@ -247,15 +249,16 @@ def _write(path: Path, data: bytes) -> None:
 class RedisStore:
     """Keeps banks in Redis, shared by several annotators.
 
-    Keys: set `vessa:banks`; hash `vessa:bank:{name}` (version, index); hash `vessa:blobs:{name}` (digest -> bytes).
-    A change is one WATCH/MULTI transaction, repeated when another writer was faster. What survives a restart of Redis
-    is Redis's own setting: run it with `appendonly yes`.
+    Keys: set `vessa:banks`; hash `vessa:bank:{name}` (version, index); hash `vessa:blobs:{name}` (digest ->
+    bytes). A change is one WATCH/MULTI transaction, repeated when another writer was faster. What survives a
+    restart of Redis is Redis's own setting: run it with `appendonly yes`.
     """
 
     def __init__(self, url: str, *, timeout: float = 5.0, attempts: int = 200) -> None:
         """Connect lazily.
 
-        url: redis://, rediss:// or unix://; timeout: seconds for one command; attempts: at a contended change.
+        url: redis://, rediss:// or unix://; timeout: seconds for one command; attempts: at a contended
+        change.
         """
         try:
             self._redis = redis.Redis.from_url(
@@ -322,7 +325,7 @@ class RedisStore:
 
 @contextlib.contextmanager
 def _reachable() -> Iterator[None]:
-    """Turn a failure of Redis into StoreUnavailable; its address, which may hold a password, stays in the log."""
+    """Turn a failure of Redis into StoreUnavailable without its address, which may hold a password."""
     try:
         yield
     except redis.WatchError:

@@ -1,0 +1,163 @@
+"""The FastAPI app: its parts put together, every failure in one form, and how it is served."""
+
+import logging
+import math
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
+from vessa.schemas import ErrorBody, ErrorResponse
+from vessa_server import __version__
+from vessa_server.bank import TemplateBanks
+from vessa_server.routes import api, probes
+from vessa_server.security import resolve_access
+from vessa_server.service import Factory, Service
+from vessa_server.settings import Settings
+from vessa_server.telemetry import Observe
+
+if TYPE_CHECKING:
+    from vessa_server.annotator import Annotator
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """Reference-guided segmentation of medical images.
+
+Every route but /livez and /readyz needs the header `Authorization: Bearer <key>`.
+A failure is {"error": {"code", "message", "item"}}.
+"""
+CLIENT_LEFT = 499  # nobody reads it; it makes the metrics tell disconnects from failures
+
+
+def load(settings: Settings, banks: TemplateBanks) -> "Annotator":
+    """Load the annotator that the settings describe; torch is imported here, in the loading thread."""
+    if settings.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # torch reads it once, when it is imported
+    from vessa_server.annotator import load_annotator
+
+    return load_annotator(settings.weights, settings.device, banks, settings.feature_cache_bytes)
+
+
+def create_app(settings: Settings | None = None, annotator_factory: Factory = load) -> FastAPI:
+    """Return the app. It loads when its lifespan starts; until then all but /livez answer 503 not_ready.
+
+    annotator_factory: makes the annotator from the settings and the banks, in the loading thread.
+    """
+    settings = settings or Settings()
+    service = Service(settings, annotator_factory)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await run_in_threadpool(service.stop)
+
+    app = FastAPI(
+        title="VESSA annotator",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.state.access = resolve_access(settings)
+    app.include_router(probes)
+    app.include_router(api)
+    app.add_exception_handler(VessaError, _on_vessa_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_middleware(Observe, metrics=service.metrics)
+    return app
+
+
+def error_response(error: VessaError) -> Response:
+    """Return {"error": {"code", "message", "item"}} with the error's status and its Retry-After."""
+    headers = {}
+    if error.status in {429, 503, 504}:
+        headers["Retry-After"] = str(math.ceil(error.retry_after or 1))
+    if error.queue_position is not None:
+        headers["X-Queue-Position"] = str(error.queue_position)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    body = ErrorResponse(error=ErrorBody(code=error.code, message=str(error), item=error.item))
+    status = error.status or 500
+    return Response(body.model_dump_json(), status, headers, "application/json")
+
+
+def _on_vessa_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, VessaError)
+    return error_response(error)
+
+
+def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = " ".join(str(part) for part in first["loc"])
+    return error_response(InvalidRequest(f"{where}: {first['msg']}"))
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_response(NotFound("there is no such route; GET /docs lists them"))
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"this route does not take {request.method[:20]}"))
+        response.headers.update(error.headers or {})
+        return response
+    return error_response(InvalidRequest("the request could not be read"))
+
+
+def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; then take no more connections and finish the requests in work.
+
+    Prints how to get in before it loads, and logs the progress of loading. Raises what made loading fail.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    app = create_app(settings)
+    service: Service = app.state.service
+    print(app.state.access.describe(), flush=True)
+    if settings.insecure and not settings.loopback:
+        log.warning(
+            "serving without a key on %s: everyone who can reach it can use and change it", settings.host
+        )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            log_config=None,
+            lifespan="on",
+            ws="none",
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        )
+    )
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    service.on_failure = give_up
+    server.run()
+    if service.failure is not None:
+        raise service.failure

@@ -1,0 +1,214 @@
+"""The parts of a running annotator service and their life: load, work, drain. No HTTP here."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vessa.errors import (
+    DeadlineExceeded,
+    InternalError,
+    NotReady,
+    QueueFull,
+    StoreUnavailable,
+    UnknownBank,
+    VessaError,
+)
+from vessa.schemas import TemplateInfo
+from vessa_server.bank import Template, TemplateBanks, merge_classes, template_id
+from vessa_server.batching import DeviceQueue
+from vessa_server.settings import Settings
+from vessa_server.store import open_store
+from vessa_server.telemetry import Metrics
+from vessa_server.wire.reading import Reader, SeenSizes, SegmentRequest, TemplateRequest
+
+if TYPE_CHECKING:
+    from vessa_server.annotator import Annotator
+
+log = logging.getLogger(__name__)
+
+STORE_RETRY_S = 2.0
+
+Factory = Callable[[Settings, TemplateBanks], "Annotator"]
+
+
+class Loaded:
+    """What exists once the weights are loaded and the banks are encoded."""
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, banks: TemplateBanks, annotator: "Annotator"
+    ) -> None:
+        """Start the device thread."""
+        self.settings, self.banks, self.annotator, self.metrics = settings, banks, annotator, metrics
+        self.queue = DeviceQueue(
+            self._process, settings.queue_items, settings.max_batch, settings.batch_wait_s, metrics.batch
+        )
+        metrics.queue_depth.set_function(lambda: self.queue.depth)
+        self.reader = Reader(settings, banks, SeenSizes(), annotator.holds)
+
+    def _process(self, items: list[Any]) -> list[Any]:
+        """Run a batch in the device thread: templates and query images may be mixed in it."""
+        from vessa_server.annotator import TemplateItem
+
+        results: list[Any] = [None] * len(items)
+        for wanted, run in ((True, self.annotator.encode_templates), (False, self.annotator.segment)):
+            places = [i for i, item in enumerate(items) if isinstance(item, TemplateItem) == wanted]
+            answers: Sequence[Any] = run([items[i] for i in places]) if places else []
+            for place, answer in zip(places, answers, strict=True):
+                results[place] = answer
+        return results
+
+    async def segment(self, request: SegmentRequest) -> list[Any]:
+        """Return a SegmentResult or VessaError for each image of the request."""
+        places = [i for i, item in enumerate(request.items) if not isinstance(item, VessaError)]
+        for i in places:
+            self.metrics.feature(self.annotator.holds(request.ids[i]))
+        results: list[Any] = list(request.items)
+        for place, answer in zip(places, await self._work([request.items[i] for i in places]), strict=True):
+            results[place] = answer
+        return results
+
+    async def seed(self, request: TemplateRequest) -> list[TemplateInfo]:
+        """Encode the examples that the bank does not hold yet, and add them all or none."""
+        held = await asyncio.to_thread(self._held, request)
+        missing = [i for i, template in enumerate(held) if template is None]
+        templates: list[Any] = list(held)
+        for i, answer in zip(missing, await self._work([request.items[i] for i in missing]), strict=True):
+            if isinstance(answer, VessaError):
+                answer.item = i
+                raise answer
+            templates[i] = answer
+        return await asyncio.to_thread(self.banks.add, request.bank, templates)
+
+    def _held(self, request: TemplateRequest) -> list[Template | None]:
+        """Return the templates that are there already; ClassConflict early, before the device is bothered."""
+        try:
+            bank = self.banks.get(request.bank)
+        except UnknownBank:
+            return [None] * len(request.items)
+        there = {template.id: template for template in bank.templates}
+        for item in request.items:
+            merge_classes(bank.classes, item.classes)
+        return [there.get(template_id(i.image, i.mask, i.classes, i.group)) for i in request.items]
+
+    async def _work(self, items: Sequence[Any]) -> list[Any]:
+        if not items:
+            return []
+        seconds = self.settings.request_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.queue.submit_all(items)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no answer within {seconds:g} s; send fewer images at once or try later", retry_after=5.0
+            ) from None
+
+
+class Service:
+    """Loads in a thread of its own, so that /livez answers from the first moment."""
+
+    def __init__(self, settings: Settings, factory: Factory) -> None:
+        """Remember how to load; `start` begins. on_failure is called when loading has failed for good."""
+        self.settings, self._factory = settings, factory
+        self.metrics = Metrics()
+        self.failure: VessaError | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._loaded: Loaded | None = None
+        self._progress = "starting"
+        self._stopping = threading.Event()
+        self._requests = 0
+
+    def start(self) -> None:
+        """Begin to load."""
+        threading.Thread(target=self._load, name="vessa-load", daemon=True).start()
+
+    def stop(self) -> None:
+        """Take no more work and finish what waits, for at most `drain_s` seconds."""
+        self._stopping.set()
+        if self._loaded is not None and not self._loaded.queue.drain(self.settings.drain_s):
+            log.warning("the device thread was still busy after %g s", self.settings.drain_s)
+
+    def loaded(self) -> Loaded:
+        """Return the loaded parts; NotReady until then."""
+        if self._loaded is None:
+            raise NotReady(f"the service is not ready: {self._progress}", retry_after=5.0)
+        return self._loaded
+
+    def check_ready(self) -> None:
+        """NotReady unless weights are loaded and the device thread gives signs of life."""
+        silence = self.loaded().queue.silence()
+        if silence > self.settings.hang_s:
+            raise NotReady("the device thread hangs; the service must be restarted", retry_after=30.0)
+        if self._stopping.is_set():
+            raise NotReady("the service is shutting down", retry_after=5.0)
+
+    @contextlib.contextmanager
+    def permit(self) -> Iterator[Loaded]:
+        """Let a request in before its body is read, to bound what bodies take; QueueFull, NotReady."""
+        loaded = self.loaded()
+        if self._requests >= self.settings.max_requests:
+            raise QueueFull(
+                f"{self._requests} requests are in work, at most {self.settings.max_requests} may be",
+                retry_after=loaded.queue.full_error().retry_after,
+                queue_position=loaded.queue.depth,
+            )
+        self._requests += 1
+        try:
+            yield loaded
+        finally:
+            self._requests -= 1
+
+    def _load(self) -> None:
+        start = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                try:
+                    loaded = self._load_once()
+                except StoreUnavailable as error:
+                    # A Redis that starts at the same time may need a moment longer.
+                    self._say(f"waiting for the template store: {error}")
+                    self._stopping.wait(STORE_RETRY_S)
+                    continue
+                log.info("ready after %.1f s", time.monotonic() - start)
+                self._loaded = loaded
+                return
+        except VessaError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("loading failed")
+            self._fail(InternalError("loading failed; the log says why"))
+
+    def _load_once(self) -> Loaded:
+        banks = TemplateBanks(open_store(self.settings.store), self.settings.max_templates)
+        names = banks.store.names()
+        self._say(f"loading weights {self.settings.weights!r}")
+        annotator = self._factory(self.settings, banks)
+        self._say(
+            f"weights {annotator.model_digest[:16]} are on {annotator.device}; {len(names)} template banks"
+        )
+        self._refresh(banks, annotator)
+        return Loaded(self.settings, self.metrics, banks, annotator)
+
+    def _refresh(self, banks: TemplateBanks, annotator: "Annotator") -> None:
+        from vessa_server.annotator import TemplateItem
+
+        def encode(templates: list[Template]) -> Sequence[Template | VessaError]:
+            items = [TemplateItem(t.image, t.mask, t.classes, t.group) for t in templates]
+            return annotator.encode_templates(items)
+
+        def progress(done: int, total: int) -> None:
+            self._say(f"encoding templates for these weights: {done} of {total}")
+
+        banks.refresh(encode, annotator.model_digest, progress)
+
+    def _say(self, text: str) -> None:
+        self._progress = text
+        log.info("%s", text)
+
+    def _fail(self, error: VessaError) -> None:
+        log.error("the service cannot start: %s", error)
+        self.failure, self._progress = error, "it failed to start; its log says why"
+        self.on_failure()

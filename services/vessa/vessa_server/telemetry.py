@@ -1,0 +1,124 @@
+"""Prometheus metrics, request ids and the last catch of errors, as plain ASGI middleware."""
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Metrics:
+    """What /metrics shows. Each service has a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.requests = Counter(
+            "vessa_requests",
+            "Requests by route and status",
+            ["route", "method", "code"],
+            registry=self.registry,
+        )
+        self.latency = Histogram(
+            "vessa_request_seconds", "From the first byte to the last", ["route"], registry=self.registry
+        )
+        self.batch_size = Histogram(
+            "vessa_batch_items", "Items in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+        )
+        self.batch_seconds = Histogram("vessa_batch_seconds", "Time of a batch", registry=self.registry)
+        self.features = Counter(
+            "vessa_image_features", "Query images by whether their features were held", ["held"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.queue_depth = Gauge("vessa_queue_depth", "Items waiting for the device", registry=self.registry)
+
+    def batch(self, size: int, seconds: float) -> None:
+        """Count one batch."""
+        self.batch_size.observe(size)
+        self.batch_seconds.observe(seconds)
+
+    def feature(self, held: bool) -> None:
+        """Count one query image."""
+        self.features.labels("yes" if held else "no").inc()
+
+    def expose(self) -> bytes:
+        """Return the metrics as Prometheus text."""
+        return generate_latest(self.registry)
+
+
+class Observe:
+    """Outermost middleware: gives each request an id, counts it, and answers where nothing else did.
+
+    The id is the caller's `X-Request-Id` when that is plain, and comes back in the same header and in the
+    log. An exception that reached this place is logged with it and answered 500 in the usual form, without
+    its words.
+    """
+
+    def __init__(self, app: AsgiApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        identity = _request_id(scope)
+        start, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = int(message["status"])
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s %s %s failed", identity, scope["method"], _route(scope))
+            if not status:
+                await _send_internal(send_with_id)
+        finally:
+            route = _route(scope)
+            self.metrics.requests.labels(route, scope["method"], str(status)).inc()
+            self.metrics.latency.labels(route).observe(time.perf_counter() - start)
+
+
+def _request_id(scope: Scope) -> str:
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _route(scope: Scope) -> str:
+    # The pattern, not the path: paths are the caller's choice and would make endless labels.
+    return str(getattr(scope.get("route"), "path", "none"))
+
+
+async def _send_internal(send: Send) -> None:
+    error = {
+        "code": "internal",
+        "message": "the service failed; its log says why, by X-Request-Id",
+        "item": None,
+    }
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,126 @@
+"""Small fields of a request: names, lists, class maps, options and the prompts of a form."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vessa.errors import InvalidRequest, UnknownClass
+from vessa_server.wire.forms import read_json
+
+CHOICES = ("top1", "top3", "sample")
+MAX_TEXT = 128
+
+
+def read_classes(value: Any) -> dict[int, str]:
+    """Check a class map {"1": "right ventricle"}: ids 1 to 254, different names of 1 to 128 characters."""
+    wrong = 'classes must be a JSON object of class id (1 to 254) to name, such as {"1": "right ventricle"}'
+    if not isinstance(value, dict) or not value:
+        raise InvalidRequest(wrong)
+    classes = {}
+    for key, name in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 3 and 1 <= int(key) <= 254):
+            raise InvalidRequest(f"{wrong}; got the id {key[:20]!r}")
+        classes[int(key)] = read_name(name, "a class name")
+    if len(set(classes.values())) != len(classes) or len(classes) != len(value):
+        raise InvalidRequest("each class needs an id and a name of its own")
+    return dict(sorted(classes.items()))
+
+
+def read_name(value: Any, what: str) -> str:
+    """Check a name: 1 to 128 printable characters."""
+    if not isinstance(value, str) or not 1 <= len(value.strip()) <= MAX_TEXT or not value.isprintable():
+        raise InvalidRequest(f"{what} must be 1 to {MAX_TEXT} printable characters, got {str(value)[:80]!r}")
+    return value.strip()
+
+
+def read_group(value: Any, what: str) -> str:
+    """Check the group of a template, which may not be left out."""
+    if value in (None, ""):
+        raise InvalidRequest("a template needs its group: whose image it is, such as a patient's id")
+    return read_name(value, what)
+
+
+def check_known(metadata: Mapping[str, str], known: set[str]) -> None:
+    """Refuse metadata under other names, so that a misspelt one is not silently without effect."""
+    unknown = sorted(metadata.keys() - known - {"format"})
+    if unknown:
+        raise InvalidRequest(
+            f"unknown metadata {unknown[0][:80]!r}; expected only {', '.join(sorted(known))}"
+        )
+
+
+def json_metadata(metadata: Mapping[str, str], name: str) -> Any:
+    """Return a required metadata entry that holds JSON."""
+    if name not in metadata:
+        raise InvalidRequest(f"the header's metadata needs {name!r}")
+    return read_json(metadata[name], f"metadata {name!r}")
+
+
+def read_strings(value: Any, what: str, count: int | None, *, optional: bool = False) -> list[Any]:
+    """Check a list of strings (optional: or nulls) of the given length."""
+    fits = isinstance(value, list) and all(isinstance(v, str) or (optional and v is None) for v in value)
+    if not fits or (count is not None and len(value) != count):
+        size = "" if count is None else f"{count} "
+        raise InvalidRequest(f"{what} must be a JSON list of {size}strings{' or nulls' if optional else ''}")
+    return [None if v is None else read_name(v, what) for v in value]
+
+
+def read_options(options: Mapping[str, str]) -> tuple[str, int, bool]:
+    """Return template_choice, seed and whether probabilities are wanted."""
+    choice, seed = options.get("template_choice", "top1"), options.get("seed", "0")
+    if choice not in CHOICES:
+        raise InvalidRequest(f"template_choice must be one of {', '.join(CHOICES)}, got {choice[:40]!r}")
+    if not (seed.isascii() and seed.isdigit() and len(seed) <= 18):
+        raise InvalidRequest(f"seed must be a whole number from 0 to 10**18, got {seed[:40]!r}")
+    return choice, int(seed), options.get("probabilities", "0") == "1"
+
+
+def item_seed(seed: int, image_id: str) -> int:
+    """Return the seed of one image: by its id and not its place, so that any batch draws alike."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:8], "big")
+
+
+def read_per_class(
+    value: Any, classes: Mapping[int, str], what: str, dtype: Any, row: tuple[int | None, ...]
+) -> NDArray[Any] | None:
+    """Read prompts given as {class name: prompt} or as a list in the order of the classes, null for none.
+
+    Returns (1, K, *row); rows are filled up with -1, which means none for boxes and for point labels.
+    """
+    if value is None:
+        return None
+    names = list(classes.values())
+    if isinstance(value, dict):
+        unknown = sorted(set(value) - set(names))
+        if unknown:
+            raise UnknownClass(f"{what} names the class {unknown[0][:80]!r}, which is not asked for: {names}")
+        value = [value.get(name) for name in names]
+    shape = f"({', '.join('n' if side is None else str(side) for side in row)})"
+    wrong = InvalidRequest(f"{what} must hold, for each of {names}, numbers of the shape {shape} or null")
+    if not isinstance(value, list) or len(value) != len(names):
+        raise wrong
+    rows = []
+    for one in value:
+        try:
+            array = (
+                np.full([side or 0 for side in row], -1.0)
+                if one is None
+                else np.asarray(one, dtype=np.float64)
+            )
+        except (ValueError, TypeError, OverflowError):
+            raise wrong from None
+        if array.ndim != len(row) or any(w not in (None, s) for w, s in zip(row, array.shape, strict=True)):
+            raise wrong
+        if dtype == np.int8 and not np.isin(array, (-1, 0, 1)).all():
+            raise InvalidRequest(f"{what} must be 1 (inside), 0 (outside) or -1 (none)")
+        rows.append(array)
+    full = [max(array.shape[axis] for array in rows) for axis in range(len(row))]
+    padded = np.full((1, len(names), *full), -1, dtype=dtype)
+    for index, array in enumerate(rows):
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes inf, and is refused as outside
+            place: tuple[int | slice, ...] = (0, index, *(slice(side) for side in array.shape))
+            padded[place] = array
+    return padded

@@ -1,0 +1,310 @@
+"""Request bodies to checked items: what reaches the device thread is what the annotator expects."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vessa.codec import TensorSpec, decode, image_digest
+from vessa.errors import (
+    InvalidImage,
+    InvalidRequest,
+    MalformedBody,
+    NoTemplate,
+    ShapeMismatch,
+    TooLarge,
+    UnknownClass,
+    UnknownImage,
+    VessaError,
+)
+from vessa_server.bank import Bank, TemplateBanks, check_name
+from vessa_server.settings import Settings
+from vessa_server.wire.fields import (
+    check_known,
+    item_seed,
+    json_metadata,
+    read_classes,
+    read_group,
+    read_options,
+    read_per_class,
+    read_strings,
+)
+from vessa_server.wire.forms import Form
+from vessa_server.wire.images import decode_image, decode_mask
+from vessa_server.wire.prompts import Prompts
+
+if TYPE_CHECKING:
+    # The annotator brings torch, which takes seconds to import; /livez must not wait for it.
+    from vessa_server.annotator import SegmentItem, TemplateItem
+
+DEFAULT_BANK = "default"
+_IMAGES = TensorSpec(("U8",), ((None, None, None), (None, None, None, 3)))
+TEMPLATE_TENSORS = {"images": _IMAGES, "masks": TensorSpec(("U8",), ((None, None, None),))}
+SEGMENT_TENSORS = {
+    "images": _IMAGES,
+    "boxes": TensorSpec(("F32",), ((None, None, 4),)),
+    "points": TensorSpec(("F32",), ((None, None, None, 2),)),
+    "point_labels": TensorSpec(("I8",), ((None, None, None),)),
+    "mask_logits": TensorSpec(("F16", "F32"), ((None, None, None, None),)),
+    "mask_present": TensorSpec(("U8",), ((None, None),)),
+}
+TEMPLATE_FIELDS = {"image", "mask", "classes", "group", "bank"}
+SEGMENT_FIELDS = {
+    "image", "bank", "classes", "group", "boxes", "points", "point_labels", "template_choice", "seed",
+}  # fmt: skip
+
+
+class SeenSizes:
+    """Remembers the (H, W) of images by id, so that prompts that come without pixels can be checked."""
+
+    def __init__(self, capacity: int = 65536) -> None:
+        """Keep the `capacity` latest."""
+        self._sizes: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._capacity = capacity
+        self._lock = threading.Lock()
+
+    def add(self, image_id: str, size: tuple[int, int]) -> None:
+        """Remember a size."""
+        with self._lock:
+            self._sizes[image_id] = size
+            self._sizes.move_to_end(image_id)
+            if len(self._sizes) > self._capacity:
+                self._sizes.popitem(last=False)
+
+    def get(self, image_id: str) -> tuple[int, int] | None:
+        """Return a size, None when it was never seen or is forgotten."""
+        with self._lock:
+            return self._sizes.get(image_id)
+
+
+@dataclass(frozen=True)
+class TemplateRequest:
+    """Annotated examples for one bank."""
+
+    bank: str
+    items: "list[TemplateItem]"
+
+
+@dataclass(frozen=True)
+class SegmentRequest:
+    """Query images for one bank. An item that is wrong is its error; the others are not touched by it.
+
+    ids: of all images; classes: {id: name} in the order of the request; size: (H, W) of the images, None when
+    there is no usable image.
+    """
+
+    bank: Bank
+    ids: tuple[str, ...]
+    items: "list[SegmentItem | VessaError]"
+    classes: dict[int, str]
+    size: tuple[int, int] | None
+    probabilities: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads bodies. holds: whether the annotator still has an image's features. Runs in a worker thread."""
+
+    settings: Settings
+    banks: TemplateBanks
+    sizes: SeenSizes
+    holds: Callable[[str], bool]
+
+    def template_form(self, content_type: str, body: bytes) -> TemplateRequest:
+        """Read multipart POST /templates: one example."""
+        form = Form(content_type, body, TEMPLATE_FIELDS)
+        bank = check_name(form.text("bank", DEFAULT_BANK))
+        classes = read_classes(form.json("classes"))
+        group = read_group(form.text("group", ""), "group")
+        image = decode_image(form.file("image"), self.settings.max_pixels)
+        mask = decode_mask(form.file("mask"), image.shape[:2], self.settings.max_pixels)
+        return self._template_request(bank, image[None], mask[None], classes, [group])
+
+    def template_tensors(self, body: bytes) -> TemplateRequest:
+        """Read safetensors POST /templates: many examples of one size."""
+        tensors, metadata = decode(body, TEMPLATE_TENSORS, max_bytes=self.settings.max_body_bytes)
+        check_known(metadata, {"bank", "classes", "groups"})
+        if tensors.keys() != TEMPLATE_TENSORS.keys():
+            raise MalformedBody(f"expected the tensors images and masks, got {sorted(tensors)}")
+        images, masks = tensors["images"], tensors["masks"]
+        self._check_images(images)
+        if images.shape[:3] != masks.shape:
+            raise ShapeMismatch(
+                f"masks must have the images' count and size {images.shape[:3]}, got {masks.shape}"
+            )
+        bank = check_name(metadata.get("bank", DEFAULT_BANK))
+        classes = read_classes(json_metadata(metadata, "classes"))
+        groups = read_strings(json_metadata(metadata, "groups"), "groups", len(images))
+        return self._template_request(bank, images, masks, classes, [read_group(g, "groups") for g in groups])
+
+    def _template_request(
+        self, bank: str, images: NDArray[Any], masks: NDArray[Any], classes: dict[int, str], groups: list[str]
+    ) -> TemplateRequest:
+        from vessa_server.annotator import TemplateItem
+
+        items = []
+        for i, (image, mask, group) in enumerate(zip(images, masks, groups, strict=True)):
+            ids = [int(value) for value in np.unique(mask) if value]
+            unknown = [value for value in ids if value not in classes]
+            if unknown:
+                raise UnknownClass(
+                    f"the mask of image {i} holds the class ids {ids}, `classes` names only "
+                    f"{sorted(classes)}: {unknown} are unknown",
+                    item=i,
+                )
+            if not ids:
+                raise InvalidImage(
+                    f"the mask of image {i} is empty: a template needs at least one pixel of a class", item=i
+                )
+            items.append(TemplateItem(image, mask, {value: classes[value] for value in ids}, group))
+        return TemplateRequest(bank, items)
+
+    def segment_form(self, content_type: str, body: bytes) -> SegmentRequest:
+        """Read multipart POST /segment: one image. What is wrong with it is raised."""
+        form = Form(content_type, body, SEGMENT_FIELDS)
+        options = {"template_choice": form.text("template_choice", "top1"), "seed": form.text("seed", "0")}
+        image = decode_image(form.file("image"), self.settings.max_pixels)
+        bank, classes = self._classes(form.text("bank", DEFAULT_BANK), form.json("classes"))
+        prompts = Prompts(
+            boxes=read_per_class(form.json("boxes"), classes, "boxes", np.float32, (4,)),
+            points=read_per_class(form.json("points"), classes, "points", np.float32, (None, 2)),
+            point_labels=read_per_class(form.json("point_labels"), classes, "point_labels", np.int8, (None,)),
+        )
+        group = form.text("group", "") or None
+        request = self._segment_request(bank, classes, image[None], None, [group], prompts, options)
+        if isinstance(request.items[0], VessaError):
+            raise request.items[0]
+        return request
+
+    def segment_tensors(self, body: bytes) -> SegmentRequest:
+        """Read safetensors POST /segment: many images of one size, or their ids."""
+        tensors, metadata = decode(body, SEGMENT_TENSORS, max_bytes=self.settings.max_body_bytes)
+        known = {"bank", "classes", "groups", "image_ids", "probabilities", "template_choice", "seed"}
+        check_known(metadata, known)
+        images = tensors.pop("images", None)
+        ids = json_metadata(metadata, "image_ids") if "image_ids" in metadata else None
+        if (images is None) == (ids is None):
+            raise MalformedBody(
+                "expected either the tensor images or the metadata image_ids, not both or none"
+            )
+        if images is not None:
+            self._check_images(images)
+        else:
+            ids = read_strings(ids, "image_ids", None)
+            self._check_count(len(ids))
+        count = len(images) if images is not None else len(ids or [])
+        wanted = json_metadata(metadata, "classes") if "classes" in metadata else None
+        groups: list[str | None] = [None] * count
+        if "groups" in metadata:
+            groups = read_strings(json_metadata(metadata, "groups"), "groups", count, optional=True)
+        bank, classes = self._classes(metadata.get("bank", DEFAULT_BANK), wanted)
+        return self._segment_request(bank, classes, images, ids, groups, Prompts(**tensors), metadata)
+
+    def _segment_request(
+        self,
+        bank: Bank,
+        classes: dict[int, str],
+        images: NDArray[Any] | None,
+        image_ids: list[str] | None,
+        groups: list[str | None],
+        prompts: Prompts,
+        options: Mapping[str, str],
+    ) -> SegmentRequest:
+        choice, seed, probabilities = read_options(options)
+        prompts.check_shapes(len(groups), len(classes), self.settings.max_points)
+        if images is not None:
+            ids = tuple(image_digest(image) for image in images)
+            for identity in ids:
+                self.sizes.add(identity, images.shape[1:3])
+            sizes: list[tuple[int, int] | None] = [images.shape[1:3]] * len(ids)
+        else:
+            ids = tuple(image_ids or ())
+            sizes = [self.sizes.get(identity) if self.holds(identity) else None for identity in ids]
+        size = _common_size(sizes)
+        self._check_answer(len(ids), len(classes), size, probabilities)
+        from vessa_server.annotator import SegmentItem
+
+        names = tuple(classes.values())
+        items: list[SegmentItem | VessaError] = []
+        for i, identity in enumerate(ids):
+            own_size = sizes[i]
+            try:
+                if own_size is None:
+                    raise UnknownImage(
+                        f"the service does not hold {identity[:80]!r}; send its pixels", item=i
+                    )
+                drawn = prompts.item(i, own_size, names)
+            except VessaError as error:
+                items.append(error)
+                continue
+            pixels = None if images is None else images[i]
+            items.append(
+                SegmentItem(
+                    identity,
+                    pixels,
+                    bank.name,
+                    names,
+                    groups[i],
+                    **drawn,
+                    template_choice=choice,
+                    seed=item_seed(seed, identity),
+                    probabilities=probabilities,
+                )
+            )
+        return SegmentRequest(bank, ids, items, classes, size, probabilities)
+
+    def _classes(self, bank_name: str, wanted: Any) -> tuple[Bank, dict[int, str]]:
+        """Return the bank and the requested classes {id: name} in the request's order, None = all."""
+        bank = self.banks.get(bank_name)
+        if not bank.classes:
+            raise NoTemplate(f"bank {bank.name!r} holds no template yet")
+        if wanted is None:
+            return bank, bank.classes
+        ids = {name: key for key, name in bank.classes.items()}
+        names = read_strings(wanted, "classes", None)
+        if not names or len(set(names)) != len(names):
+            raise InvalidRequest("classes must be a list of one or more different names")
+        for name in names:
+            if name not in ids:
+                raise UnknownClass(f"bank {bank.name!r} has no class {name[:80]!r}; it has {sorted(ids)}")
+        return bank, {ids[name]: name for name in names}
+
+    def _check_images(self, images: NDArray[Any]) -> None:
+        self._check_count(len(images))
+        height, width = images.shape[1:3]
+        if not 1 <= height * width <= self.settings.max_pixels:
+            error = TooLarge if height * width else InvalidImage
+            raise error(
+                f"an image must have 1 to {self.settings.max_pixels} pixels, "
+                f"got height {height} x width {width}"
+            )
+
+    def _check_count(self, count: int) -> None:
+        if not count:
+            raise InvalidRequest("the request holds no image")
+        if count > self.settings.max_items:
+            raise TooLarge(f"a request holds at most {self.settings.max_items} images, got {count}")
+
+    def _check_answer(
+        self, items: int, classes: int, size: tuple[int, int] | None, probabilities: bool
+    ) -> None:
+        height, width = size or (1, 1)
+        answer = items * height * width * (2 + 2 * (classes + 1) * probabilities)
+        if answer > self.settings.max_answer_bytes:
+            raise TooLarge(
+                f"the answer would take {answer} bytes, more than the limit of "
+                f"{self.settings.max_answer_bytes}; send fewer images at once or ask for no probabilities"
+            )
+
+
+def _common_size(sizes: list[tuple[int, int] | None]) -> tuple[int, int] | None:
+    known = {size for size in sizes if size is not None}
+    if len(known) > 1:
+        raise ShapeMismatch(
+            f"the images of one request have one size; these have {sorted(known)} (height, width)"
+        )
+    return known.pop() if known else None
