@@ -1,0 +1,135 @@
+"""What the server's tests share: the real app with untrained nano weights, and small annotated examples."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from numpy.typing import NDArray
+from PIL import Image
+from vessa.codec import MEDIA_TYPE, encode
+from vessa_server.app import create_app
+from vessa_server.bank import Template, template_id
+from vessa_server.settings import Settings
+
+KEY = "a-key-for-tests-0123456789"
+CLASSES = {1: "ventricle", 2: "wall"}
+
+
+def draw_example(seed: int = 0, size: tuple[int, int] = (48, 64)) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A gray image with a bright disk (class 1) in a gray ring (class 2), and its mask, both (H, W) uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    cy, cx = size[0] / 2 + rng.integers(-4, 5), size[1] / 2 + rng.integers(-6, 7)
+    radius = np.hypot(y - cy, x - cx)
+    mask = np.where(radius < 7, 1, np.where(radius < 12, 2, 0)).astype(np.uint8)
+    image = np.array([40, 220, 120])[mask] + rng.normal(0, 6, size)
+    return np.clip(image, 0, 255).astype(np.uint8), mask
+
+
+def as_file(array: NDArray[Any], kind: str = "PNG") -> bytes:
+    """Encode an array as an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def make_template(seed: int = 0, group: str = "p1", model: str = "m", **changes: Any) -> Template:
+    """A template with features drawn at random, without a network."""
+    rng = np.random.default_rng(seed)
+    image, mask = draw_example(seed)
+    classes = changes.pop("classes", CLASSES)
+    feature = rng.normal(size=8).astype(np.float32)
+    given: dict[str, Any] = {
+        "id": template_id(image, mask, classes, group),
+        "group": group,
+        "classes": classes,
+        "image": image,
+        "mask": mask,
+        "feature": feature / np.linalg.norm(feature),
+        "memories": {key: rng.normal(size=(4, 3)).astype(np.float16) for key in classes},
+        "model": model,
+    }
+    return Template(**{**given, **changes})
+
+
+@dataclass
+class Server:
+    """The app under test and short ways to use it. It presents the key unless told otherwise."""
+
+    http: TestClient
+    settings: Settings
+    app: Any = field(repr=False, default=None)
+
+    def segment(self, tensors: Mapping[str, NDArray[Any]], **metadata: str) -> Any:
+        """POST a safetensors body to /segment."""
+        return self.send("/segment", encode(dict(tensors), metadata))
+
+    def send(self, path: str, body: Any, **headers: str) -> Any:
+        """POST bytes (or chunks) as safetensors."""
+        return self.http.post(path, content=body, headers={"Content-Type": MEDIA_TYPE, **headers})
+
+    def seed(self, bank: str, count: int = 2) -> list[dict[str, Any]]:
+        """Add `count` examples, each of a group of its own: p0, p1, ..."""
+        images, masks = zip(*(draw_example(i) for i in range(count)), strict=True)
+        names = "{%s}" % ", ".join(f'"{key}": "{name}"' for key, name in CLASSES.items())
+        groups = "[%s]" % ", ".join(f'"p{i}"' for i in range(count))
+        body = encode(
+            {"images": np.stack(images), "masks": np.stack(masks)},
+            {"bank": bank, "classes": names, "groups": groups},
+        )
+        response = self.send("/templates", body)
+        assert response.status_code == 201, response.text
+        return response.json()["templates"]
+
+
+@pytest.fixture
+def server_of() -> Iterator[Callable[..., Server]]:
+    """Make servers from settings; wait until they are ready unless told otherwise."""
+    opened: list[TestClient] = []
+
+    def make(settings: Settings, *, wait: bool = True, **options: Any) -> Server:
+        app = create_app(settings, **options)
+        # A failure must come back as the answer a caller would see, not as the exception.
+        http = TestClient(app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {settings.key}"})
+        http.__enter__()
+        opened.append(http)
+        if wait:
+            wait_ready(http)
+        return Server(http, settings, app)
+
+    yield make
+    for http in opened:
+        http.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def server(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One ready app for all tests that only need banks of their own."""
+    folder = tmp_path_factory.mktemp("banks")
+    settings = Settings(api_key=KEY, weights=str(nano_weights), device="cpu", store=f"folder:{folder}")
+    app = create_app(settings)
+    with TestClient(app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {KEY}"}) as http:
+        wait_ready(http)
+        yield Server(http, settings, app)
+
+
+def wait_ready(http: TestClient, seconds: float = 60) -> None:
+    """Wait until /readyz answers 200."""
+    deadline = time.monotonic() + seconds
+    while (answer := http.get("/readyz")).status_code != 200:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def bank(request: pytest.FixtureRequest) -> str:
+    """A bank name of this test's own."""
+    return "b" + "".join(c for c in request.node.name if c.isalnum())[:60]
