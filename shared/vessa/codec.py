@@ -24,6 +24,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
 }
 _MAX_RANK = 6
+_MAX_SIDE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ def _entry(
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise MalformedBody(f"tensor '{name}' needs dtype, shape and data_offsets") from error
-    numbers = (*shape, begin, end)
-    if len(shape) > _MAX_RANK or not all(type(n) is int and 0 <= n <= available for n in numbers):
+    sizes = all(type(n) is int and 0 <= n < _MAX_SIDE for n in shape)
+    offsets = all(type(n) is int and 0 <= n <= available for n in (begin, end))
+    if len(shape) > _MAX_RANK or not sizes or not offsets:
         raise MalformedBody(f"tensor '{name}' declares sizes or offsets that are not in its body")
     if dtype_name not in spec.dtypes or dtype_name not in _DTYPES:
         raise MalformedBody(

@@ -133,3 +133,21 @@ def wait_ready(http: TestClient, seconds: float = 60) -> None:
 def bank(request: pytest.FixtureRequest) -> str:
     """A bank name of this test's own."""
     return "b" + "".join(c for c in request.node.name if c.isalnum())[:60]
+
+
+@pytest.fixture
+def template_of() -> Callable[..., Template]:
+    """Make templates without a network: `template_of(seed, group=..., model=..., **changes)`."""
+    return make_template
+
+
+@pytest.fixture
+def example() -> Callable[..., tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Draw an image and its mask: `example(seed, size)`."""
+    return draw_example
+
+
+@pytest.fixture
+def file_of() -> Callable[..., bytes]:
+    """Encode an array as an image file: `file_of(array, kind)`."""
+    return as_file

@@ -1,0 +1,230 @@
+"""Template banks: ids, retrieval and its sampling (Eq. 1), changes by several processes, re-encoding."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vessa.errors import (
+    ClassConflict,
+    InvalidImage,
+    InvalidRequest,
+    TooLarge,
+    UnknownBank,
+    UnknownTemplate,
+    VessaError,
+)
+from vessa_server.bank import Bank, Template, TemplateBanks, check_name, sample_template, template_id
+from vessa_server.store import FolderStore, blob_digest
+
+
+def unit(*values: float) -> np.ndarray[Any, Any]:
+    array = np.array(values, dtype=np.float32)
+    return array / np.linalg.norm(array)
+
+
+@pytest.fixture
+def template(template_of: Any) -> Any:
+    return template_of
+
+
+@pytest.fixture
+def banks(tmp_path: Path) -> TemplateBanks:
+    return TemplateBanks(FolderStore(tmp_path / "banks"))
+
+
+def test_a_template_survives_its_blob(template: Any) -> None:
+    one: Template = template(3)
+    blob = one.to_blob()
+    back = Template.from_blob(one.id, one.entry(blob), blob)
+    for name in ("image", "mask", "feature"):
+        assert np.array_equal(getattr(back, name), getattr(one, name))
+        assert getattr(back, name).dtype == getattr(one, name).dtype
+    assert {key: value.tolist() for key, value in back.memories.items()} == {
+        key: value.tolist() for key, value in one.memories.items()
+    }
+    assert (back.id, back.group, back.classes, back.model) == (one.id, one.group, one.classes, one.model)
+
+
+def test_a_blob_that_is_something_else_is_refused(template: Any) -> None:
+    entry = template().entry(b"")
+    with pytest.raises(ValueError, match="not a template"):
+        Template.from_blob("x", entry, b"not safetensors")
+
+
+def test_the_id_depends_on_all_content_and_on_nothing_else(template: Any) -> None:
+    one = template()
+    same = template_id(one.image.copy(), one.mask, {**one.classes, 9: "not in the mask"}, "p1")
+    assert same == one.id
+    others = {
+        template_id(one.image + np.uint8(1), one.mask, one.classes, "p1"),
+        template_id(one.image, one.mask[::-1], one.classes, "p1"),
+        template_id(one.image, one.mask, {**one.classes, 1: "other"}, "p1"),
+        template_id(one.image, one.mask, one.classes, "p2"),
+        template_id(one.image.T, one.mask.T, one.classes, "p1"),
+    }
+    assert len(others) == 5
+    assert one.id not in others
+
+
+def test_retrieval_orders_by_cosine_and_leaves_out_the_own_group_and_other_classes(template: Any) -> None:
+    near, same = template(0, group="a", feature=unit(1, 0)), template(1, group="b", feature=unit(1, 1))
+    far = template(2, group="c", feature=unit(-1, 0))
+    other = template(3, group="d", feature=unit(1, 0), classes={2: "wall"})
+    bank = Bank("b", 1, (far, same, near, other))
+    found = bank.retrieve(unit(1, 0), 1, exclude_group=None)
+    assert [t.group for t, _ in found] == ["a", "b", "c"]
+    assert [score for _, score in found] == pytest.approx([1, 2**-0.5, -1])
+    assert [t.group for t, _ in bank.retrieve(unit(1, 0), 1, exclude_group="a", top=1)] == ["b"]
+    assert bank.retrieve(unit(1, 0), 7, exclude_group=None) == []
+    assert Bank("b", 1, (near,)).retrieve(unit(1, 0), 1, exclude_group="a") == []
+
+
+def test_equal_similarities_have_a_stable_order(template: Any) -> None:
+    twins = [template(i, feature=unit(1, 0)) for i in range(4)]
+    orders = {
+        tuple(t.id for t, _ in Bank("b", 1, tuple(order)).retrieve(unit(1, 0), 1, exclude_group=None))
+        for order in (twins, twins[::-1])
+    }
+    assert len(orders) == 1
+
+
+def test_templates_of_other_weights_are_not_retrieved(template: Any) -> None:
+    bank = Bank("b", 1, (template(0, model="mine"), template(1, model="other")), model="mine")
+    found = bank.retrieve(unit(*np.ones(8)), 1, exclude_group=None)
+    assert [t.model for t, _ in found] == ["mine"]
+
+
+def test_sampling_follows_equation_1(template: Any) -> None:
+    matches = [(template(i), score) for i, score in enumerate((0.9, 0.8, 0.6))]
+    rng = np.random.default_rng(0)
+    drawn = [sample_template(matches, 0.1, rng)[1] for _ in range(20000)]
+    weights = np.exp(np.array([0.9, 0.8, 0.6]) / 0.1)
+    share = [drawn.count(score) / len(drawn) for score in (0.9, 0.8, 0.6)]
+    assert share == pytest.approx((weights / weights.sum()).tolist(), abs=0.01)
+    assert sample_template(matches, 1e-4, rng)[1] == 0.9  # a small temperature takes the best
+
+
+def test_sampling_from_nothing_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="at least one match"):
+        sample_template([])
+
+
+def test_adding_twice_adds_once(banks: TemplateBanks, template: Any) -> None:
+    first = banks.add("heart", [template(0), template(1), template(0)])
+    assert [info.created for info in first] == [True, True, False]
+    version = banks.get("heart").version
+    again = banks.add("heart", [template(1), template(2)])
+    assert [info.created for info in again] == [False, True]
+    assert banks.get("heart").version == version + 1
+    banks.add("heart", [template(1)])
+    assert banks.get("heart").version == version + 1
+    assert banks.get("heart").info().templates == 3
+
+
+def test_class_conflicts_leave_the_bank_as_it_was(banks: TemplateBanks, template: Any) -> None:
+    banks.add("heart", [template(0)])
+    with pytest.raises(ClassConflict, match="class id 1 is 'ventricle' in this bank, not 'lung'"):
+        banks.add("heart", [template(1), template(2, classes={1: "lung", 2: "wall"})])
+    with pytest.raises(ClassConflict, match="class 'wall' has id 2 in this bank, not 1"):
+        banks.add("heart", [template(2, classes={1: "wall"})])
+    assert banks.get("heart").info().templates == 1
+    assert banks.get("heart").version == 1
+
+
+def test_a_bank_has_a_limit(tmp_path: Path, template: Any) -> None:
+    banks = TemplateBanks(FolderStore(tmp_path), max_templates=2)
+    banks.add("b", [template(0), template(1)])
+    with pytest.raises(TooLarge, match="at most 2"):
+        banks.add("b", [template(2)])
+    assert not banks.add("b", [template(0)])[0].created
+
+
+def test_removal_and_deletion(banks: TemplateBanks, template: Any) -> None:
+    infos = banks.add("heart", [template(0), template(1)])
+    banks.remove("heart", infos[0].id)
+    assert [t.id for t in banks.get("heart").templates] == [infos[1].id]
+    with pytest.raises(UnknownTemplate, match="no template"):
+        banks.remove("heart", infos[0].id)
+    banks.remove("heart", infos[1].id)
+    assert banks.get("heart").info().classes == {}
+    banks.delete("heart")
+    for call in (banks.get, banks.delete, lambda name: banks.remove(name, infos[0].id)):
+        with pytest.raises(UnknownBank, match="no template bank 'heart'"):
+            call("heart")
+    banks.add("heart", [template(0)])
+    assert banks.get("heart").version == 5
+
+
+def test_changes_of_another_process_are_seen_at_the_next_get(tmp_path: Path, template: Any) -> None:
+    mine, theirs = (TemplateBanks(FolderStore(tmp_path)) for _ in range(2))
+    mine.add("b", [template(0)])
+    assert theirs.get("b").version == 1
+    held = theirs.get("b").templates[0]
+    mine.add("b", [template(1)])
+    assert [t.id for t in theirs.get("b").templates] == [template(0).id, template(1).id]
+    assert theirs.get("b").templates[0] is held  # what is known is not read again
+    mine.delete("b")
+    with pytest.raises(UnknownBank):
+        theirs.get("b")
+    assert theirs.list() == []
+
+
+def test_two_adders_at_once_lose_nothing(tmp_path: Path, template: Any) -> None:
+    def add(start: int) -> None:
+        mine = TemplateBanks(FolderStore(tmp_path))
+        for i in range(start, start + 6):
+            mine.add("b", [template(i)])
+
+    threads = [threading.Thread(target=add, args=(start,)) for start in (0, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert TemplateBanks(FolderStore(tmp_path)).get("b").info().templates == 12
+
+
+def test_a_damaged_template_is_ignored_and_repaired_by_adding_it_again(
+    tmp_path: Path, template: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    TemplateBanks(FolderStore(tmp_path)).add("b", [template(0), template(1)])
+    path = tmp_path / "b" / "blobs" / f"{blob_digest(template(0).to_blob())}.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    banks = TemplateBanks(FolderStore(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert [t.id for t in banks.get("b").templates] == [template(1).id]
+    assert "ignored" in caplog.text
+    assert banks.add("b", [template(0)])[0].created
+    assert {t.id for t in banks.get("b").templates} == {template(0).id, template(1).id}
+
+
+def test_refresh_encodes_what_other_weights_encoded(banks: TemplateBanks, template: Any) -> None:
+    banks.add("a", [template(i, model="old") for i in range(18)])
+    banks.add("b", [template(0, model="new")])
+    seen: list[tuple[int, int]] = []
+
+    def encode(stale: list[Template]) -> list[Template | VessaError]:
+        fresh: list[Template | VessaError] = [replace(t, feature=-t.feature, model="new") for t in stale]
+        if len(stale) < 16:
+            fresh[0] = InvalidImage("no")
+        return fresh
+
+    assert banks.refresh(encode, "new", lambda done, total: seen.append((done, total))) == 18
+    assert seen == [(16, 18), (18, 18)]
+    models = [t.model for t in banks.get("a").templates]
+    assert (models.count("new"), models.count("old")) == (17, 1)
+    assert np.array_equal(banks.get("a").templates[0].feature, -template(0).feature)
+    assert len(banks.get("a").retrieve(template(0).feature, 1, exclude_group=None, top=99)) == 17
+    assert banks.get("b").version == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a" * 65, "a\n", "ä", "a b", "-a"])
+def test_names_that_could_be_paths_are_refused(name: str, banks: TemplateBanks, template: Any) -> None:
+    for call in (check_name, banks.get, banks.delete, lambda name: banks.add(name, [template()])):
+        with pytest.raises(InvalidRequest, match="a bank name is"):
+            call(name)

@@ -1,0 +1,120 @@
+"""Views: replay of geometry, CutMix, complementary dropout."""
+
+import pytest
+import torch
+
+from vessa_trainer import views
+from vessa_trainer.config import ViewsConfig
+
+SIZE = 64
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def shapes():
+    """Images that are their own label: a disk of value 1 in each."""
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    return torch.stack([((y - 30) ** 2 + (x - 20 - 6 * i) ** 2 < 150).float() for i in range(4)])
+
+
+def test_image_label_and_confidence_stay_aligned(shapes, generator):
+    geometry = views.draw_geometry(4, SIZE, 48, ViewsConfig(scale=(0.5, 2.0)), generator)
+    image = geometry.image(shapes[:, None])[:, 0]
+    labels = geometry.labels(shapes.byte())
+    confidence = geometry.confidence(shapes)
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels.float(), confidence)
+    assert ((image > 0.5) == (labels == 1)).float().mean() > 0.995
+
+
+def test_a_label_replayed_is_the_transformed_images_own_label(shapes, generator):
+    """Segmenting the view gives what replaying the plain image's segmentation gives."""
+    geometry = views.draw_geometry(4, SIZE, 64, ViewsConfig(), generator)
+    segmented_view = (geometry.image(shapes[:, None])[:, 0] > 0.5).long()
+    replayed = geometry.labels((shapes > 0.5).byte())
+    overlap = 2 * (segmented_view * replayed).sum() / (segmented_view.sum() + replayed.sum())
+    assert overlap > 0.98
+
+
+def test_what_lies_outside_is_not_valid(generator):
+    config = ViewsConfig(scale=(0.5, 0.5), flip_p=0.0)
+    geometry = views.draw_geometry(3, SIZE, SIZE, config, generator)
+    valid = geometry.valid(torch.ones(3, SIZE, SIZE, dtype=torch.bool))
+    assert valid.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert (geometry.image(torch.ones(3, 1, SIZE, SIZE))[:, 0][~valid] < 1).all()
+
+
+def test_a_view_of_scale_one_and_the_full_geometry_change_nothing(shapes, generator):
+    config = ViewsConfig(scale=(1.0, 1.0), flip_p=0.0)
+    drawn = views.draw_geometry(4, SIZE, SIZE, config, generator)
+    assert torch.allclose(drawn.image(shapes[:, None])[:, 0], shapes, atol=1e-5)
+    assert torch.equal(views.full_geometry(4, SIZE, SIZE).labels(shapes.byte()), shapes.long())
+
+
+def test_mirrored_views_are_mirrored(shapes, generator):
+    geometry = views.draw_geometry(4, SIZE, SIZE, ViewsConfig(scale=(1.0, 1.0), flip_p=1.0), generator)
+    assert torch.equal(geometry.labels(shapes.byte()), shapes.flip(-1).long())
+
+
+def test_strong_views_change_gray_images_within_range(shapes, generator):
+    config = ViewsConfig(jitter_p=1.0, blur_p=1.0, noise_p=1.0)
+    image = shapes[:, None] * 0.5 + 0.2
+    one, other = (views.strong_view(image, config, generator) for _ in "ab")
+    assert one.shape == image.shape
+    assert not torch.equal(one, other)
+    assert one.min() >= 0
+    assert one.max() <= 1
+
+
+def test_strong_views_change_color_images(generator):
+    image = torch.rand(2, 3, 16, 16, generator=generator)
+    config = ViewsConfig(jitter_p=1.0, grayscale_p=1.0, blur_p=0.0)
+    gray = views.strong_view(image, config, generator)
+    assert torch.allclose(gray[:, 0], gray[:, 1], atol=1e-5)
+
+
+def test_a_strong_view_may_leave_an_image_as_it_is(shapes, generator):
+    config = ViewsConfig(jitter_p=0.0, blur_p=0.0, noise_p=0.0)
+    assert torch.equal(views.strong_view(shapes[:, None], config, generator), shapes[:, None])
+
+
+def test_cutmix_boxes_have_the_published_area_and_aspect(generator):
+    boxes = views.cutmix_boxes(200, (SIZE, SIZE), 1.0, generator)
+    for box in boxes:
+        rows, columns = box.any(1).nonzero(), box.any(0).nonzero()
+        height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+        assert box.sum() == height * width
+        assert 0.015 <= height * width / SIZE**2 <= 0.4
+        assert 0.2 < height / width < 5
+    shares = views.cutmix_boxes(200, (SIZE, SIZE), 0.5, generator).flatten(1).any(1).float().mean()
+    assert 0.4 < shares < 0.6
+
+
+def test_one_box_pastes_everything_alike(shapes, generator):
+    boxes = views.cutmix_boxes(4, (SIZE, SIZE), 1.0, generator)
+    image, labels, confidence = shapes[:, None], shapes.long(), shapes * 0.7
+    pasted_image = views.paste(image, boxes)
+    assert torch.equal(pasted_image[:, 0].long(), views.paste(labels, boxes))
+    assert torch.allclose(pasted_image[:, 0] * 0.7, views.paste(confidence, boxes))
+    assert torch.equal(pasted_image[0, 0][boxes[0]], shapes[3][boxes[0]])
+    assert torch.equal(pasted_image[0, 0][~boxes[0]], shapes[0][~boxes[0]])
+
+
+def test_a_batch_of_one_has_nothing_to_paste(shapes, generator):
+    boxes = views.cutmix_boxes(1, (SIZE, SIZE), 1.0, generator)
+    assert torch.equal(views.paste(shapes[:1], boxes), shapes[:1])
+
+
+def test_dropout_masks_are_complementary_and_spare_half(generator):
+    first, second = views.complementary_dropout(8, 1000, generator)
+    spared = (first == 1).all(1)
+    assert spared.sum() == 4
+    assert torch.equal(spared, (second == 1).all(1))
+    dropped = ~spared
+    assert set(first[dropped].unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(first[dropped] + second[dropped], torch.full_like(first[dropped], 2.0))
+    assert first[dropped].mean().item() == pytest.approx(1, abs=0.1)
