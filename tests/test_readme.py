@@ -141,7 +141,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         )
     try:
         wait_until_ready(server, f"http://127.0.0.1:{port}/readyz", log)
-        yield Reader(folder, environment, f"127.0.0.1:{port}")
+        yield Reader(folder, environment | {"VESSA_URL": f"http://127.0.0.1:{port}"}, f"127.0.0.1:{port}")
     finally:
         server.terminate()
         try:

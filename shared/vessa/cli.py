@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vessa.client import DEFAULT_URL, AnnotatorClient
+from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, VessaError
 from vessa.images import overlay, read_image
@@ -20,7 +20,9 @@ _console = Console(stderr=True)
 _SEED_BATCH = 16
 
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
-Url = Annotated[str, typer.Option(envvar="VESSA_URL", help="Address of the annotator.")]
+Url = Annotated[
+    str | None, typer.Option(help="Annotator's address; without it VESSA_URL, then port 8700 here.")
+]
 Key = Annotated[str | None, typer.Option(help="Key; without it VESSA_API_KEY, then the local key file.")]
 Bank = Annotated[str, typer.Option(help="Template bank.")]
 
@@ -36,7 +38,7 @@ def seed(
     bank: Bank = "default",
     groups: Annotated[str | None, typer.Option(help="Only these groups, separated by commas.")] = None,
     split: Annotated[str | None, typer.Option(help="Only the groups of this split file.")] = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: Key = None,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +92,7 @@ def segment(
     group: Annotated[
         str | None, typer.Option(help="The image's own patient, never used as its template.")
     ] = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: Key = None,
     as_json: Json = False,
 ) -> None:
@@ -116,7 +118,7 @@ def segment(
 
 
 @app.command()
-def banks(url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json = False) -> None:
+def banks(url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
     """List the template banks."""
     with AnnotatorClient(url, api_key) as client:
         found = client.banks()

@@ -9,21 +9,22 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import httpx
 import stamina
 
 from vessa import protocol
-from vessa.errors import NotReady, QueueFull, Unreachable, VessaError
-from vessa.protocol import Annotation, Call, Image, Prompts
+from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
+from vessa.protocol import Annotation, Call, Image, Prompts, SegmentOptions
 from vessa.schemas import BankInfo, ServiceInfo, TemplateInfo
 
 __all__ = ["Annotation", "AnnotatorClient", "AsyncAnnotatorClient", "Prompts", "default_key_file"]
 
 DEFAULT_URL = "http://127.0.0.1:8700"
 _REPEATABLE_STATUS = {429, 502, 503, 504}
-_LONGEST_WAIT = 60.0  # seconds; a Retry-After beyond it is not obeyed blindly
+_NO_EFFECT_STATUS = {429}  # refused before anything was done
+_LONGEST_WAIT = 60.0  # seconds; who is told to come back later than that is told so, and not kept waiting
 
 _T = TypeVar("_T")
 
@@ -58,34 +59,49 @@ def _wait(error: Exception) -> bool | timedelta:
     if not isinstance(error, _RepeatableError):
         return False
     after = error.error.retry_after
-    return True if after is None else timedelta(seconds=min(after, _LONGEST_WAIT))
+    if after is None:
+        return True
+    return after <= _LONGEST_WAIT and timedelta(seconds=after)
 
 
 def _result(call: Call[_T], response: httpx.Response) -> _T:
     """Read an answer, or raise the service's error as the class it was there."""
-    if response.status_code < 400:
+    if response.is_success:
         return call.read(response)
     error = protocol.read_error(response)
-    if response.status_code in _REPEATABLE_STATUS and call.repeatable:
-        raise _RepeatableError(error)
-    raise error
+    if error.item is not None and error.item in range(len(call.rows)):
+        error.item = call.rows[error.item]  # counted within the request; the caller counts within its list
+    repeatable = {"always": _REPEATABLE_STATUS, "unsent": _NO_EFFECT_STATUS, "never": set[int]()}[call.repeat]
+    raise _RepeatableError(error) if response.status_code in repeatable else error
 
 
-def _unreachable(url: str, call: Call[Any], error: httpx.TransportError) -> Exception:
-    text = (
-        f"no answer from the annotator at {url} ({type(error).__name__}): "
-        "start it with `vessa-server serve`, or give its address by --url"
+def _failure(url: str, timeout: float, call: Call[Any], error: httpx.RequestError) -> Exception:
+    """Turn httpx's error into ours, repeatable where that is safe and promises something."""
+    kind = type(error).__name__
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return Unreachable(f"'{url}' or the key is not usable ({kind}): expected http://host:port")
+    if isinstance(error, httpx.DecodingError | httpx.TooManyRedirects):
+        return BadResponse(f"{url} answered something that is not HTTP as agreed ({kind})")
+    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+        # Not repeated: the service may still be at work on it, and would then do it twice.
+        return Unreachable(
+            f"the annotator at {url} took longer than {timeout:g} s ({kind}): "
+            "send fewer images at once, or allow more by `timeout`"
+        )
+    failure = Unreachable(
+        f"no answer from the annotator at {url} ({kind}): "
+        "start it with `vessa-server serve`, or give its address (`--url`, VESSA_URL)"
     )
-    failure = Unreachable(text)
-    never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-    return _RepeatableError(failure) if call.repeatable or never_sent else failure
+    unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    again = call.repeat == "always" or (call.repeat == "unsent" and unsent)
+    return _RepeatableError(failure) if again else failure
 
 
 class _Base:
     def __init__(
-        self, url: str, api_key: str | None, timeout: float, attempts: int, wait_initial: float
+        self, url: str | None, api_key: str | None, timeout: float, attempts: int, wait_initial: float
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = (url or os.environ.get("VESSA_URL") or DEFAULT_URL).rstrip("/")
         key = api_key or find_key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {
@@ -104,7 +120,7 @@ class _Base:
 class AnnotatorClient(_Base):
     """Talks to one annotator. Safe to share between threads.
 
-    url: of the annotator; api_key: None looks in VESSA_API_KEY, then in the local key file;
+    url: None takes VESSA_URL, else port 8700 of this machine; api_key: None looks in VESSA_API_KEY, then in the local key file;
     transport: an httpx transport in place of the network; timeout: seconds a request may take;
     attempts: tries a repeatable request gets. Every method raises VessaError subclasses, among them
     Unreachable when nobody answers.
@@ -112,7 +128,7 @@ class AnnotatorClient(_Base):
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | None = None,
         api_key: str | None = None,
         *,
         transport: httpx.BaseTransport | None = None,
@@ -142,8 +158,8 @@ class AnnotatorClient(_Base):
                 with attempt:
                     try:
                         response = self._http.request(call.method, call.path, **call.options)
-                    except httpx.TransportError as error:
-                        raise _unreachable(self.url, call, error) from error
+                    except httpx.RequestError as error:
+                        raise _failure(self.url, self._timeout, call, error) from error
                     return _result(call, response)
         except _RepeatableError as error:
             raise error.error from error.__cause__
@@ -157,7 +173,7 @@ class AnnotatorClient(_Base):
         """Whether it takes requests now."""
         try:
             return self._send(protocol.ready())
-        except (Unreachable, NotReady, QueueFull):
+        except VessaError:
             return False
 
     def banks(self) -> list[BankInfo]:
@@ -185,7 +201,7 @@ class AnnotatorClient(_Base):
         images: uint8 (H, W[, 3]); masks: uint8 (H, W) class ids; groups: the patient of each.
         """
         calls = protocol.add_templates(bank, images, masks, classes, groups)
-        return protocol.in_order(len(images), [(rows, self._send(call)) for rows, call in calls])
+        return protocol.in_order(len(images), ((call, self._send(call)) for call in calls))
 
     def delete_template(self, bank: str, template: str) -> None:
         """Remove one template. Raises UnknownTemplate."""
@@ -201,16 +217,16 @@ class AnnotatorClient(_Base):
         *,
         bank: str,
         image_ids: Sequence[str] | None = None,
-        **options: Any,
+        **options: Unpack[SegmentOptions],
     ) -> list[Annotation]:
         """Segment images, or images the service has seen, by their ids.
 
         images: uint8 (H, W[, 3]), sizes may differ; further options: classes, groups, prompts,
-        template_choice, seed, probabilities, as in `vessa.protocol.segment`. An item that failed
+        template_choice, seed, probabilities, see `vessa.protocol.SegmentOptions`. An item that failed
         has its `error` set; the others are not touched by it.
         """
         count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)
-        return protocol.in_order(count, [(rows, self._send(call)) for rows, call in calls])
+        return protocol.in_order(count, ((call, self._send(call)) for call in calls))
 
 
 class AsyncAnnotatorClient(_Base):
@@ -218,7 +234,7 @@ class AsyncAnnotatorClient(_Base):
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | None = None,
         api_key: str | None = None,
         *,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -248,8 +264,8 @@ class AsyncAnnotatorClient(_Base):
                 with attempt:
                     try:
                         response = await self._http.request(call.method, call.path, **call.options)
-                    except httpx.TransportError as error:
-                        raise _unreachable(self.url, call, error) from error
+                    except httpx.RequestError as error:
+                        raise _failure(self.url, self._timeout, call, error) from error
                     return _result(call, response)
         except _RepeatableError as error:
             raise error.error from error.__cause__
@@ -263,7 +279,7 @@ class AsyncAnnotatorClient(_Base):
         """Whether it takes requests now."""
         try:
             return await self._send(protocol.ready())
-        except (Unreachable, NotReady, QueueFull):
+        except VessaError:
             return False
 
     async def banks(self) -> list[BankInfo]:
@@ -288,7 +304,7 @@ class AsyncAnnotatorClient(_Base):
     ) -> list[TemplateInfo]:
         """Add annotated images; see AnnotatorClient."""
         calls = protocol.add_templates(bank, images, masks, classes, groups)
-        return protocol.in_order(len(images), [(rows, await self._send(call)) for rows, call in calls])
+        return protocol.in_order(len(images), [(call, await self._send(call)) for call in calls])
 
     async def delete_template(self, bank: str, template: str) -> None:
         """Remove one template. Raises UnknownTemplate."""
@@ -304,8 +320,8 @@ class AsyncAnnotatorClient(_Base):
         *,
         bank: str,
         image_ids: Sequence[str] | None = None,
-        **options: Any,
+        **options: Unpack[SegmentOptions],
     ) -> list[Annotation]:
         """Segment images; see AnnotatorClient."""
         count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)
-        return protocol.in_order(count, [(rows, await self._send(call)) for rows, call in calls])
+        return protocol.in_order(count, [(call, await self._send(call)) for call in calls])

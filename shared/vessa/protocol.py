@@ -1,26 +1,33 @@
 """The annotator's HTTP protocol as plain functions: what to send, how to read what comes back."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, Literal, TypedDict, TypeVar
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from vessa.codec import MEDIA_TYPE, TensorSpec, decode, encode
-from vessa.errors import BadResponse, InvalidRequest, ShapeMismatch, VessaError, error_from
+from vessa.errors import BadResponse, InvalidImage, InvalidRequest, ShapeMismatch, VessaError, error_from
 from vessa.schemas import BankInfo, ErrorResponse, ItemInfo, ServiceInfo, TemplateInfo, TemplateUse
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, Any]
 TemplateChoice = Literal["top1", "top3", "sample"]
+Repeat = Literal["always", "unsent", "never"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _MAX_ITEMS = 32  # images a request carries; larger batches become several requests
+_MAX_BYTES = 16 << 20  # tensors a request carries, unless a single item has more; the service takes 64 MiB
 _MAX_ANSWER = 1 << 31
+_LARGEST_LOGIT = 6e4  # float16 ends at 65504
 _ANSWER = {
     "labels": TensorSpec(("U8",), ((None, None, None),)),
     "confidence": TensorSpec(("U8",), ((None, None, None),)),
@@ -67,15 +74,36 @@ class Annotation:
     error: VessaError | None = None
 
 
+class SegmentOptions(TypedDict, total=False):
+    """What `segment` takes besides images and bank; each list has one entry an image.
+
+    classes: names, absent = all of the bank; groups: the patient of each image, whose templates are
+    not used; prompts: see Prompts; template_choice: "top1", "top3" or "sample" with `seed`;
+    probabilities: ask for them
+    """
+
+    classes: Sequence[str] | None
+    groups: Sequence[str | None] | None
+    prompts: Sequence[Prompts | None] | None
+    template_choice: TemplateChoice
+    seed: int
+    probabilities: bool
+
+
 @dataclass(frozen=True)
 class Call(Generic[_T]):
-    """One HTTP request and how to read its answer. repeatable: sending it twice does no harm."""
+    """One HTTP request and how to read its answer.
+
+    repeat: "always" when sending it twice does no harm, "unsent" only when it surely had no effect,
+    "never" for a probe; rows: which items of the caller's list it carries
+    """
 
     method: str
     path: str
     read: Callable[[httpx.Response], _T]
     options: dict[str, Any] = field(default_factory=dict)
-    repeatable: bool = True
+    repeat: Repeat = "always"
+    rows: tuple[int, ...] = ()
 
 
 def _json(adapter: TypeAdapter[_T]) -> Callable[[httpx.Response], _T]:
@@ -92,17 +120,28 @@ def _json(adapter: TypeAdapter[_T]) -> Callable[[httpx.Response], _T]:
 
 def read_error(response: httpx.Response) -> VessaError:
     """Make the error that a failed response describes."""
-    after = response.headers.get("retry-after", "")
-    retry_after = float(after) if after.replace(".", "", 1).isdigit() else None
+    retry_after = _retry_after(response.headers.get("retry-after", ""))
+    position = response.headers.get("x-queue-position", "")
     try:
         body = ErrorResponse.model_validate_json(response.content).error
+        failure = error_from(body.code, body.message, body.item, retry_after)
     except ValidationError:
-        failure: VessaError = BadResponse(
-            f"status {response.status_code} from {response.url.path}, not from an annotator"
-        )
-        failure.retry_after = retry_after
-        return failure
-    return error_from(body.code, body.message, body.item, retry_after)
+        text = f"status {response.status_code} from {response.url}, which is not an annotator's answer"
+        failure = BadResponse(f"{text}: check the address", retry_after=retry_after)
+    failure.queue_position = int(position) if re.fullmatch(r"[0-9]{1,9}", position) else None
+    return failure
+
+
+def _retry_after(value: str) -> float | None:
+    """Read a Retry-After header, in seconds or as a date; None when there is no sense in it."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max(0.0, (date - datetime.now(UTC)).total_seconds())
 
 
 def info() -> Call[ServiceInfo]:
@@ -111,8 +150,8 @@ def info() -> Call[ServiceInfo]:
 
 
 def ready() -> Call[bool]:
-    """GET /readyz."""
-    return Call("GET", "/readyz", lambda response: response.status_code == 200)
+    """GET /readyz; asked once, since "not now" is an answer too."""
+    return Call("GET", "/readyz", lambda response: response.status_code == 200, repeat="never")
 
 
 def banks() -> Call[list[BankInfo]]:
@@ -122,7 +161,7 @@ def banks() -> Call[list[BankInfo]]:
 
 def bank(name: str) -> Call[BankInfo]:
     """GET /banks/{bank}."""
-    return Call("GET", f"/banks/{name}", _json(TypeAdapter(BankInfo)))
+    return Call("GET", f"/banks/{_segment(name)}", _json(TypeAdapter(BankInfo)))
 
 
 def templates(bank: str) -> Call[list[TemplateInfo]]:
@@ -132,14 +171,20 @@ def templates(bank: str) -> Call[list[TemplateInfo]]:
 
 def delete_template(bank: str, template: str) -> Call[None]:
     """DELETE /templates/{id}; a second one would answer 404, so it is not repeated."""
-    return Call(
-        "DELETE", f"/templates/{template}", lambda _: None, {"params": {"bank": bank}}, repeatable=False
-    )
+    path = f"/templates/{_segment(template)}"
+    return Call("DELETE", path, lambda _: None, {"params": {"bank": bank}}, "unsent")
 
 
 def delete_bank(name: str) -> Call[None]:
     """DELETE /banks/{bank}; a second one would answer 404, so it is not repeated."""
-    return Call("DELETE", f"/banks/{name}", lambda _: None, repeatable=False)
+    return Call("DELETE", f"/banks/{_segment(name)}", lambda _: None, repeat="unsent")
+
+
+def _segment(name: str) -> str:
+    """Quote a name for use as one segment of a path; it cannot lead to another route."""
+    if name in ("", ".", ".."):
+        raise InvalidRequest(f"'{name}' is not a name")
+    return quote(name, safe=":")
 
 
 def _binary(
@@ -147,27 +192,44 @@ def _binary(
     tensors: Mapping[str, Floats],
     metadata: Mapping[str, str],
     read: Callable[[httpx.Response], _T],
+    rows: Sequence[int],
 ) -> Call[_T]:
     headers = {"Content-Type": MEDIA_TYPE, "Accept": f"{MEDIA_TYPE}, application/json"}
-    return Call("POST", path, read, {"content": encode(tensors, metadata), "headers": headers})
+    options = {"content": encode(tensors, metadata), "headers": headers}
+    return Call("POST", path, read, options, rows=tuple(rows))
 
 
-def _batches(shapes: Iterable[tuple[int, ...]]) -> list[list[int]]:
-    """Group rows of equal shape into batches of at most _MAX_ITEMS."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for row, shape in enumerate(shapes):
+def _batches(
+    shapes: Iterable[tuple[Any, ...]], sizes: Iterable[int], budget: int = _MAX_BYTES
+) -> Iterator[list[int]]:
+    """Group rows of equal shape into batches of at most _MAX_ITEMS and, if of several, `budget` bytes."""
+    by_shape: dict[tuple[Any, ...], list[int]] = {}
+    size_of = {}
+    for row, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
         by_shape.setdefault(shape, []).append(row)
-    return [rows[i : i + _MAX_ITEMS] for rows in by_shape.values() for i in range(0, len(rows), _MAX_ITEMS)]
+        size_of[shape] = max(size, 1)
+    for shape, rows in by_shape.items():
+        step = max(1, min(_MAX_ITEMS, budget // size_of[shape]))
+        yield from (rows[i : i + step] for i in range(0, len(rows), step))
 
 
-def in_order(count: int, parts: Iterable[tuple[list[int], list[_R]]]) -> list[_R]:
-    """Put the answers of several requests back in the order of the call."""
+def in_order(count: int, parts: Iterable[tuple[Call[list[_R]], list[_R]]]) -> list[_R]:
+    """Put the answers of several requests back in the order of the caller's list."""
     placed: dict[int, _R] = {}
-    for rows, answers in parts:
-        if len(rows) != len(answers):
-            raise BadResponse(f"the annotator answered {len(answers)} items to {len(rows)}")
-        placed.update(zip(rows, answers, strict=True))
+    for call, answers in parts:
+        if len(call.rows) != len(answers):
+            raise BadResponse(f"the annotator answered {len(answers)} items to {len(call.rows)}")
+        placed.update(zip(call.rows, answers, strict=True))
     return [placed[i] for i in range(count)]
+
+
+def _check_images(images: Sequence[Image]) -> None:
+    for row, image in enumerate(images):
+        gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype != np.uint8 or not gray_or_rgb or image.size == 0:
+            raise InvalidImage(
+                f"image {row} is {image.dtype} {image.shape}; expected uint8 (H, W) or (H, W, 3)", item=row
+            )
 
 
 def add_templates(
@@ -176,26 +238,35 @@ def add_templates(
     masks: Sequence[Image],
     classes: Mapping[int, str],
     groups: Sequence[str],
-) -> list[tuple[list[int], Call[list[TemplateInfo]]]]:
-    """POST /templates, one request for each size of image. Raises ShapeMismatch."""
+) -> Iterator[Call[list[TemplateInfo]]]:
+    """POST /templates, a request for each size of image. Raises InvalidImage, ShapeMismatch, InvalidRequest.
+
+    Everything is checked before the first request; each body is made when its turn comes.
+    """
     if not len(images) == len(masks) == len(groups):
         raise InvalidRequest(
             f"{len(images)} images, {len(masks)} masks and {len(groups)} groups: expected one of each"
         )
+    _check_images(images)
     for row, (image, mask) in enumerate(zip(images, masks, strict=True)):
         if image.shape[:2] != mask.shape:
             raise ShapeMismatch(f"image {row} has size {image.shape[:2]}, its mask {mask.shape}", item=row)
-    reader = _json(TypeAdapter(dict[str, list[TemplateInfo]]))
-    calls = []
-    for rows in _batches(i.shape for i in images):
+        if mask.dtype != np.uint8:
+            raise InvalidImage(f"mask {row} is {mask.dtype}; expected uint8 class ids", item=row)
+    adapter = TypeAdapter(dict[Literal["templates"], list[TemplateInfo]])
+
+    def call(rows: list[int]) -> Call[list[TemplateInfo]]:
         tensors = {"images": np.stack([images[r] for r in rows]), "masks": np.stack([masks[r] for r in rows])}
         metadata = {
             "bank": bank,
             "classes": json.dumps({str(c): n for c, n in classes.items()}),
             "groups": json.dumps([groups[r] for r in rows]),
         }
-        calls.append((rows, _binary("/templates", tensors, metadata, lambda r: reader(r)["templates"])))
-    return calls
+        read = _json(adapter)
+        return _binary("/templates", tensors, metadata, lambda r: read(r).get("templates", []), rows)
+
+    sizes = (i.nbytes + m.nbytes for i, m in zip(images, masks, strict=True))
+    return map(call, _batches((i.shape for i in images), sizes))
 
 
 def segment(
@@ -209,36 +280,43 @@ def segment(
     template_choice: TemplateChoice = "top1",
     seed: int = 0,
     probabilities: bool = False,
-) -> tuple[int, list[tuple[list[int], Call[list[Annotation]]]]]:
-    """POST /segment, one request for each size of image and kind of prompts.
+) -> tuple[int, Iterator[Call[list[Annotation]]]]:
+    """POST /segment, a request for each size of image and kind of prompts.
 
-    Returns how many items there are and the requests with their rows. Raises InvalidRequest.
+    Returns how many items there are and the requests; everything is checked before the first one, each
+    body is made when its turn comes. Raises InvalidRequest, InvalidImage.
     """
     if (images is None) == (image_ids is None):
         raise InvalidRequest("give either images or image_ids")
-    count = len(images if images is not None else image_ids or [])
+    ids = list(image_ids or [])
+    count = len(ids) if images is None else len(images)
     given = list(prompts) if prompts is not None else [None] * count
     owners = list(groups) if groups is not None else [None] * count
     if len(given) != count or len(owners) != count:
         raise InvalidRequest(
             f"{count} items with {len(given)} prompts and {len(owners)} groups: expected one each"
         )
-    shapes = [(() if images is None else images[i].shape) + _prompt_shape(given[i]) for i in range(count)]
-    calls = []
-    for rows in _batches(shapes):
+    _check_images(images or [])
+
+    def call(rows: list[int]) -> Call[list[Annotation]]:
         tensors = _prompt_tensors([given[r] for r in rows])
         metadata = {"bank": bank, "template_choice": template_choice, "seed": str(seed)}
         if images is not None:
             tensors["images"] = np.stack([images[r] for r in rows])
         else:
-            metadata["image_ids"] = json.dumps([(image_ids or [])[r] for r in rows])
+            metadata["image_ids"] = json.dumps([ids[r] for r in rows])
         if classes is not None:
             metadata["classes"] = json.dumps(list(classes))
         metadata["groups"] = json.dumps([owners[r] for r in rows])
         if probabilities:
             metadata["probabilities"] = "1"
-        calls.append((rows, _binary("/segment", tensors, metadata, _read_annotations)))
-    return count, calls
+        size = None if images is None else images[rows[0]].shape[:2]
+        return _binary("/segment", tensors, metadata, lambda r: _read_annotations(r, rows, size), rows)
+
+    shapes = [(() if images is None else images[i].shape, _prompt_shape(given[i])) for i in range(count)]
+    sizes = [(0 if images is None else images[i].nbytes) + _prompt_bytes(given[i]) for i in range(count)]
+    # An answer with probabilities has 2 (K + 1) bytes for each pixel that was sent.
+    return count, map(call, _batches(shapes, sizes, _MAX_BYTES // (4 if probabilities else 1)))
 
 
 _PROMPT_TYPES = {
@@ -250,26 +328,38 @@ _PROMPT_TYPES = {
 }
 
 
+def _given(prompts: Prompts | None) -> Iterator[tuple[str, Floats]]:
+    for name in _PROMPT_TYPES if prompts is not None else ():
+        value = getattr(prompts, name)
+        if value is not None:
+            yield name, np.asarray(value)
+
+
 def _prompt_shape(prompts: Prompts | None) -> tuple[Any, ...]:
     """What must be equal for two items' prompts to share a tensor."""
-    if prompts is None:
-        return ()
-    return tuple((n, np.shape(v)) for n in _PROMPT_TYPES if (v := getattr(prompts, n)) is not None)
+    return tuple((name, value.shape) for name, value in _given(prompts))
+
+
+def _prompt_bytes(prompts: Prompts | None) -> int:
+    return sum(value.size * np.dtype(_PROMPT_TYPES[name]).itemsize for name, value in _given(prompts))
 
 
 def _prompt_tensors(prompts: Sequence[Prompts | None]) -> dict[str, Floats]:
-    first = prompts[0]
-    if first is None:
-        return {}
-    return {
-        name: np.stack([np.asarray(getattr(p, name), dtype) for p in prompts])
-        for name, dtype in _PROMPT_TYPES.items()
-        if getattr(first, name) is not None
-    }
+    columns: dict[str, list[Floats]] = {}
+    for one in prompts:
+        for name, value in _given(one):
+            fits = np.clip(value, -_LARGEST_LOGIT, _LARGEST_LOGIT) if name == "mask_logits" else value
+            columns.setdefault(name, []).append(fits.astype(_PROMPT_TYPES[name]))
+    return {name: np.stack(column) for name, column in columns.items()}
 
 
-def _read_annotations(response: httpx.Response) -> list[Annotation]:
-    """Read a safetensors answer to POST /segment."""
+def _read_annotations(
+    response: httpx.Response, rows: Sequence[int], size: tuple[int, ...] | None
+) -> list[Annotation]:
+    """Read a safetensors answer to POST /segment.
+
+    rows: the items' places in the caller's list; size: (H, W) that was sent, None when ids were
+    """
     try:
         tensors, metadata = decode(response.content, _ANSWER, max_bytes=_MAX_ANSWER)
         items = TypeAdapter(list[ItemInfo]).validate_json(metadata["items"])
@@ -281,24 +371,41 @@ def _read_annotations(response: httpx.Response) -> list[Annotation]:
             "bank_version": int(metadata["bank_version"]),
             "labels_version": metadata["labels_version"],
         }
+        probabilities = tensors.get("probabilities")
+        _check_sizes(labels, confidence, probabilities, len(items), len(classes))
+        answered = [item for item in items if item.error is None]
+        if len(items) != len(rows) or any(item.status == "error" for item in answered):
+            raise ValueError("the items do not fit the request")
+        if size is not None and answered and labels.shape[1:] != size:
+            raise ValueError("the labels have another size than the images")
     except (VessaError, KeyError, ValueError) as error:
         raise BadResponse("the answer to POST /segment is not the annotator's protocol") from error
-    probabilities = tensors.get("probabilities")
     annotations = []
-    for row, item in enumerate(items):
+    for place, (row, item) in enumerate(zip(rows, items, strict=True)):
         if item.error is not None:
-            failure = error_from(item.error.code, item.error.message, item.error.item)
+            failure = error_from(item.error.code, item.error.message, row)
             annotations.append(Annotation(item.image_id, error=failure, **common))
             continue
         annotations.append(
             Annotation(
                 item.image_id,
-                labels[row],
-                confidence[row],
-                None if probabilities is None else probabilities[row],
+                # Copies: writable, and an item kept for long does not keep its whole batch.
+                labels[place].copy(),
+                confidence[place].copy(),
+                None if probabilities is None else probabilities[place].copy(),
                 templates=item.templates,
                 scores=item.scores,
                 **common,
             )
         )
     return annotations
+
+
+def _check_sizes(
+    labels: Image, confidence: Image, probabilities: Floats | None, items: int, classes: int
+) -> None:
+    """Raise ValueError unless the arrays of an answer fit each other."""
+    if labels.shape != confidence.shape or labels.shape[0] != items:
+        raise ValueError("labels, confidence and items differ in number or size")
+    if probabilities is not None and probabilities.shape != (items, classes + 1, *labels.shape[1:]):
+        raise ValueError("probabilities do not fit the labels")

@@ -151,7 +151,7 @@ def compare(config: Config, *, seeds: int, resume_line: str, console: Console) -
         title=f"{dataset.name}: UniMatch V2 and VESSA",
         lead=(
             f"{len(splits.labeled)} labeled and {len(splits.unlabeled)} unlabeled patients, "
-            f"{len(splits.test)} test patients; {config.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; "
+            f"{len(splits.test)} test patients; {config.steps} steps, seeds: {seeds}; "
             f"the checkpoint was chosen on {len(splits.val)} validation patients."
         ),
         header=header,

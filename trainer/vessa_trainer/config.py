@@ -114,9 +114,12 @@ class SemiConfig:
 
 @dataclass(frozen=True)
 class AnnotatorConfig:
-    """The VESSA service. bank None: a name derived from the data folder and the labeled split."""
+    """The VESSA service. url None: VESSA_URL, else port 8700 here.
 
-    url: str = "http://127.0.0.1:8700"
+    bank None: a name derived from the data folder and the labeled split.
+    """
+
+    url: str | None = None
     api_key: str | None = None
     bank: str | None = None
     batch: int = 8
@@ -135,7 +138,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class FeedbackConfig:
-    """Teacher-to-VESSA feedback. start: share of the run before it begins; every: iterations between rounds."""
+    """Teacher-to-VESSA feedback. start: share of the run before it; every: iterations between rounds."""
 
     enabled: bool = False
     start: float = 0.5

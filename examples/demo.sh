@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The whole main job on synthetic hearts: data, annotator, both trainings, one table, one report.
+#   bash examples/demo.sh [FOLDER]      FOLDER defaults to runs/demo; a second call resumes there
+set -euo pipefail
+folder=${1:-runs/demo}
+port=${VESSA_DEMO_PORT:-8799}
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+# The demo's annotator has its own key and bank folder, so that it never touches yours.
+VESSA_API_KEY=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')
+export VESSA_API_KEY VESSA_STORE="folder:$folder/banks" VESSA_PORT=$port XDG_CONFIG_HOME="$folder/config"
+
+[ -f "$folder/phantoms/heart/meta.json" ] || vessa-server phantoms "$folder/phantoms" --patients 28 --slices 6
+
+echo "starting the annotator (log: $folder/annotator.log)" >&2
+vessa-server serve >"$folder/annotator.log" 2>&1 &
+annotator=$!
+trap 'kill $annotator 2>/dev/null; wait $annotator 2>/dev/null || true' EXIT
+for _ in $(seq 120); do
+  kill -0 $annotator 2>/dev/null || { tail -n 5 "$folder/annotator.log" >&2; exit 1; }
+  vessa banks --url "http://127.0.0.1:$port" >/dev/null 2>&1 && break
+  sleep 0.5
+done
+
+vessa-trainer compare --config "$(dirname "$0")/../trainer/configs/phantoms.yaml" \
+  --data "$folder/phantoms/heart" --seeds 1 --url "http://127.0.0.1:$port" \
+  --out "$folder/compare" --set "cache.url=folder:$folder/labels" --json
