@@ -102,7 +102,14 @@ class _Base:
         self, url: str | None, api_key: str | None, timeout: float, attempts: int, wait_initial: float
     ) -> None:
         self.url = (url or os.environ.get("VESSA_URL") or DEFAULT_URL).rstrip("/")
+        self._timeout = timeout
+        try:
+            httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise Unreachable(f"'{self.url}' is not an address: expected http://host:port") from error
         key = api_key or find_key()
+        if key and not (key.isascii() and key.isprintable()):
+            raise Unauthorized("the API key holds characters that no key has; copy it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {
             "base_url": self.url,
@@ -120,8 +127,9 @@ class _Base:
 class AnnotatorClient(_Base):
     """Talks to one annotator. Safe to share between threads.
 
-    url: None takes VESSA_URL, else port 8700 of this machine; api_key: None looks in VESSA_API_KEY, then in the local key file;
-    transport: an httpx transport in place of the network; timeout: seconds a request may take;
+    url: None takes VESSA_URL, else port 8700 of this machine; api_key: None looks in VESSA_API_KEY,
+    then in the local key file; transport: an httpx transport in place of the network; timeout: seconds
+    a request may take;
     attempts: tries a repeatable request gets. Every method raises VessaError subclasses, among them
     Unreachable when nobody answers.
     """
