@@ -15,8 +15,9 @@ import httpx
 import stamina
 
 from vessa import protocol
+from vessa.annotation import Annotation, Image, Prompts, SegmentOptions
 from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
-from vessa.protocol import Annotation, Call, Image, Prompts, SegmentOptions
+from vessa.protocol import Call
 from vessa.schemas import BankInfo, ServiceInfo, TemplateInfo
 
 __all__ = ["Annotation", "AnnotatorClient", "AsyncAnnotatorClient", "Prompts", "default_key_file"]
@@ -230,7 +231,7 @@ class AnnotatorClient(_Base):
         """Segment images, or images the service has seen, by their ids.
 
         images: uint8 (H, W[, 3]), sizes may differ; further options: classes, groups, prompts,
-        template_choice, seed, probabilities, see `vessa.protocol.SegmentOptions`. An item that failed
+        template_choice, seed, probabilities, see `vessa.annotation.SegmentOptions`. An item that failed
         has its `error` set; the others are not touched by it.
         """
         count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)

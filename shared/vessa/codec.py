@@ -47,11 +47,16 @@ class TensorSpec:
 
 
 def image_digest(image: np.ndarray[Any, Any]) -> str:
-    """Return the image id `sha256:<hex>` of uint8 (H, W) or (H, W, 3) pixels."""
+    """Return the image id `sha256:<hex>` of uint8 (H, W) or (H, W, 3) pixels.
+
+    Raises ValueError for anything else: its bytes would have an id that the service never gives.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(f"expected uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}")
     height, width = image.shape[:2]
     channels = 1 if image.ndim == 2 else image.shape[2]
     digest = hashlib.sha256(b"%d,%d,%d\n" % (height, width, channels))
-    digest.update(np.ascontiguousarray(image).tobytes())
+    digest.update(np.ascontiguousarray(image).data)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -106,12 +111,20 @@ def _header(body: bytes, max_header_bytes: int) -> tuple[dict[str, Any], int]:
             f"the header claims {length} bytes; {len(body) - 8} came and at most {max_header_bytes} are taken"
         )
     try:
-        header = json.loads(body[8 : 8 + length])
+        header = json.loads(body[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise MalformedBody("the header is not JSON") from error
     if not isinstance(header, dict):
         raise MalformedBody("the header must be a JSON object")
     return header, 8 + length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that occurs twice: readers differ in which of the two they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise MalformedBody("the header names something twice")
+    return found
 
 
 def _entry(

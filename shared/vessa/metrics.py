@@ -4,6 +4,7 @@ Both masks empty: not scored, counted. One of them empty: Dice and IoU 0, HD95 t
 volume; counted. Nothing that was missed ever looks perfect.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
+Distances = np.ndarray[Any, np.dtype[np.float64]]
 Spacing = tuple[float, float, float]
 
 METRICS = ("dice", "iou", "iou_fgbg", "hd95")
@@ -20,18 +22,21 @@ METRICS = ("dice", "iou", "iou_fgbg", "hd95")
 
 def dice(pred: Mask, truth: Mask) -> float | None:
     """Dice of two bool arrays of one shape, in [0, 1]; None when both are empty."""
+    _check(pred, truth)
     total = int(pred.sum()) + int(truth.sum())
     return None if total == 0 else 2 * int((pred & truth).sum()) / total
 
 
 def iou(pred: Mask, truth: Mask) -> float | None:
     """Intersection over union of the foreground, in [0, 1]; None when both are empty."""
+    _check(pred, truth)
     union = int((pred | truth).sum())
     return None if union == 0 else int((pred & truth).sum()) / union
 
 
 def iou_fgbg(pred: Mask, truth: Mask) -> float | None:
     """Mean IoU of foreground and background, as the paper's tables have it; None when both are empty."""
+    _check(pred, truth)
     foreground, background = iou(pred, truth), iou(~pred, ~truth)
     if foreground is None:
         return None
@@ -42,20 +47,57 @@ def hd95(pred: Mask, truth: Mask, spacing: Spacing | None = None) -> float | Non
     """95th percentile of the symmetric surface distances of two bool volumes.
 
     pred, truth: (D, H, W); spacing: (z, y, x) mm, None for voxels. Both empty: None. One empty:
-    the volume's diagonal in the same unit.
+    the volume's diagonal in the same unit. A lone slice (D = 1) is measured in its plane. As in
+    MedPy, which the published ACDC tables use, the percentile is taken over both directions
+    together; MONAI takes the larger of the two directions' percentiles, which is never smaller.
     """
-    step = (1.0,) * pred.ndim if spacing is None else tuple(spacing)
-    if pred.shape[0] == 1:  # a lone slice has no neighbors in z: its surface is its contour
+    _check(pred, truth)
+    step = _step(pred, spacing)
+    if pred.shape[0] == 1:  # no neighbors in z: its surface is its contour
         pred, truth, step = pred[0], truth[0], step[1:]
+    if not pred.any() and not truth.any():
+        return None
     if not pred.any() or not truth.any():
-        if not pred.any() and not truth.any():
-            return None
         return float(np.linalg.norm(np.array(pred.shape) * np.array(step)))
+    return float(np.percentile(np.concatenate(_distances(pred, truth, step)), 95))
+
+
+def surface_distances(pred: Mask, truth: Mask, spacing: Spacing | None = None) -> tuple[Distances, Distances]:
+    """Distance of each surface voxel of one volume from the other's surface.
+
+    pred, truth: bool (D, H, W), neither empty; spacing: (z, y, x) mm, None for voxels.
+    Returns the distances of pred's surface voxels and those of truth's, float64 (N,) each.
+    """
+    _check(pred, truth)
+    if not pred.any() or not truth.any():
+        raise ValueError("an empty volume has no surface; expected two volumes that are not empty")
+    return _distances(pred, truth, _step(pred, spacing))
+
+
+def _distances(pred: Mask, truth: Mask, step: tuple[float, ...]) -> tuple[Distances, Distances]:
     pred, truth = _cropped(pred, truth)
     surface_pred, surface_truth = _surface(pred), _surface(truth)
     to_truth = ndimage.distance_transform_edt(~surface_truth, sampling=step)[surface_pred]
     to_pred = ndimage.distance_transform_edt(~surface_pred, sampling=step)[surface_truth]
-    return float(np.percentile(np.concatenate([to_truth, to_pred]), 95))
+    return to_truth, to_pred
+
+
+def _check(pred: Mask, truth: Mask) -> None:
+    if pred.dtype != np.bool_ or truth.dtype != np.bool_ or pred.shape != truth.shape:
+        raise ValueError(
+            f"expected two bool arrays of one shape, got {pred.dtype} {pred.shape} "
+            f"and {truth.dtype} {truth.shape}"
+        )
+
+
+def _step(volume: Mask, spacing: Spacing | None) -> tuple[float, ...]:
+    """Check the spacing against the volume; voxels are 1 apart where it is not known."""
+    step = (1.0,) * volume.ndim if spacing is None else tuple(spacing)
+    if volume.ndim != 3 or len(step) != 3 or not all(math.isfinite(s) and s > 0 for s in step):
+        raise ValueError(
+            f"expected a volume (D, H, W) and a positive spacing (z, y, x), got {volume.shape} and {spacing}"
+        )
+    return step
 
 
 def _cropped(pred: Mask, truth: Mask) -> tuple[Mask, Mask]:
@@ -77,7 +119,9 @@ class Scores:
 
     by_class: {class: {metric: mean over scored volumes}}; mean: {metric: mean over classes};
     unit: of HD95, "mm" when every volume's spacing is known, else "voxel"; counts: {class:
-    {scored, both_empty, pred_empty, truth_empty}}. A metric without any scored volume is None.
+    {scored, both_empty, pred_empty, truth_empty}}: `scored` volumes make the mean, among them those
+    with only the prediction or only the truth empty; both_empty ones are left out. A metric without
+    any scored volume is None.
     """
 
     by_class: dict[str, dict[str, float | None]]
@@ -107,8 +151,10 @@ def score_volumes(
             raise ValueError(f"volume {index}: prediction has shape {pred.shape}, truth {truth.shape}")
         for class_id, name in classes.items():
             ours, theirs = pred == class_id, truth == class_id
-            kind = {(True, True): "scored", (False, True): "pred_empty", (True, False): "truth_empty"}
-            counts[name][kind.get((bool(ours.any()), bool(theirs.any())), "both_empty")] += 1
+            found_ours, found_theirs = bool(ours.any()), bool(theirs.any())
+            counts[name]["scored" if found_ours or found_theirs else "both_empty"] += 1
+            counts[name]["pred_empty"] += found_theirs and not found_ours
+            counts[name]["truth_empty"] += found_ours and not found_theirs
             distance = hd95(ours, theirs, spacing if unit == "mm" else None)
             values = (dice(ours, theirs), iou(ours, theirs), iou_fgbg(ours, theirs), distance)
             for metric, value in zip(METRICS, values, strict=True):

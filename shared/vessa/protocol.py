@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from vessa.annotation import Annotation, Floats, Image, Prompts, TemplateChoice
 from vessa.codec import MEDIA_TYPE, TensorSpec, decode, encode
 from vessa.errors import BadResponse, InvalidImage, InvalidRequest, ShapeMismatch, VessaError, error_from
-from vessa.schemas import BankInfo, ErrorResponse, ItemInfo, ServiceInfo, TemplateInfo, TemplateUse
+from vessa.schemas import BankInfo, ErrorResponse, ItemInfo, ServiceInfo, TemplateInfo
 
-Image = np.ndarray[Any, np.dtype[np.uint8]]
-Floats = np.ndarray[Any, Any]
-TemplateChoice = Literal["top1", "top3", "sample"]
 Repeat = Literal["always", "unsent", "never"]
 
 _T = TypeVar("_T")
@@ -33,61 +31,6 @@ _ANSWER = {
     "confidence": TensorSpec(("U8",), ((None, None, None),)),
     "probabilities": TensorSpec(("F16",), ((None, None, None, None),)),
 }
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts of one image for K classes, in px of the image as it is sent.
-
-    boxes: (K, 4) XYXY, a row of -1 means none; points: (K, P, 2) (x, y) with point_labels (K, P)
-    1 inside, 0 outside, -1 padding; mask_logits: (K, h, w) over the whole image, any h and w, with
-    mask_present (K,) bool, absent = all present
-    """
-
-    boxes: Floats | None = None
-    points: Floats | None = None
-    point_labels: Floats | None = None
-    mask_logits: Floats | None = None
-    mask_present: Floats | None = None
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """The annotator's answer for one image.
-
-    labels: uint8 (H, W) with the bank's class ids; confidence: uint8 (H, W), 255 is certain;
-    probabilities: float16 (K + 1, H, W), background first, when asked for; classes: id to name in
-    the order of the request; scores: predicted IoU of each class; error: set when this item failed,
-    its arrays are None then
-    """
-
-    image_id: str
-    labels: Image | None = None
-    confidence: Image | None = None
-    probabilities: Floats | None = None
-    classes: dict[int, str] = field(default_factory=dict)
-    templates: dict[str, list[TemplateUse]] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
-    model: str = ""
-    bank_version: int = 0
-    labels_version: str = ""
-    error: VessaError | None = None
-
-
-class SegmentOptions(TypedDict, total=False):
-    """What `segment` takes besides images and bank; each list has one entry an image.
-
-    classes: names, absent = all of the bank; groups: the patient of each image, whose templates are
-    not used; prompts: see Prompts; template_choice: "top1", "top3" or "sample" with `seed`;
-    probabilities: ask for them
-    """
-
-    classes: Sequence[str] | None
-    groups: Sequence[str | None] | None
-    prompts: Sequence[Prompts | None] | None
-    template_choice: TemplateChoice
-    seed: int
-    probabilities: bool
 
 
 @dataclass(frozen=True)

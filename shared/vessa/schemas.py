@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A field added by a newer service must not break an older client.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class ErrorBody(_Frozen):

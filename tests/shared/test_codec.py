@@ -3,9 +3,11 @@
 import contextlib
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -56,6 +58,10 @@ def test_arrays_are_views_of_the_body():
         (struct.pack("<Q", 1 << 60) + b"{}", "header claims"),
         (body(b"{nonsense"), "not JSON"),
         (body(b"[" * 100_000), "not JSON"),
+        (body('{"a": 1}'.encode("utf-16")), "not JSON"),
+        (body(b'{"a": %s}' % (b"9" * 5000)), "not JSON"),
+        (body(b'{"a": {"dtype": "U8", "dtype": "F32"}}'), "names something twice"),
+        (body(b'{"__metadata__": {}, "__metadata__": {}}'), "names something twice"),
         (body(b"[1]"), "JSON object"),
         (body({"__metadata__": {"k": 1}}), "map strings to strings"),
         (body({"__metadata__": []}), "map strings to strings"),
@@ -103,3 +109,39 @@ def test_the_digest_depends_on_shape_and_pixels():
     ids = {image_digest(i) for i in (image, image.reshape(6, 2), image + 1, np.zeros((2, 2, 3), np.uint8))}
     assert len(ids) == 4
     assert all(i.startswith("sha256:") and len(i) == 71 for i in ids)
+
+
+def test_only_pixels_have_an_image_id():
+    for wrong in (np.zeros((2, 2), np.float32), np.zeros(4, np.uint8)):
+        with pytest.raises(ValueError, match="expected uint8"):
+            image_digest(wrong)
+
+
+def test_the_digest_is_of_the_pixels_not_their_layout():
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert image_digest(np.asfortranarray(image)) == image_digest(image)
+
+
+def test_the_header_has_its_own_limit():
+    raw = encode({"a": np.zeros(4, np.uint8)}, {"k": "v" * 500})
+    with pytest.raises(MalformedBody, match="at most 100 are taken"):
+        decode(raw, ANY, max_bytes=1 << 20, max_header_bytes=100)
+
+
+def test_a_lie_of_size_costs_no_memory():
+    raw = body({"a": entry("F32", (1 << 20, 1 << 20, 3), (0, 3 << 42))}, bytes(1000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedBody):
+            decode(raw, ANY, max_bytes=1 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_other_safetensors_writers_are_understood():
+    array = np.arange(8, dtype=np.float32).reshape(2, 4)
+    ours = encode({"b": array}, {"k": "v"})
+    assert np.array_equal(safetensors.numpy.load(ours)["b"], array)
+    tensors, _ = decode(safetensors.numpy.save({"b": array}), ANY, max_bytes=1 << 20)
+    assert np.array_equal(tensors["b"], array)

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from vessa.metrics import dice, hd95, iou, iou_fgbg, score_volumes
+from vessa.metrics import dice, hd95, iou, iou_fgbg, score_volumes, surface_distances
 
 
 def test_overlap_by_hand():
@@ -67,8 +67,8 @@ def test_volumes_are_scored_by_class_and_counted():
     assert scores.by_class["b"]["dice"] == 0
     assert scores.mean["dice"] == pytest.approx(0.25)
     assert scores.unit == "voxel"
-    assert scores.counts["a"] == {"scored": 1, "both_empty": 1, "pred_empty": 1, "truth_empty": 0}
-    assert scores.counts["b"] == {"scored": 0, "both_empty": 2, "pred_empty": 0, "truth_empty": 1}
+    assert scores.counts["a"] == {"scored": 2, "both_empty": 1, "pred_empty": 1, "truth_empty": 0}
+    assert scores.counts["b"] == {"scored": 1, "both_empty": 2, "pred_empty": 0, "truth_empty": 1}
     assert scores.to_dict()["unit"] == "voxel"
 
 
@@ -83,3 +83,41 @@ def test_millimeters_need_every_spacing():
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match="volume 0: prediction has shape"):
         score_volumes([(np.zeros((1, 2, 2), np.uint8), np.zeros((1, 2, 3), np.uint8), None)], {1: "a"})
+
+
+def test_surface_distances_by_hand():
+    one, other = np.zeros((3, 3, 9), bool), np.zeros((3, 3, 9), bool)
+    one[1, 1, 1] = True
+    other[1, 1, 4:6] = True
+    to_other, to_one = surface_distances(one, other, (5.0, 5.0, 2.0))
+    assert to_other.tolist() == [6]
+    assert sorted(to_one.tolist()) == [6, 8]
+
+
+def test_a_mask_at_the_volumes_edge_has_its_surface_there():
+    whole = np.ones((4, 4, 4), bool)
+    to_other, _ = surface_distances(whole, whole)
+    assert to_other.size == 4**3 - 2**3
+
+
+@pytest.mark.parametrize("metric", [dice, iou, iou_fgbg, hd95, surface_distances])
+def test_what_is_not_bool_of_one_shape_is_refused(metric):
+    mask = np.ones((2, 3, 3), bool)
+    with pytest.raises(ValueError, match="two bool arrays of one shape, got uint8"):
+        metric(mask.astype(np.uint8), mask)
+    with pytest.raises(ValueError, match="two bool arrays of one shape"):
+        metric(mask, mask[:1])
+
+
+def test_a_distance_needs_volumes_a_spacing_and_a_surface():
+    mask = np.ones((2, 3, 3), bool)
+    for volume, spacing in (
+        (mask[0], None),
+        (mask, (1.0, 1.0)),
+        (mask, (1.0, 0.0, 1.0)),
+        (mask, (np.nan,) * 3),
+    ):
+        with pytest.raises(ValueError, match="a positive spacing"):
+            hd95(volume, volume, spacing)
+    with pytest.raises(ValueError, match="no surface"):
+        surface_distances(mask, ~mask)
