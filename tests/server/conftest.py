@@ -46,6 +46,7 @@ def make_template(seed: int = 0, group: str = "p1", model: str = "m", **changes:
     rng = np.random.default_rng(seed)
     image, mask = draw_example(seed)
     classes = changes.pop("classes", CLASSES)
+    mask[~np.isin(mask, list(classes))] = 0
     feature = rng.normal(size=8).astype(np.float32)
     given: dict[str, Any] = {
         "id": template_id(image, mask, classes, group),

@@ -131,8 +131,8 @@ def test_class_conflicts_leave_the_bank_as_it_was(banks: TemplateBanks, template
     banks.add("heart", [template(0)])
     with pytest.raises(ClassConflict, match="class id 1 is 'ventricle' in this bank, not 'lung'"):
         banks.add("heart", [template(1), template(2, classes={1: "lung", 2: "wall"})])
-    with pytest.raises(ClassConflict, match="class 'wall' has id 2 in this bank, not 1"):
-        banks.add("heart", [template(2, classes={1: "wall"})])
+    with pytest.raises(ClassConflict, match="class 'wall' has id 2 in this bank, not 3"):
+        banks.add("heart", [template(2, classes={3: "wall"})])
     assert banks.get("heart").info().templates == 1
     assert banks.get("heart").version == 1
 

@@ -53,13 +53,11 @@ class Template:
         """Return the template as safetensors bytes."""
         tensors = {"image": self.image, "mask": self.mask, "feature": self.feature}
         tensors |= {f"memory.{key}": value for key, value in self.memories.items()}
-        metadata = {
-            "id": self.id,
-            "group": self.group,
-            "model": self.model,
-            "classes": json.dumps(self.classes),
-        }
-        return save_tensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+        # One entry: several would be written in any order, and equal templates must give equal bytes.
+        about = {"id": self.id, "group": self.group, "model": self.model, "classes": self.classes}
+        return save_tensors(
+            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"template": json.dumps(about)}
+        )
 
     @classmethod
     def from_blob(cls, identity: str, entry: Entry, data: bytes) -> "Template":

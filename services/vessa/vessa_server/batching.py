@@ -57,7 +57,7 @@ class DeviceQueue:
         self._process, self._observe = process, observe
         self._entries: deque[_Entry] = deque()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._drained = False
         self._beat = time.monotonic()
         self._seconds_per_item = 0.05  # a moving average; this first guess only words the first Retry-After
         self._thread = threading.Thread(target=self._run, name="vessa-device", daemon=True)
@@ -112,7 +112,7 @@ class DeviceQueue:
         What is still waiting then fails with NotReady.
         """
         with self._changed:
-            self._closed = True
+            self._closed = self._drained = True
             self._changed.notify_all()
         self._thread.join(timeout)
         with self._changed:
@@ -121,10 +121,10 @@ class DeviceQueue:
         return not self._thread.is_alive()
 
     def _admit(self, count: int) -> None:
+        if not self._thread.is_alive() and not self._drained:
+            raise _dead()
         if self._closed:
             raise NotReady("the service is shutting down", retry_after=5.0)
-        if not self._thread.is_alive():
-            raise InternalError("the device thread has died; the service must be restarted")
         if len(self._entries) + count > self.max_items:
             # Those whose client has left hold no place.
             self._entries = deque(entry for entry in self._entries if not entry.future.cancelled())
@@ -137,7 +137,15 @@ class DeviceQueue:
             busy = bool(batch)
             if batch:
                 start = time.monotonic()
-                self._answer(batch)
+                try:
+                    self._answer(batch)
+                except BaseException:
+                    # The thread dies of it: nobody may wait for results that will never come.
+                    with self._changed:
+                        self._closed = True
+                        for entry in (*batch, *self._entries):
+                            _settle(entry, _dead())
+                    raise
                 seconds = time.monotonic() - start
                 self._seconds_per_item += 0.2 * (seconds / len(batch) - self._seconds_per_item)
                 self._observe(len(batch), seconds)
@@ -184,7 +192,13 @@ class DeviceQueue:
             _settle(entry, result)
 
 
+def _dead() -> InternalError:
+    return InternalError("the device thread has died; the service must be restarted")
+
+
 def _settle(entry: _Entry, result: Any) -> None:
     # Errors are results here, so that one item's error does not end the `gather` of its neighbors.
+    if entry.future.done():
+        return
     if entry.future.running() or entry.future.set_running_or_notify_cancel():
         entry.future.set_result(result)

@@ -98,13 +98,19 @@ class Store(Protocol):
         ...
 
     def change(self, bank: str, edit: Edit, blobs: Mapping[str, bytes]) -> Index:
-        """Apply `edit` to the index and add `blobs` (by digest) in one step; the store raises the version."""
+        """Apply `edit` and add those of `blobs` (by digest) that the new index names; raises the version."""
         ...
 
 
 def blob_digest(data: bytes) -> str:
     """Return the name of a blob: its sha256, hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _named(blobs: Mapping[str, bytes], index: Index) -> dict[str, bytes]:
+    """Return the blobs that the index names: what an edit turned down must not stay behind."""
+    names = {entry.blob for entry in index.entries.values()}
+    return {digest: data for digest, data in blobs.items() if digest in names}
 
 
 def _checked(bank: str, digest: str, data: bytes | None) -> bytes | None:
@@ -176,7 +182,7 @@ class FolderStore:
             new = Index(old.version + 1, wanted.exists, wanted.entries)
             with _disk("written"):
                 (self.folder / bank / "blobs").mkdir(parents=True, exist_ok=True)
-                for digest, data in blobs.items():
+                for digest, data in _named(blobs, new).items():
                     _write(self._blob_path(bank, digest), data)
                 _write(self.folder / bank / "index.json", new.to_json())
                 self._sweep(bank, new)
@@ -314,8 +320,8 @@ class RedisStore:
         dropped = {e.blob for e in old.entries.values()} - {e.blob for e in new.entries.values()}
         pipe.multi()
         pipe.hset(head, mapping={"version": new.version, "index": new.to_json()})
-        if blobs:
-            pipe.hset(store, mapping=dict(blobs))
+        if fresh := _named(blobs, new):
+            pipe.hset(store, mapping=fresh)
         if dropped:
             pipe.hdel(store, *dropped)
         (pipe.sadd if new.exists else pipe.srem)("vessa:banks", bank)

@@ -1,0 +1,151 @@
+"""Who may call: the key and its file, every route, and what an open service still refuses."""
+
+from __future__ import annotations
+
+import logging
+import re
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.routing import iter_route_contexts
+from vessa.client import AnnotatorClient, default_key_file
+from vessa.errors import InvalidConfig
+from vessa_server.app import create_app
+from vessa_server.security import require_key, resolve_access
+from vessa_server.settings import Settings
+
+OPEN_ROUTES = {"/livez", "/readyz"}
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    for name in ("VESSA_API_KEY", "VESSA_INSECURE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def routes() -> list[Any]:
+    return list(iter_route_contexts(create_app(Settings(api_key="k" * 20)).routes))
+
+
+def test_every_route_but_the_probes_depends_on_the_key() -> None:
+    unprotected = set()
+    for context in routes():
+        # A mount or a plain Starlette route has no dependant and would count as unprotected.
+        dependant = getattr(context, "dependant", None)
+        calls = {part.call for part in dependant.dependencies} if dependant else set()
+        if require_key not in calls:
+            unprotected.add(context.path)
+    assert unprotected == OPEN_ROUTES
+
+
+def test_every_route_refuses_a_missing_and_a_wrong_key(server: Any) -> None:
+    tried = 0
+    for context in iter_route_contexts(server.app.routes):
+        path = re.sub(r"\{\w+\}", "x", context.path)
+        if path in OPEN_ROUTES:
+            continue
+        for method in context.methods:
+            for header in ("", "Bearer wrong", "Basic " + "a" * 20, f"bearer{server.settings.key}", "Bearer ä"):
+                answer = server.http.request(
+                    method, path, headers={"Authorization": header.encode()}, content=b"x" * 100
+                )
+                assert answer.status_code == 401, (method, path, header)
+                assert answer.json()["error"]["code"] == "unauthorized"
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+                tried += 1
+    assert tried >= 12 * 5
+
+
+def test_host_and_path_tricks_open_nothing(server: Any) -> None:
+    for path in ("/livez/../info", "/readyz/../banks", "//info", "/info/", "/livez/info", "/INFO", "/%69nfo"):
+        for headers in ({}, {"Host": "livez"}, {"X-Forwarded-For": "127.0.0.1"}, {"X-Original-URL": "/livez"}):
+            answer = server.http.get(path, headers={"Authorization": "", **headers})
+            assert answer.status_code in {401, 404}, path
+
+
+def test_probes_need_no_key_and_tell_nothing(server: Any) -> None:
+    for path in OPEN_ROUTES:
+        answer = server.http.get(path, headers={"Authorization": ""})
+        assert answer.status_code == 200
+        assert set(answer.json()) == {"status"}
+
+
+def test_no_cross_origin_headers_are_sent(server: Any) -> None:
+    answer = server.http.get("/info", headers={"Origin": "https://other.example"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    preflight = {"Origin": "https://other.example", "Access-Control-Request-Method": "POST"}
+    assert server.http.options("/segment", headers=preflight).status_code == 405
+
+
+def test_a_key_is_made_at_the_first_start_and_shown_with_its_place() -> None:
+    access = resolve_access(Settings())
+    path = default_key_file()
+    assert access.created
+    assert access.file == path
+    assert access.key == path.read_text().strip()
+    assert len(access.key or "") >= 40
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert str(access.key) in access.describe()
+    assert str(path) in access.describe()
+    with AnnotatorClient() as client:
+        assert client._http.headers["Authorization"] == f"Bearer {access.key}"
+
+
+def test_the_second_start_uses_the_same_key_and_does_not_show_it() -> None:
+    first, second = resolve_access(Settings()), resolve_access(Settings())
+    assert second.key == first.key
+    assert not second.created
+    assert str(first.key) not in second.describe()
+
+
+def test_servers_that_start_together_agree_on_the_key() -> None:
+    with ThreadPoolExecutor(16) as pool:
+        keys = {access.key for access in pool.map(lambda _: resolve_access(Settings()), range(16))}
+    assert len(keys) == 1
+    assert [path.name for path in default_key_file().parent.iterdir()] == ["api-key"]
+
+
+def test_a_key_file_open_to_others_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    resolve_access(Settings())
+    default_key_file().chmod(0o644)
+    with caplog.at_level(logging.WARNING):
+        resolve_access(Settings())
+    assert stat.S_IMODE(default_key_file().stat().st_mode) == 0o600
+    assert "open to others" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "short\n", "é" * 30])
+def test_a_useless_key_file_is_an_error_and_not_an_open_service(content: str) -> None:
+    default_key_file().parent.mkdir(parents=True)
+    default_key_file().write_text(content)
+    with pytest.raises(InvalidConfig, match="key file"):
+        resolve_access(Settings())
+
+
+def test_a_configured_key_is_used_and_never_written_or_shown() -> None:
+    access = resolve_access(Settings(api_key="my-own-key-123456"))
+    assert access.key == "my-own-key-123456"
+    assert "my-own" not in access.describe()
+    assert not default_key_file().exists()
+
+
+def test_open_only_when_told_and_then_it_says_so() -> None:
+    access = resolve_access(Settings(insecure=True))
+    assert access.key is None
+    assert "INSECURE" in access.describe()
+
+
+def test_an_open_service_refuses_pages_of_other_sites(server_of: Any) -> None:
+    server = server_of(Settings(insecure=True), wait=False)
+    assert server.http.get("/metrics", headers={"Authorization": ""}).status_code == 200
+    own = server.http.get("/metrics", headers={"Origin": "http://testserver"})
+    assert own.status_code == 200
+    answer = server.http.get("/metrics", headers={"Origin": "https://other.example"})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "forbidden"

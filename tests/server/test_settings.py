@@ -1,0 +1,55 @@
+"""Settings: safe defaults, the environment, and sentences that say what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from vessa.errors import InvalidConfig
+from vessa_server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEY", "INSECURE", "PORT", "HOST", "WEIGHTS", "STORE", "DEVICE"):
+        monkeypatch.delenv(f"VESSA_{name}", raising=False)
+
+
+def test_defaults_are_safe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    settings = Settings()
+    assert settings.loopback
+    assert not settings.insecure
+    assert settings.store == f"folder:{tmp_path}/vessa/banks"
+    assert (settings.port, settings.weights, settings.key) == (8700, "nano", "")
+
+
+def test_environment_is_read_and_arguments_go_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VESSA_PORT", "9000")
+    monkeypatch.setenv("VESSA_HOST", "0.0.0.0")
+    assert Settings().port == 9000
+    assert Settings(port=9001).port == 9001
+    assert not Settings().loopback
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"port": "x"}, "port: "),
+        ({"port": 70000}, "port: .*65535"),
+        ({"device": "gpu"}, "device: "),
+        ({"queue_items": 3, "max_items": 4}, "max_items \\(4\\) must not exceed queue_items \\(3\\)"),
+        ({"max_body_bytes": 0}, "max_body_bytes: "),
+        ({"max_pixels": 10**9}, "max_pixels: "),
+        ({"insecure": True, "api_key": "geheimgeheimgeheim"}, "insecure and api_key exclude each other"),
+    ],
+)
+def test_a_wrong_setting_is_named(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InvalidConfig, match=sentence) as caught:
+        Settings(**given)
+    assert "geheim" not in str(caught.value)
+
+
+def test_an_empty_key_is_no_key_and_a_key_is_not_shown() -> None:
+    assert Settings(api_key="  ").key == ""
+    assert "geheim" not in repr(Settings(api_key="geheim"))
