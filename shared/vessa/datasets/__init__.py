@@ -6,7 +6,7 @@ from vessa.datasets.base import Case, Dataset, Slice
 from vessa.datasets.biomedparse import BiomedParse
 from vessa.datasets.nnunet import NnUnet
 from vessa.datasets.png_folder import PngFolder
-from vessa.datasets.ssl4mis import Ssl4mis, slices_folder
+from vessa.datasets.ssl4mis import Ssl4mis, slices_folder, volumes_folder
 from vessa.datasets.verify import Finding, verify
 from vessa.errors import InvalidDataset
 
@@ -27,15 +27,18 @@ __all__ = [
 def open_dataset(path: str | Path) -> Dataset:
     """Open the data set in a folder by the layout found there. Raises InvalidDataset."""
     root = Path(path)
+    if not root.is_dir():
+        raise InvalidDataset(f"no such folder: {root}")
     if (root / "meta.json").is_file() and (root / "images").is_dir():
         return PngFolder(root)
     if (root / "dataset.json").is_file():
         return NnUnet(root)
-    if slices_folder(root) is not None:
+    if slices_folder(root) is not None or volumes_folder(root) is not None:
         return Ssl4mis(root)
     if (root / "train").is_dir() and (root / "train_mask").is_dir():
         return BiomedParse(root)
     raise InvalidDataset(
         f"{root} has none of the known layouts: PNG folders (images/, masks/, meta.json), SSL4MIS HDF5 "
-        "(data/slices/*.h5), nnU-Net NIfTI (dataset.json, imagesTr/) or BiomedParse (train/, train_mask/)"
+        "(data/slices/*.h5, data/*.h5), nnU-Net NIfTI (dataset.json, imagesTr/) or BiomedParse (train/, "
+        "train_mask/)"
     )

@@ -72,19 +72,33 @@ class Dataset(ABC):
         return frozenset(self.groups())
 
     def split(self, name_or_path: str | Path) -> tuple[str, ...]:
-        """Read a split file: one group a line; a relative path is looked up in the data folder first.
+        """Read a split file: one group a line.
 
-        Raises InvalidDataset when there is no such file or it names an unknown group.
+        A relative path is looked up in the data folder first, then here; a bare name such as `test`
+        also means `splits/test.txt` of the data folder. Raises InvalidDataset when there is no such
+        file or it names an unknown group.
         """
-        path = Path(name_or_path)
-        candidates = [path] if path.is_absolute() else [self.root / path, path]
-        found = next((p for p in candidates if p.is_file()), None)
+        found = next((p for p in self._split_files(Path(name_or_path)) if p.is_file()), None)
         if found is None:
             raise InvalidDataset(
                 f"no split file '{name_or_path}' in {self.root} or here: expected one group a line"
             )
-        groups = tuple(dict.fromkeys(line.strip() for line in found.read_text().splitlines() if line.strip()))
+        try:
+            lines = [line.strip() for line in found.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidDataset(f"{found} is not a readable text file") from error
+        groups = tuple(dict.fromkeys(self._split_entry(line) for line in lines if line))
         unknown = [g for g in groups if g not in self._known_groups]
         if unknown:
             raise InvalidDataset(f"{found.name} names groups that '{self.name}' does not hold: {unknown[:5]}")
         return groups
+
+    def _split_files(self, path: Path) -> list[Path]:
+        """Where a split may be, best first."""
+        if path.is_absolute():
+            return [path]
+        return [self.root / path, self.root / "splits" / path, self.root / "splits" / f"{path}.txt", path]
+
+    def _split_entry(self, line: str) -> str:
+        """Return the group that a line of a split file means."""
+        return line

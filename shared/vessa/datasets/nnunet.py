@@ -1,6 +1,7 @@
 """nnU-Net NIfTI: `dataset.json`, `imagesTr/<case>_0000.nii.gz`, `labelsTr/<case>.nii.gz`, `imagesTs/`."""
 
 import json
+import zlib
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ class NnUnet(Dataset):
     """Volumes as NIfTI, seen slice by slice along the last axis.
 
     A slice is the array at [:, :, z] transposed, so that rows run along the second axis; nothing is
-    flipped, and spacing comes from the header as (z, y, x) mm. Intensities become uint8 by the
-    volume's 0.5 and 99.5 percentiles. The first channel is used. A case is its own group unless
-    dataset.json has {"groups": {case: group}}, which nnU-Net ignores.
+    flipped (this is the order in which ITK, and so nnU-Net, sees the file), and spacing comes from
+    the header as (z, y, x) mm. Intensities become uint8 by the volume's 0.5 and 99.5 percentiles. The
+    first channel is used. A case is its own group unless dataset.json has {"groups": {case: group}},
+    which nnU-Net ignores.
     """
 
     def __init__(self, root: Path) -> None:
@@ -39,15 +41,18 @@ class NnUnet(Dataset):
             ) from error
         self.modality = str(channels.get("0", "")) if isinstance(channels, dict) else ""
         self.licence = str(meta.get("licence", meta.get("license", "")))
+        if not self._files:
+            raise InvalidDataset(f"{self.root} holds no imagesTr/<case>{_CHANNEL}.nii.gz")
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        found = {}
+        found: dict[str, Path] = {}
         for folder in ("imagesTr", "imagesTs"):
             for path in sorted((self.root / folder).glob(f"*{_CHANNEL}.nii*")):
-                found[path.name.split(".nii")[0].removesuffix(_CHANNEL)] = path
-        if not found:
-            raise InvalidDataset(f"{self.root} holds no imagesTr/<case>{_CHANNEL}.nii.gz")
+                name = path.name.split(".nii")[0].removesuffix(_CHANNEL)
+                if name in found:
+                    raise InvalidDataset(f"the case {name} is there twice: {found[name]} and {path}")
+                found[name] = path
         return found
 
     @cached_property
@@ -76,12 +81,30 @@ class NnUnet(Dataset):
         return np.ascontiguousarray(scaled.round().astype(np.uint8).T)
 
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
-        """Return the class ids, uint8 (H, W); None for a case without labels."""
-        for suffix in (".nii.gz", ".nii"):
-            path = self.root / "labelsTr" / f"{item.case}{suffix}"
-            if path.is_file():
-                return np.ascontiguousarray(_volume(path)[:, :, item.index].round().astype(np.uint8).T)
-        return None
+        """Return the class ids, uint8 (H, W); None for a case without labels.
+
+        Raises InvalidDataset when the labels do not lie on the image's grid.
+        """
+        path = self._labels.get(item.case)
+        if path is None:
+            return None
+        self._check_grid(self._files[item.case], path)
+        return np.ascontiguousarray(_volume(path)[:, :, item.index].round().astype(np.uint8).T)
+
+    @cached_property
+    def _labels(self) -> dict[str, Path]:
+        folders = [self.root / name for name in ("labelsTr", "labelsTs")]
+        return {p.name.split(".nii")[0]: p for folder in folders for p in sorted(folder.glob("*.nii*"))}
+
+    @staticmethod
+    def _check_grid(image: Path, labels: Path) -> None:
+        """Labels of another size, or stored along other directions, would be silently misplaced."""
+        one, other = _open(image), _open(labels)
+        if one.shape != other.shape:
+            raise InvalidDataset(f"{labels.name} has shape {other.shape}, its image {one.shape}")
+        directions: Any = nib.aff2axcodes
+        if directions(one.affine) != directions(other.affine):
+            raise InvalidDataset(f"{labels.name} is stored in another orientation than its image")
 
 
 def _open(path: Path) -> Any:
@@ -94,9 +117,12 @@ def _open(path: Path) -> Any:
 @lru_cache(maxsize=4)
 def _volume(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
     try:
-        return np.asarray(_open(path).dataobj, dtype=np.float32)
-    except (OSError, EOFError, ValueError) as error:
+        volume = np.asarray(_open(path).dataobj, dtype=np.float32)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InvalidDataset(f"{path} is damaged: its data do not fill its header's shape") from error
+    if not np.isfinite(volume).all():
+        raise InvalidDataset(f"{path} holds voxels that are not finite")
+    return volume
 
 
 @lru_cache(maxsize=64)

@@ -66,14 +66,18 @@ class PngFolder(Dataset):
 
 
 def read_png(path: Path, *, color: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Read uint8 (H, W) or, when `color`, also (H, W, 3). Raises InvalidDataset."""
+    """Read uint8 (H, W) or, when `color`, also (H, W, 3). Raises InvalidDataset.
+
+    A palette's indices are the class ids of a mask. 16-bit files are refused: which range of theirs
+    should fill 8 bits is a choice for the whole volume, and its owner's.
+    """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if image.mode in ("L", "P"):  # a palette's indices are the class ids
-                gray = image if image.mode == "L" or not color else image.convert("RGB")
-                return np.array(gray, dtype=np.uint8)
-            if not color:
-                raise InvalidDataset(f"{path} is a {image.mode} image; a mask is 8-bit gray with class ids")
-            return np.array(image.convert("RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            if image.mode == "L" or (image.mode == "P" and not color):
+                return np.array(image, dtype=np.uint8)
+            if not color or image.mode.startswith(("I", "F")):
+                wanted = "8-bit gray or color" if color else "8-bit gray with class ids"
+                raise InvalidDataset(f"{path} has the PNG mode {image.mode}; expected {wanted}")
+            return np.array(image.convert("L" if image.mode in ("1", "LA") else "RGB"), dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidDataset(f"{path} is not a readable PNG file") from error

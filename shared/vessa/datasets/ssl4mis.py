@@ -1,4 +1,4 @@
-"""SSL4MIS HDF5: `data/slices/*.h5` (ACDC as UniMatch and its peers use it)."""
+"""SSL4MIS HDF5: `data/slices/*.h5`, `data/*.h5` volumes (ACDC as UniMatch and its peers use it)."""
 
 import re
 from functools import cached_property
@@ -11,7 +11,8 @@ import numpy as np
 from vessa.datasets.base import Case, Dataset, Slice
 from vessa.errors import InvalidDataset
 
-_NAME = re.compile(r"(?P<group>[^_]+)(?P<frame>_frame\w+?)?_slice_(?P<index>\d+)")
+_SLICE = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)_slice_(?P<index>\d+)")
+_VOLUME = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)")
 _ACDC = {1: "right ventricle cavity", 2: "left ventricle myocardium", 3: "left ventricle cavity"}
 
 
@@ -23,11 +24,21 @@ def slices_folder(root: Path) -> Path | None:
     return None
 
 
-class Ssl4mis(Dataset):
-    """Slices as HDF5 files with `image` (H, W) float in [0, 1] and `label` (H, W) class ids.
+def volumes_folder(root: Path) -> Path | None:
+    """Return the folder of volume files under `root`, or None."""
+    for name in ("data", "volumes", "ACDC_training_volumes"):
+        if any(_VOLUME.fullmatch(p.stem) for p in (root / name).glob("*.h5")):
+            return root / name
+    return None
 
-    `patient001_frame01_slice_5.h5` is slice 5 of the case `patient001_frame01` of `patient001`.
-    Images become uint8 by their case's own range, so that the slices of a volume stay comparable.
+
+class Ssl4mis(Dataset):
+    """HDF5 files with `image` (H, W) or (D, H, W), float in [0, 1], and `label` of the same shape.
+
+    `patient001_frame01_slice_5.h5` is slice 5 of the case `patient001_frame01` of `patient001`;
+    `patient001_frame01.h5` is the whole case. The copy that the field shares has slices of the
+    training patients and volumes of all: a case is read from its slices where it has them. Images
+    become uint8 by their case's own range, so that the slices of a volume stay comparable.
     """
 
     classes = _ACDC
@@ -35,56 +46,86 @@ class Ssl4mis(Dataset):
     licence = "as its source: see the ACDC challenge"
 
     def __init__(self, root: Path) -> None:
-        """Open a folder. Raises InvalidDataset when it holds no slice files."""
+        """Open a folder. Raises InvalidDataset when it holds no slice or volume files."""
         super().__init__(root)
-        folder = slices_folder(self.root)
-        if folder is None:
-            raise InvalidDataset(f"{self.root} holds no data/slices/*_slice_*.h5")
-        self._folder = folder
+        self._slices, self._volumes = slices_folder(self.root), volumes_folder(self.root)
+        if self._slices is None and self._volumes is None:
+            raise InvalidDataset(f"{self.root} holds neither data/slices/*_slice_*.h5 nor data/*.h5")
         self._ranges: dict[str, tuple[float, float]] = {}
 
     @cached_property
-    def _cases(self) -> tuple[Case, ...]:
+    def _cases(self) -> dict[str, Case]:
         cases: dict[str, list[Slice]] = {}
-        for path in sorted(self._folder.glob("*.h5")):
-            match = _NAME.fullmatch(path.stem)
+        for path in sorted(self._slices.glob("*.h5")) if self._slices else ():
+            match = _SLICE.fullmatch(path.stem)
             if match is None:
                 raise InvalidDataset(f"{path.name} is not named <patient>_frame<NN>_slice_<number>.h5")
-            case = match["group"] + (match["frame"] or "")
-            cases.setdefault(case, []).append(Slice(path.stem, case, match["group"], int(match["index"])))
-        return tuple(
-            Case(name, items[0].group, tuple(sorted(items, key=lambda s: s.index)))
+            item = Slice(path.stem, match["case"], match["group"], int(match["index"]))
+            cases.setdefault(item.case, []).append(item)
+        for path in sorted(self._volumes.glob("*.h5")) if self._volumes else ():
+            match = _VOLUME.fullmatch(path.stem)
+            if match is not None and match["case"] not in cases:
+                depth = self._depth(path)
+                cases[path.stem] = [
+                    Slice(f"{path.stem}_slice_{z}", path.stem, match["group"], z) for z in range(depth)
+                ]
+        return {
+            name: Case(name, items[0].group, tuple(sorted(items, key=lambda s: s.index)))
             for name, items in sorted(cases.items())
-        )
+        }
+
+    @staticmethod
+    def _depth(path: Path) -> int:
+        try:
+            with h5py.File(path, "r") as file:
+                shape = file["image"].shape
+        except (OSError, KeyError, AttributeError) as error:
+            raise InvalidDataset(f"{path} is not an HDF5 file with a dataset 'image'") from error
+        if len(shape) != 3:
+            raise InvalidDataset(f"{path} holds an image of shape {shape}; a volume is (D, H, W)")
+        return int(shape[0])
 
     def cases(self) -> tuple[Case, ...]:
         """Return all cases, sorted by name."""
-        return self._cases
+        return tuple(self._cases.values())
 
     def _read(self, item: Slice, key: str) -> np.ndarray[Any, Any] | None:
-        path = self._folder / f"{item.name}.h5"
+        """Return one slice (H, W) of `image` or `label`; None when the file has no such dataset."""
+        path = (self._slices or self.root) / f"{item.name}.h5"
+        whole = self._volumes is not None and not path.is_file()
+        if whole:
+            path = (self._volumes or self.root) / f"{item.case}.h5"
         try:
             with h5py.File(path, "r") as file:
-                return np.asarray(file[key]) if key in file else None
-        except OSError as error:
-            raise InvalidDataset(f"{path} is not a readable HDF5 file") from error
-
-    def _range(self, item: Slice) -> tuple[float, float]:
-        if item.case not in self._ranges:
-            case = next(c for c in self._cases if c.name == item.case)
-            arrays = [a for s in case.slices if (a := self._read(s, "image")) is not None]
-            self._ranges[item.case] = (
-                min(float(a.min()) for a in arrays),
-                max(float(a.max()) for a in arrays),
+                if key not in file:
+                    return None
+                array = np.asarray(file[key][item.index] if whole else file[key])
+        except (OSError, ValueError, IndexError) as error:
+            raise InvalidDataset(f"{path} is not a readable HDF5 file with {item.name}") from error
+        if array.ndim != 2 or array.size == 0:
+            raise InvalidDataset(
+                f"{path} holds '{key}' of shape {array.shape} for one slice; expected (H, W)"
             )
-        return self._ranges[item.case]
+        return array
+
+    def _pixels(self, item: Slice) -> np.ndarray[Any, Any]:
+        pixels = self._read(item, "image")
+        if pixels is None:
+            raise InvalidDataset(f"the file of {item.name} has no dataset 'image'")
+        if not np.isfinite(pixels).all():
+            raise InvalidDataset(f"{item.name} holds pixels that are not finite")
+        return pixels
+
+    def _range(self, case: str) -> tuple[float, float]:
+        if case not in self._ranges:
+            arrays = [self._pixels(s) for s in self._cases[case].slices]
+            self._ranges[case] = min(float(a.min()) for a in arrays), max(float(a.max()) for a in arrays)
+        return self._ranges[case]
 
     def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels, uint8 (H, W)."""
-        pixels = self._read(item, "image")
-        if pixels is None:
-            raise InvalidDataset(f"{item.name}.h5 has no dataset 'image'")
-        low, high = self._range(item)
+        pixels = self._pixels(item)
+        low, high = self._range(item.case)
         return ((pixels - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
 
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
@@ -92,14 +133,13 @@ class Ssl4mis(Dataset):
         labels = self._read(item, "label")
         return None if labels is None else labels.astype(np.uint8)
 
-    def split(self, name_or_path: str | Path) -> tuple[str, ...]:
-        """Read a split file; SSL4MIS's lists of slices or volumes count as their patients."""
-        path = self.root / name_or_path
-        if path.suffix == ".list" and path.is_file():
-            names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-            groups = tuple(dict.fromkeys(n.split("_")[0] for n in names))
-            unknown = set(groups) - self._known_groups
-            if unknown:
-                raise InvalidDataset(f"{path.name} names patients that are not here: {sorted(unknown)[:5]}")
-            return groups
-        return super().split(name_or_path)
+    def _split_files(self, path: Path) -> list[Path]:
+        """SSL4MIS's own lists too: `train` means train_slices.list, `val` val.list."""
+        lists = (
+            [] if path.is_absolute() else [self.root / f"{path}{end}" for end in ("_slices.list", ".list")]
+        )
+        return [*super()._split_files(path), *lists]
+
+    def _split_entry(self, line: str) -> str:
+        """A slice or a volume in SSL4MIS's lists means its patient."""
+        return line.split("_")[0]
