@@ -41,6 +41,7 @@ def free_port() -> int:
 def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights directory of an untrained nano annotator: real code and files, the same in every run."""
     import torch
+
     from vessa_server.model import checkpoint
     from vessa_server.model.presets import PRESETS
     from vessa_server.model.vessa import Vessa

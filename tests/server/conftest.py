@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 from PIL import Image
+
 from vessa.codec import MEDIA_TYPE, encode
 from vessa_server.app import create_app
 from vessa_server.bank import Template, template_id
@@ -23,7 +25,9 @@ KEY = "a-key-for-tests-0123456789"
 CLASSES = {1: "ventricle", 2: "wall"}
 
 
-def draw_example(seed: int = 0, size: tuple[int, int] = (48, 64)) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def draw_example(
+    seed: int = 0, size: tuple[int, int] = (48, 64)
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """A gray image with a bright disk (class 1) in a gray ring (class 2), and its mask, both (H, W) uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: size[0], : size[1]]
@@ -80,8 +84,8 @@ class Server:
     def seed(self, bank: str, count: int = 2) -> list[dict[str, Any]]:
         """Add `count` examples, each of a group of its own: p0, p1, ..."""
         images, masks = zip(*(draw_example(i) for i in range(count)), strict=True)
-        names = "{%s}" % ", ".join(f'"{key}": "{name}"' for key, name in CLASSES.items())
-        groups = "[%s]" % ", ".join(f'"p{i}"' for i in range(count))
+        names = json.dumps({str(key): name for key, name in CLASSES.items()})
+        groups = json.dumps([f"p{i}" for i in range(count)])
         body = encode(
             {"images": np.stack(images), "masks": np.stack(masks)},
             {"bank": bank, "classes": names, "groups": groups},
@@ -99,7 +103,9 @@ def server_of() -> Iterator[Callable[..., Server]]:
     def make(settings: Settings, *, wait: bool = True, **options: Any) -> Server:
         app = create_app(settings, **options)
         # A failure must come back as the answer a caller would see, not as the exception.
-        http = TestClient(app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {settings.key}"})
+        http = TestClient(
+            app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {settings.key}"}
+        )
         http.__enter__()
         opened.append(http)
         if wait:

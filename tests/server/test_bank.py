@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from vessa.errors import (
     ClassConflict,
     InvalidImage,
@@ -223,7 +224,9 @@ def test_refresh_encodes_what_other_weights_encoded(banks: TemplateBanks, templa
     assert banks.get("b").version == 1
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a" * 65, "a\n", "ä", "a b", "-a"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a" * 65, "a\n", "ä", "a b", "-a"]
+)
 def test_names_that_could_be_paths_are_refused(name: str, banks: TemplateBanks, template: Any) -> None:
     for call in (check_name, banks.get, banks.delete, lambda name: banks.add(name, [template()])):
         with pytest.raises(InvalidRequest, match="a bank name is"):

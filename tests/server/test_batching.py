@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from vessa.errors import InternalError, InvalidPrompt, NotReady, QueueFull
 from vessa_server.batching import DeviceQueue
 
@@ -88,7 +89,9 @@ def test_an_idle_device_starts_at_once_and_a_busy_one_waits_for_a_fuller_batch(
         idle = time.monotonic() - start
         pair = [asyncio.create_task(queue.submit(2))]
         await asyncio.sleep(0.1)
-        pair.append(asyncio.create_task(queue.submit(3)))  # fills the batch, which starts before the wait is over
+        pair.append(
+            asyncio.create_task(queue.submit(3))
+        )  # fills the batch, which starts before the wait is over
         await asyncio.gather(*pair)
         return idle, time.monotonic() - start
 

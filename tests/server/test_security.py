@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.routing import iter_route_contexts
+
 from vessa.client import AnnotatorClient, default_key_file
 from vessa.errors import InvalidConfig
 from vessa_server.app import create_app
@@ -50,7 +51,13 @@ def test_every_route_refuses_a_missing_and_a_wrong_key(server: Any) -> None:
         if path in OPEN_ROUTES:
             continue
         for method in context.methods:
-            for header in ("", "Bearer wrong", "Basic " + "a" * 20, f"bearer{server.settings.key}", "Bearer ä"):
+            for header in (
+                "",
+                "Bearer wrong",
+                "Basic " + "a" * 20,
+                f"bearer{server.settings.key}",
+                "Bearer ä",
+            ):
                 answer = server.http.request(
                     method, path, headers={"Authorization": header.encode()}, content=b"x" * 100
                 )
@@ -63,7 +70,12 @@ def test_every_route_refuses_a_missing_and_a_wrong_key(server: Any) -> None:
 
 def test_host_and_path_tricks_open_nothing(server: Any) -> None:
     for path in ("/livez/../info", "/readyz/../banks", "//info", "/info/", "/livez/info", "/INFO", "/%69nfo"):
-        for headers in ({}, {"Host": "livez"}, {"X-Forwarded-For": "127.0.0.1"}, {"X-Original-URL": "/livez"}):
+        for headers in (
+            {},
+            {"Host": "livez"},
+            {"X-Forwarded-For": "127.0.0.1"},
+            {"X-Original-URL": "/livez"},
+        ):
             answer = server.http.get(path, headers={"Authorization": "", **headers})
             assert answer.status_code in {401, 404}, path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from vessa.errors import InvalidConfig
 from vessa_server.settings import Settings
 

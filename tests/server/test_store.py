@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from vessa.errors import InvalidConfig, StoreUnavailable
 from vessa_server.store import Entry, FolderStore, Index, RedisStore, Store, blob_digest, open_store
 
@@ -122,7 +123,8 @@ store, name = open_store(sys.argv[1]), sys.argv[2]
 for i in range(10**6):
     data = b"%d " % i * 5000
     e = Entry(blob_digest(data), "p", {1: "wall"}, 4, 5, "m")
-    new = store.change(name, lambda old: Index(exists=True, entries=old.entries | {str(i): e}), {e.blob: data})
+    add = lambda old: Index(exists=True, entries=old.entries | {str(i): e})
+    new = store.change(name, add, {e.blob: data})
     print(new.version, flush=True)
 """
 
@@ -177,7 +179,9 @@ def test_a_damaged_index_is_unavailable_and_not_an_empty_bank(tmp_path: Path, ba
     (tmp_path / bank / "index.json").write_text('{"version": 1, "exists"')
     with pytest.raises(StoreUnavailable, match="damaged"):
         store.read(bank)
-    (tmp_path / bank / "index.json").write_text(json.dumps({"version": 1, "exists": True, "entries": {"a": 3}}))
+    (tmp_path / bank / "index.json").write_text(
+        json.dumps({"version": 1, "exists": True, "entries": {"a": 3}})
+    )
     with pytest.raises(StoreUnavailable, match="damaged"):
         store.read(bank)
 

@@ -134,8 +134,8 @@ def evaluate(
     dataset = open_dataset(config.data.root)
     model, channels, _ = load_best(run, config)
     scores = score(model, dataset, cases_of(dataset, dataset.split(split)), config, channels)
-    header, lines = table([Row(config.semi.method, [scores])])
-    for line in [header, *lines]:
+    shown = table([Row(config.semi.method, [scores])])
+    for line in [shown.header, *shown.lines]:
         _console.print("  ".join(f"{c:<24}" for c in line), highlight=False)
     _finish(scores.to_dict(), as_json)
 

@@ -22,9 +22,11 @@ _MIN_SHARE = 0.0002  # of the image; a smaller component is no structure
 def prompts_from(probabilities: Tensor, class_ids: list[int], config: FeedbackConfig) -> Prompts:
     """Turn one image's class probabilities into prompts for K classes.
 
-    probabilities: (C, H, W) float over class ids, background first; class_ids: the K classes in the
-    order of the bank. A class gets prompts only where some component of it is confident: its box is
-    that of the largest such component, its mask logits are its log-odds against the rest.
+    probabilities: (C, H, W) float in [0, 1] over class ids, background first; class_ids: the K
+    classes in the order of the bank. A class gets prompts only where some component of it is
+    confident (mean probability): its box is that of the largest such component, its point the
+    deepest pixel there, its mask logits are its log-odds against the rest, clipped to [-6, 6], on a
+    grid of at most 64x64. A class without such a component has box -1, point label -1, mask_present 0.
     """
     height, width = probabilities.shape[-2:]
     winner = probabilities.argmax(0)
@@ -33,7 +35,7 @@ def prompts_from(probabilities: Tensor, class_ids: list[int], config: FeedbackCo
     point_labels = np.full((len(class_ids), 1), -1, np.int8)
     present = np.zeros(len(class_ids), np.uint8)
     logits = torch.logit(probabilities[class_ids], eps=1e-4).clamp(-_LIMIT, _LIMIT)
-    scale = _SIDE / max(height, width)
+    scale = min(1.0, _SIDE / max(height, width))
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     small = F.interpolate(logits[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
     for index, class_id in enumerate(class_ids):
@@ -58,16 +60,15 @@ def prompts_from(probabilities: Tensor, class_ids: list[int], config: FeedbackCo
 
 
 def _largest(mask: np.ndarray, probability: np.ndarray, min_confidence: float) -> np.ndarray | None:
-    """The largest component whose mean probability is confident, or None."""
+    """Return the largest component, bool (H, W), whose mean probability is confident, or None."""
     labeled, count = ndimage.label(mask)
-    if count == 0:
+    ids = np.arange(1, count + 1)
+    areas = ndimage.sum_labels(mask, labeled, ids)
+    sure = ndimage.mean(probability, labeled, ids) if count else np.zeros(0)
+    good = (areas >= _MIN_SHARE * mask.size) & (np.asarray(sure) >= min_confidence)
+    if not good.any():
         return None
-    areas = ndimage.sum_labels(mask, labeled, range(1, count + 1))
-    best = int(areas.argmax()) + 1
-    component = labeled == best
-    if areas[best - 1] < _MIN_SHARE * mask.size or probability[component].mean() < min_confidence:
-        return None
-    return component
+    return labeled == ids[good][areas[good].argmax()]
 
 
 class FeedbackRounds:
@@ -78,10 +79,14 @@ class FeedbackRounds:
         self.config = config
         self.first = int(config.feedback.start * config.steps)
         self.sent = 0
+        self._round = -1
 
     def due(self, step: int) -> bool:
-        """Whether a round begins before this step."""
-        return step >= self.first and (step - self.first) % self.config.feedback.every == 0
+        """Whether a round begins before this step; after a resume also in the middle of a round."""
+        return step >= self.first and self._number(step) != self._round
+
+    def _number(self, step: int) -> int:
+        return (step - self.first) // self.config.feedback.every
 
     def send_if_due(self, run: "Run") -> None:
         """Predict the images of the coming round and ask the annotator to look again."""
@@ -89,16 +94,16 @@ class FeedbackRounds:
 
         if not self.due(run.step) or run.unlabeled is None or run.unlabeled_order is None or run.feed is None:
             return
-        steps = min(self.config.feedback.every, self.config.steps - run.step)
-        rows = dict.fromkeys(r for batch in run.unlabeled_order.ahead(run.step, steps) for r in batch)
+        self._round = self._number(run.step)
+        end = min(self.first + (self._round + 1) * self.config.feedback.every, self.config.steps)
+        coming = run.unlabeled_order.ahead(run.step, end - run.step)
+        items = [run.unlabeled.slices[r] for r in dict.fromkeys(r for batch in coming for r in batch)]
         model = run.teacher if self.config.feedback.source == "teacher" else run.student
-        items = [run.unlabeled.slices[r] for r in rows]
-        class_ids = sorted(run.dataset.classes)
         for start in range(0, len(items), self.config.batch_eval):
             part = items[start : start + self.config.batch_eval]
             images = [run.dataset.image(s) for s in part]
             predicted = predict_slice(model, images, self.config, run.channels)
-            prompts = [prompts_from(p, class_ids, self.config.feedback) for p in predicted]
+            prompts = [prompts_from(p, run.feed.class_ids, self.config.feedback) for p in predicted]
             run.feed.refresh([s.name for s in part], prompts)
         self.sent += len(items)
         run.student.train()

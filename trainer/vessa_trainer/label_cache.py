@@ -7,15 +7,19 @@ changed is another key. Values carry a checksum; a damaged one is a miss and is 
 import hashlib
 import json
 import logging
-import os
+import secrets
 import struct
+import time
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
@@ -23,9 +27,10 @@ from vessa_trainer.config import CacheConfig
 from vessa_trainer.step import PseudoLabel
 
 _log = logging.getLogger(__name__)
-_HEADER = struct.Struct("<4s8sII")  # magic, checksum, height, width
-_MAGIC = b"VLB1"
+_MAGIC, _CHECKSUM = b"VLB2", 8
+_SIZE = struct.Struct("<II")  # height, width, px
 _MAX_SIDE = 1 << 15
+_PREFIX = "vessa:label:"
 _PROMPT_FIELDS = ("boxes", "points", "point_labels", "mask_logits", "mask_present")
 
 
@@ -64,28 +69,47 @@ def _prompts_digest(prompts: Prompts | None) -> str:
 
 
 def pack(label: PseudoLabel) -> bytes:
-    """Compress a label with its checksum."""
+    """Compress a label with its size and a checksum of both."""
     body = zlib.compress(np.stack([label.labels, label.confidence]).tobytes(), 6)
-    return _HEADER.pack(_MAGIC, hashlib.sha256(body).digest()[:8], *label.labels.shape) + body
+    rest = _SIZE.pack(*label.labels.shape) + body
+    return _MAGIC + _checksum(rest) + rest
 
 
 def unpack(value: bytes) -> PseudoLabel | None:
-    """Read a packed label; None when it is damaged."""
-    if len(value) < _HEADER.size:
+    """Read a packed label; None when it is damaged. Never allocates more than the size it declares."""
+    rest = value[len(_MAGIC) + _CHECKSUM :]
+    if not value.startswith(_MAGIC) or len(rest) < _SIZE.size:
         return None
-    magic, checksum, height, width = _HEADER.unpack_from(value)
-    body = value[_HEADER.size :]
-    if magic != _MAGIC or hashlib.sha256(body).digest()[:8] != checksum or max(height, width) > _MAX_SIDE:
+    if value[len(_MAGIC) : len(_MAGIC) + _CHECKSUM] != _checksum(rest):
         return None
-    arrays = np.frombuffer(zlib.decompress(body), np.uint8).reshape(2, height, width)
-    return PseudoLabel(arrays[0], arrays[1])
+    height, width = _SIZE.unpack_from(rest)
+    if max(height, width) > _MAX_SIDE:
+        return None
+    stream = zlib.decompressobj()
+    try:
+        pixels = stream.decompress(rest[_SIZE.size :], 2 * height * width + 1)
+    except zlib.error:
+        return None
+    if len(pixels) != 2 * height * width:
+        return None
+    labels, confidence = np.frombuffer(pixels, np.uint8).reshape(2, height, width)
+    return PseudoLabel(labels, confidence)
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()[:_CHECKSUM]
 
 
 class LabelCache(Protocol):
-    """Keeps packed labels. Neither method raises when the place is gone: a cache may forget."""
+    """Keeps labels. Neither method raises when the place is gone: a cache may forget.
+
+    failures: how often the place could not be read or written.
+    """
+
+    failures: int
 
     def get(self, keys: Sequence[str]) -> list[PseudoLabel | None]:
-        """Labels of the keys, None where there is none."""
+        """Labels of the keys, None where there is none or a damaged one."""
         ...
 
     def put(self, labels: Mapping[str, PseudoLabel]) -> None:
@@ -97,16 +121,20 @@ class FolderCache:
     """One file a label under two-letter folders; several processes may share it."""
 
     def __init__(self, folder: Path) -> None:
-        """Use a folder, made when missing."""
+        """Use a folder, made when missing. Raises InvalidConfig when it cannot be made."""
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.failures = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidConfig(f"the label cache {folder} cannot be made: {error.strerror}") from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
 
     def get(self, keys: Sequence[str]) -> list[PseudoLabel | None]:
         """Labels of the keys, None where there is none or a damaged one."""
-        labels = []
+        labels: list[PseudoLabel | None] = []
         for key in keys:
             try:
                 labels.append(unpack(self._path(key).read_bytes()))
@@ -115,70 +143,98 @@ class FolderCache:
         return labels
 
     def put(self, labels: Mapping[str, PseudoLabel]) -> None:
-        """Write each label whole or not at all."""
+        """Write each label whole or not at all; a full disk is reported once."""
         for key, label in labels.items():
             path = self._path(key)
-            path.parent.mkdir(exist_ok=True)
-            fresh = path.with_name(f".{key}.{os.getpid()}")
+            # not the process id: two containers that share the folder may both be process 1
+            fresh = path.with_name(f".{key}.{secrets.token_hex(4)}")
             try:
+                path.parent.mkdir(exist_ok=True)
                 fresh.write_bytes(pack(label))
                 fresh.replace(path)
             except OSError as error:
-                _log.warning("label cache %s cannot be written: %s", self.folder, error.strerror)
+                self.failures += 1
+                if self.failures == 1:
+                    _log.warning("label cache %s cannot be written: %s", self.folder, error.strerror)
+                with suppress(OSError):
+                    fresh.unlink(missing_ok=True)
                 return
 
 
 class RedisCache:
     """Labels in Redis: one MGET for a batch, one pipeline to write it.
 
-    A Redis that went away is reported once and costs nothing but requests to the annotator; when
-    it is back it is used again.
+    A Redis that went away is reported once and left alone for `pause_s` seconds at a time; while it
+    is away labels cost requests to the annotator and nothing else. One that answers but refuses to
+    store (out of memory) is reported once as well.
     """
 
-    def __init__(self, url: str, expire_s: float | None) -> None:
-        """Connect lazily. expire_s: seconds a label is kept, None for ever."""
-        self._redis = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=2)
-        self._expire_ms = None if expire_s is None else int(expire_s * 1000)
+    def __init__(self, url: str, expire_s: float | None, *, pause_s: float = 5.0) -> None:
+        """Connect lazily. expire_s: seconds a label is kept, None for ever. Raises InvalidConfig."""
+        try:
+            self._redis = redis.Redis.from_url(
+                url, socket_timeout=5, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
+            )
+        except ValueError as error:
+            raise InvalidConfig(f"cache.url is no Redis address: {error}") from error
+        self._expire_ms = None if expire_s is None else max(1, int(expire_s * 1000))
+        self._pause_s = pause_s
+        self._away_until: float | None = None
+        self._refused = False
         self.failures = 0
-        self._away = False
-
-    def _note(self, error: Exception | None) -> None:
-        if error is not None:
-            self.failures += 1
-            if not self._away:
-                _log.warning(
-                    "the label cache in Redis is away (%s): going on without it", type(error).__name__
-                )
-        elif self._away:
-            _log.warning("the label cache in Redis is back")
-        self._away = error is not None
 
     def get(self, keys: Sequence[str]) -> list[PseudoLabel | None]:
         """Labels of the keys, None where there is none or a damaged one."""
-        if not keys:
-            return []
+        nothing: list[PseudoLabel | None] = [None] * len(keys)
+        if not keys or self._resting():
+            return nothing
         try:
-            values = self._redis.mget([f"vessa:label:{k}" for k in keys])
+            values = self._redis.mget([f"{_PREFIX}{k}" for k in keys])
         except redis.RedisError as error:
-            self._note(error)
-            return [None] * len(keys)
-        self._note(None)
+            self._failed(error)
+            return nothing
+        self._answered()
         return [unpack(v) if isinstance(v, bytes) else None for v in values]
 
     def put(self, labels: Mapping[str, PseudoLabel]) -> None:
         """Write labels in one round trip."""
+        if not labels or self._resting():
+            return
         try:
             with self._redis.pipeline(transaction=False) as pipe:
                 for key, label in labels.items():
-                    pipe.set(f"vessa:label:{key}", pack(label), px=self._expire_ms)
+                    pipe.set(f"{_PREFIX}{key}", pack(label), px=self._expire_ms)
                 pipe.execute()
         except redis.RedisError as error:
-            self._note(error)
+            self._failed(error)
         else:
-            self._note(None)
+            self._answered()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+    def _resting(self) -> bool:
+        return self._away_until is not None and time.monotonic() < self._away_until
+
+    def _failed(self, error: redis.RedisError) -> None:
+        self.failures += 1
+        if isinstance(error, redis.ResponseError):
+            if not self._refused:
+                _log.warning("the label cache in Redis refuses: %s", error)
+            self._refused = True
+            return
+        if self._away_until is None:
+            _log.warning("the label cache in Redis is away (%s): going on without it", type(error).__name__)
+        self._away_until = time.monotonic() + self._pause_s
+
+    def _answered(self) -> None:
+        if self._away_until is not None:
+            _log.warning("the label cache in Redis is back")
+        self._away_until = None
 
 
-def open_cache(config: CacheConfig) -> LabelCache:
+def open_cache(config: CacheConfig) -> FolderCache | RedisCache:
     """Open the cache of a config: folder:PATH or a Redis address. Raises InvalidConfig."""
     if config.url.startswith("folder:"):
         return FolderCache(Path(config.url.removeprefix("folder:")).expanduser())

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from vessa.datasets import Case, Dataset
-from vessa.errors import Unreachable
+from vessa.errors import Unreachable, VessaError
 from vessa.metrics import Scores, score_volumes
 from vessa_trainer import checkpoint
 from vessa_trainer.annotations import AnnotationFeed
@@ -129,6 +130,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.student, config), fused=True)
         self.rates = [g["lr"] for g in self.optimizer.param_groups]
         self.generator = torch.Generator().manual_seed(config.seed)
+        self._drawn_from: Tensor | None = None  # the generator's state before the step under way
         self.order = Order(len(self.labeled), config.batch_labeled, config.seed)
         self.unlabeled_order = (
             Order(len(self.unlabeled), config.batch_unlabeled, config.seed + 1) if self.unlabeled else None
@@ -168,7 +170,10 @@ class Run:
         """Train to the end. Raises Interrupted, after saving, when stopped or left by the annotator."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         try:
-            with Progress(*columns) as bar, SummaryWriter(str(self.out / "tensorboard")) as board:
+            with (
+                Progress(*columns, console=Console(stderr=True)) as bar,
+                SummaryWriter(str(self.out / "tensorboard")) as board,
+            ):
                 task = bar.add_task(self.config.semi.method, total=self.config.steps, completed=self.step)
                 while self.step < self.config.steps:
                     figures = self._step()
@@ -183,15 +188,18 @@ class Run:
                         on_step(self.step)
         except Interrupted:
             raise
-        except (Unreachable, KeyboardInterrupt) as error:
+        except (VessaError, KeyboardInterrupt) as error:
+            if self._drawn_from is not None:  # in the middle of a step: it will be drawn again
+                self.generator.set_state(self._drawn_from)
             self.save()
-            why = error.message if isinstance(error, Unreachable) else "stopped by Ctrl-C"
+            why = error.message if isinstance(error, VessaError) else "stopped by Ctrl-C"
             raise Interrupted(f"{why}; saved at step {self.step}. Resume with: {self.resume_line}") from error
         return self._result()
 
     def _step(self) -> dict[str, float]:
         started = time.perf_counter()
         config = self.config
+        self._drawn_from = self.generator.get_state()
         self.student.train()
         unlabeled = None
         waited = 0.0
@@ -214,6 +222,7 @@ class Run:
         loss.backward()
         self.optimizer.step()
         self.step += 1
+        self._drawn_from = None
         update_teacher(self.teacher, self.student, ema_decay(self.step, config.semi.ema_decay))
         self.seconds += time.perf_counter() - started
         self.waited += waited

@@ -1,80 +1,20 @@
-"""What people look at when a run or a comparison has ended: progress.png, summary.json, report.html."""
+"""What people look at when a run or a comparison has ended: tables, summary.json, report.html."""
 
-import base64
-import html
-import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
 
-from vessa.images import class_color, overlay
+from vessa.datasets import Dataset
 from vessa.metrics import METRICS, Scores
-
-matplotlib.use("Agg")
+from vessa_trainer.curves import progress_figure, read_metrics, write_progress
+from vessa_trainer.overlays import Overlay
+from vessa_trainer.page import Page
 
 _HEADINGS = {"dice": "Dice", "iou": "IoU", "iou_fgbg": "IoU (fg+bg)", "hd95": "HD95"}
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; a line cut by a kill is left out."""
-    rows = []
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def progress_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Draw the curves of one run: losses, validation Dice, who teaches, learning rate."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
-    figure.suptitle(title)
-    panels = (
-        (axes[0, 0], "loss", ("loss_sup", "loss_unsup", "loss_teacher", "loss_vessa")),
-        (axes[1, 0], "share", ("eta", "confident", "vessa_confident", "agreement")),
-        (axes[1, 1], "learning rate", ("lr",)),
-    )
-    for axis, label, keys in panels:
-        for key in keys:
-            points = [(r["step"], r[key]) for r in rows if key in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key.replace("_", " "), linewidth=1)
-        _finish(axis, label)
-    for key in ("val_student", "val_teacher"):
-        points = [(r["step"], r[key]["mean"]["dice"] or 0.0) for r in rows if key in r]
-        if points:
-            axes[0, 1].plot(*zip(*points, strict=True), marker="o", markersize=3, label=key[4:])
-    axes[0, 1].set_ylim(0, 1)
-    _finish(axes[0, 1], "validation Dice")
-    return figure
-
-
-def _finish(axis: Any, label: str) -> None:
-    axis.set_xlabel("step")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8)
-
-
-def write_run_report(run: Path, summary: Mapping[str, Any]) -> None:
-    """Write progress.png and summary.json of one finished run."""
-    figure = progress_figure(read_metrics(run), f"{summary['method']}, seed {summary['seed']}")
-    figure.savefig(run / "progress.png", dpi=110)
-    fresh = run / ".summary.json"
-    fresh.write_text(json.dumps(summary, indent=1) + "\n")
-    fresh.replace(run / "summary.json")
 
 
 @dataclass(frozen=True)
@@ -84,10 +24,15 @@ class Row:
     name: str
     seeds: list[Scores]
 
-    def values(self, metric: str, class_name: str | None) -> list[float]:
+    def values(self, metric: str, class_name: str | None = None) -> list[float]:
         """A metric over seeds, of one class or of the mean over classes."""
         chosen = [s.mean if class_name is None else s.by_class[class_name] for s in self.seeds]
         return [v for c in chosen if (v := c[metric]) is not None]
+
+    def mean(self, metric: str, class_name: str | None = None) -> float | None:
+        """Mean over seeds; None where the metric was never scored."""
+        values = self.values(metric, class_name)
+        return float(np.mean(values)) if values else None
 
     def cell(self, metric: str, class_name: str | None = None) -> str:
         """Mean, and with several seeds the standard deviation, as text."""
@@ -99,119 +44,96 @@ class Row:
         return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
-def table(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the cells of the comparison: a line for each class and method."""
-    unit = rows[0].seeds[0].unit
-    headings = [_HEADINGS[m] + (f" ({unit})" if m == "hd95" else "") for m in metrics]
-    classes: list[str | None] = [*rows[0].seeds[0].by_class, None]
-    lines = [
-        [name or "mean", row.name, *(row.cell(m, name) for m in metrics)] for name in classes for row in rows
-    ]
-    return ["class", "method", *headings], lines
-
-
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Write a table as Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
-
-
 @dataclass(frozen=True)
-class Overlay:
-    """One case of the picture table. image: uint8 (H, W[, 3]); masks: column to uint8 (H, W)."""
+class Table:
+    """Header and cells of a comparison, a line for each class and method; best: (line, column) to stress."""
 
-    title: str
-    image: np.ndarray
-    masks: dict[str, np.ndarray]
-    captions: dict[str, str]
+    header: list[str]
+    lines: list[list[str]]
+    best: set[tuple[int, int]]
 
-
-def _picture(pixels: np.ndarray, height: int = 190) -> str:
-    """An <img> tag with the pixels in it, enlarged to a readable height."""
-    image = Image.fromarray(pixels)
-    factor = max(1, math.ceil(height / pixels.shape[0]))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img height="{height}" alt="" src="data:image/png;base64,{data}">'
+    def markdown(self) -> str:
+        """Write it as Markdown."""
+        stressed = [
+            [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(line)]
+            for i, line in enumerate(self.lines)
+        ]
+        rows = [self.header, ["---"] * len(self.header), *stressed]
+        return "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
 
 
-def _css(class_id: int) -> str:
-    return ",".join(f"{v:.0f}" for v in class_color(class_id))
+def table(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> Table:
+    """Make the table of some methods: each class, then the mean over classes."""
+    unit = rows[0].seeds[0].unit
+    header = ["class", "method", *(_HEADINGS[m] + (f" ({unit})" if m == "hd95" else "") for m in metrics)]
+    lines: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for name in (*rows[0].seeds[0].by_class, None):
+        first = len(lines)
+        lines += [[name or "mean", row.name, *(row.cell(m, name) for m in metrics)] for row in rows]
+        for column, metric in enumerate(metrics, start=2):
+            sign = -1 if metric == "hd95" else 1
+            marks = [-np.inf if (v := row.mean(metric, name)) is None else sign * v for row in rows]
+            if len(rows) > 1 and marks.count(max(marks)) == 1:
+                best.add((first + int(np.argmax(marks)), column))
+    return Table(header, lines, best)
 
 
-def _chart(figure: Figure) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=100)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img class="chart" alt="curves" src="data:image/png;base64,{data}">'
+def scores_from(data: Mapping[str, Any]) -> Scores:
+    """Read scores back from a summary."""
+    return Scores(data["by_class"], data["mean"], data["unit"], data["counts"])
 
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;max-width:1180px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2rem}
-p.lead{color:#53606f;margin-top:0} table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #e3e7ec}
-th{color:#53606f;font-weight:600} th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}
-tr.first td{border-top:2px solid #aab4c0} tr.mean td{font-weight:600;background:#f4f7fa}
-.chart{width:100%} .cases td,.cases th{text-align:center;border:0;padding:.25rem;vertical-align:top}
-.cases td:first-child{text-align:left;max-width:11rem;font-size:.85rem} .cases small{color:#53606f}
-.swatch{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .3em 0 1em}
-details pre{background:#f4f7fa;padding:.8rem;overflow:auto;font-size:.8rem}
-"""
+def missed(rows: Sequence[Row]) -> str:
+    """Say how often something was missed or invented: HD95 counts each as a volume's diagonal."""
+    parts = []
+    for row in rows:
+        counts = [c for scores in row.seeds for c in scores.counts.values()]
+        empty, invented = (sum(c[k] for c in counts) for k in ("pred_empty", "truth_empty"))
+        if empty or invented:
+            parts.append(f"{row.name}: {empty} missed, {invented} invented")
+    if not parts:
+        return ""
+    return (
+        "Structures wholly missed or invented count in HD95 as the volume's diagonal. "
+        + "; ".join(parts)
+        + "."
+    )
 
 
-def write_html(
-    path: Path,
-    *,
-    title: str,
-    lead: str,
-    header: Sequence[str],
-    lines: Sequence[Sequence[str]],
-    figures: Sequence[tuple[str, Figure]],
-    overlays: Sequence[Overlay],
-    classes: Mapping[int, str],
-    details: Mapping[str, Any],
+def write_run_report(
+    run: Path, summary: Mapping[str, Any], pictures: Sequence[Overlay], dataset: Dataset
 ) -> None:
-    """Write one self-contained page: table, pictures of cases, curves, and how it was made."""
-    escape = html.escape
-    body = [f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p><h2>Test patients</h2><table><tr>"]
-    body += [f"<th>{escape(h)}</th>" for h in header]
-    previous = None
-    for line in lines:
-        kind = ("first " if line[0] != previous else "") + ("mean" if line[0] == "mean" else "")
-        previous = line[0]
-        body.append(f"</tr><tr class='{kind.strip()}'>" + "".join(f"<td>{escape(c)}</td>" for c in line))
-    body.append("</tr></table>")
-    if overlays:
-        legend = "".join(
-            f"<span class='swatch' style='background:rgb({_css(c)})'></span>{escape(n)}"
-            for c, n in classes.items()
-        )
-        body.append(
-            f"<h2>Best, median and worst cases</h2><p>{legend}</p>"
-            "<table class='cases'><tr><th></th><th>image</th>"
-        )
-        body += [f"<th>{escape(t)}</th>" for t in overlays[0].masks]
-        for case in overlays:
-            plain = overlay(case.image, np.zeros(case.image.shape[:2], np.uint8))
-            body.append(f"</tr><tr><td>{escape(case.title)}</td><td>{_picture(plain)}</td>")
-            for name, mask in case.masks.items():
-                caption = f"<br><small>{escape(case.captions.get(name, ''))}</small>"
-                body.append(f"<td>{_picture(overlay(case.image, mask))}{caption}</td>")
-        body.append("</tr></table>")
-    for name, figure in figures:
-        body.append(f"<h2>{escape(name)}</h2>{_chart(figure)}")
-    listing = escape(json.dumps(details, indent=1, default=str))
-    body.append(
-        "<h2>How this was made</h2><details><summary>configuration and counts</summary>"
-        f"<pre>{listing}</pre></details>"
+    """Write progress.png, report.html and, last of all, summary.json of one finished run."""
+    name = f"{summary['method']}, seed {summary['seed']}"
+    write_progress(run, name)
+    rows = [Row(part, [scores_from(summary[key])]) for key, part in (("val", "validation"), ("test", "test"))]
+    groups = summary["groups"]
+    page = Page(f"{dataset.name}: {name}")
+    page.lead(
+        f"{groups['labeled']} labeled, {groups['unlabeled']} unlabeled, {groups['val']} validation and "
+        f"{groups['test']} test patients; {summary['steps']} steps; the best teacher on the validation "
+        f"patients is that of step {summary['best_step']}."
     )
-    page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
-        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>"
-    )
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(page, encoding="utf-8")
-    fresh.replace(path)
+    page.cards(cards([Row("test", rows[1].seeds)]))
+    page.heading("Scores of the best teacher")
+    scores = table(rows)
+    page.table(scores.header, scores.lines, set())
+    page.note(missed(rows))
+    page.overlays(pictures, dataset.classes)
+    page.heading("Training")
+    page.figures([progress_figure(read_metrics(run), name)])
+    page.details("Configuration and counts", summary)
+    page.write(run / "report.html")
+    fresh = run / ".summary.json"
+    fresh.write_text(json.dumps(summary, indent=1) + "\n")
+    fresh.replace(run / "summary.json")
+
+
+def cards(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Headline figures of methods: name, Dice, the rest."""
+    unit = rows[0].seeds[0].unit
+    return [
+        (r.name, r.cell("dice"), f"mean Dice · IoU {r.cell('iou')} · HD95 {r.cell('hd95')} {unit}")
+        for r in rows
+    ]

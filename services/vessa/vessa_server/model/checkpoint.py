@@ -62,7 +62,8 @@ def find(weights: str | Path) -> Path:
         if (folder / MANIFEST).is_file():
             return folder
     raise InvalidWeights(
-        f"no weights at '{weights}': expected a directory with a {MANIFEST}, or the name of shipped weights (nano)"
+        f"no weights at '{weights}': expected a directory with a {MANIFEST}, "
+        "or the name of shipped weights (nano)"
     )
 
 
@@ -122,7 +123,7 @@ def load_strictly(module: nn.Module, path: Path) -> None:
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or unknown or shapes:
         raise InvalidWeights(
-            f"{path.name} does not fit: missing {missing[:5]}, unknown {unknown[:5]}, wrong shape {shapes[:5]}"
-            f" ({len(missing)}, {len(unknown)} and {len(shapes)} keys)"
+            f"{path.name} does not fit: missing {missing[:5]}, unknown {unknown[:5]}, "
+            f"wrong shape {shapes[:5]} ({len(missing)}, {len(unknown)} and {len(shapes)} keys)"
         )
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})

@@ -95,7 +95,8 @@ class Pretraining:
                 started = time.perf_counter()
                 figures = self._step()
                 self.seconds += time.perf_counter() - started
-                line = f"step {self.step} loss {figures['loss']:.2f} Dice {figures['dice']:.2f} val {self.best:.3f}"
+                line = f"step {self.step} loss {figures['loss']:.2f} Dice {figures['dice']:.2f}"
+                line += f" val {max(self.best, 0):.3f}"
                 bar.update(task, completed=self.progress, description=line)
                 if self.step % 20 == 0:
                     self._log(figures)

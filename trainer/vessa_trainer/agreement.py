@@ -1,0 +1,69 @@
+"""How good VESSA's labels are where the truth is known, and how much they only echo their prompts.
+
+Both are looked at and never learned from.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vessa.client import Prompts
+
+
+class PooledDice:
+    """Dice between two label maps of many images, pooled per class; an image seen again replaces itself."""
+
+    def __init__(self, class_ids: Sequence[int]) -> None:
+        self.class_ids = tuple(class_ids)
+        self._counts: dict[str, np.ndarray] = {}  # name to (K, 2): twice the overlap, both areas
+        self._total = np.zeros((len(self.class_ids), 2), np.int64)
+
+    def add(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+        """Count one image. ours, theirs: (H, W) class ids, or (K, H, W) bool."""
+        one, other = self._masks(ours), self._masks(theirs)
+        fresh = np.stack([2 * (one & other).sum((1, 2)), one.sum((1, 2)) + other.sum((1, 2))], 1)
+        self._total += fresh - self._counts.get(name, 0)
+        self._counts[name] = fresh
+
+    def _masks(self, array: np.ndarray) -> np.ndarray:
+        return array if array.ndim == 3 else np.stack([array == c for c in self.class_ids])
+
+    def value(self) -> float | None:
+        """Mean over the classes that occur, in [0, 1]; None when none does."""
+        overlap, areas = self._total.T
+        there = areas > 0
+        return float((overlap[there] / areas[there]).mean()) if there.any() else None
+
+
+class EchoCheck:
+    """How well labels agree with the mask prompts they answer, beside the labels they replace.
+
+    after far above before, without better labels where the truth is known: VESSA repeats its source.
+    """
+
+    def __init__(self, class_ids: Sequence[int]) -> None:
+        self._class_ids = tuple(class_ids)
+        self.before, self.after = PooledDice(class_ids), PooledDice(class_ids)
+
+    def add(self, name: str, prompts: Prompts, old: np.ndarray, new: np.ndarray) -> None:
+        """Count one refreshed image. old, new: (H, W) class ids."""
+        if prompts.mask_logits is None:
+            return
+        logits = np.asarray(prompts.mask_logits)
+        asked = logits > 0
+        present = np.ones(len(asked), bool)
+        if prompts.mask_present is not None:
+            present = np.asarray(prompts.mask_present, bool)
+        for dice, labels in ((self.before, old), (self.after, new)):
+            small = _shrink(labels, logits.shape[-2:])
+            masks = np.stack([small == c for c in self._class_ids])
+            # a class without a prompt was not asked about
+            dice.add(name, masks & present[:, None, None], asked & present[:, None, None])
+
+
+def _shrink(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Nearest neighbors at the centers of a coarser grid."""
+    rows, columns = (
+        ((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(size, labels.shape, strict=True)
+    )
+    return labels[rows[:, None], columns]

@@ -1,0 +1,182 @@
+"""One batch of labels: from the cache what is there, from the annotator the rest."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vessa.client import Annotation, AnnotatorClient, Prompts
+from vessa.codec import image_digest
+from vessa.datasets import Dataset, Slice
+from vessa.errors import (
+    BadResponse,
+    DeadlineExceeded,
+    InternalError,
+    NotReady,
+    QueueFull,
+    StoreUnavailable,
+    UnknownImage,
+    Unreachable,
+    VessaError,
+)
+from vessa.schemas import BankInfo
+from vessa_trainer.config import AnnotatorConfig
+from vessa_trainer.label_cache import LabelCache, label_key
+from vessa_trainer.step import PseudoLabel
+
+_log = logging.getLogger(__name__)
+# What may pass by itself; BadResponse is what a proxy says while the annotator behind it is down.
+_PASSING = (
+    Unreachable,
+    QueueFull,
+    NotReady,
+    StoreUnavailable,
+    DeadlineExceeded,
+    InternalError,
+    BadResponse,
+)
+
+
+@dataclass
+class Wanted:
+    """A label to fetch. prompts None asks for a prompt-free one; image is read when it is needed."""
+
+    item: Slice
+    prompts: Prompts | None = None
+    image: np.ndarray | None = None
+
+
+@dataclass
+class Fetched:
+    """What came of a batch. late: to be asked for again, because of `reason`; asked: somebody answered."""
+
+    labels: list[tuple[Wanted, PseudoLabel]] = field(default_factory=list)
+    late: list[Wanted] = field(default_factory=list)
+    reason: VessaError | None = None
+    asked: bool = False
+
+
+class LabelFetcher:
+    """Labels of a data set's slices by one bank, without any thread or waiting of its own."""
+
+    def __init__(
+        self,
+        client: AnnotatorClient,
+        dataset: Dataset,
+        bank: BankInfo,
+        cache: LabelCache,
+        config: AnnotatorConfig,
+        seed: int,
+    ) -> None:
+        """Ask the annotator who it is. seed: of template_choice "sample". Raises VessaError."""
+        info = client.info()
+        self._client, self._dataset, self._bank = client, dataset, bank
+        self._cache, self._config, self._seed = cache, config, seed
+        self._model, self._labels_version = info.model, info.labels_version
+        self.class_ids = sorted(bank.classes)
+        self._classes = [bank.classes[c] for c in self.class_ids]
+        self._image_ids: dict[str, str] = {}
+        self._sent: set[str] = set()  # names whose pixels the annotator has seen
+        self.requests = self.images = self.cache_hits = self.failed_items = 0
+
+    def fetch(self, batch: Sequence[Wanted]) -> Fetched:
+        """Fetch a batch. Raises what waiting does not cure: a wrong key, a deleted bank."""
+        keys = [self._key(w, self._bank.version, self._model, self._labels_version) for w in batch]
+        result = Fetched()
+        missing = []
+        for wanted, label in zip(batch, self._cache.get(keys), strict=True):
+            if label is None:
+                missing.append(wanted)
+            else:
+                result.labels.append((wanted, label))
+        self.cache_hits += len(result.labels)
+        if not missing:
+            return result
+        try:
+            answers = self._ask(missing)
+        except _PASSING as error:
+            result.late, result.reason = missing, error
+            return result
+        result.asked = True
+        fresh: dict[str, PseudoLabel] = {}
+        for wanted, answer in zip(missing, answers, strict=True):
+            if isinstance(answer.error, _PASSING):
+                result.late.append(wanted)
+                result.reason = answer.error
+                continue
+            label = self._label(wanted, answer)
+            result.labels.append((wanted, label))
+            if answer.error is None:
+                # what answered may be newer than what was asked for: a changed bank, other weights
+                key = self._key(wanted, answer.bank_version, answer.model, answer.labels_version)
+                fresh[key] = label
+        self._cache.put(fresh)
+        return result
+
+    def _ask(self, batch: list[Wanted]) -> list[Annotation]:
+        """Ask the annotator; images it has seen go by their id alone."""
+        answers: dict[str, Annotation] = {}
+        known = [w for w in batch if w.item.name in self._sent]
+        if known:
+            try:
+                replies = self._request(known, image_ids=[self._image_id(w) for w in known])
+            except UnknownImage:
+                replies = []
+            for wanted, reply in zip(known[: len(replies)], replies, strict=True):
+                if not isinstance(reply.error, UnknownImage):
+                    answers[wanted.item.name] = reply
+        rest = [w for w in batch if w.item.name not in answers]
+        if rest:
+            replies = self._request(rest, images=[self._image(w) for w in rest])
+            answers |= {w.item.name: reply for w, reply in zip(rest, replies, strict=True)}
+            self._sent.update(w.item.name for w in rest)
+        return [answers[w.item.name] for w in batch]
+
+    def _request(self, batch: list[Wanted], **what: Any) -> list[Annotation]:
+        self.requests += 1
+        self.images += len(batch)
+        return self._client.segment(
+            **what,
+            bank=self._bank.name,
+            classes=self._classes,
+            groups=[w.item.group for w in batch],
+            prompts=[w.prompts for w in batch],
+            template_choice=self._config.template_choice,
+            seed=self._seed,
+        )
+
+    def _label(self, wanted: Wanted, answer: Annotation) -> PseudoLabel:
+        """Turn an answer into a label; a failed item teaches nothing, and is counted and said."""
+        if answer.error is None and answer.labels is not None and answer.confidence is not None:
+            return PseudoLabel(answer.labels, answer.confidence)
+        self.failed_items += 1
+        _log.warning("no label for %s: %s", wanted.item.name, answer.error)
+        empty = np.zeros(self._image(wanted).shape[:2], np.uint8)
+        return PseudoLabel(empty, empty)
+
+    def _image(self, wanted: Wanted) -> np.ndarray:
+        if wanted.image is None:
+            wanted.image = self._dataset.image(wanted.item)
+        return wanted.image
+
+    def _image_id(self, wanted: Wanted) -> str:
+        name = wanted.item.name
+        if name not in self._image_ids:
+            self._image_ids[name] = image_digest(self._image(wanted))
+        return self._image_ids[name]
+
+    def _key(self, wanted: Wanted, bank_version: int, model: str, labels_version: str) -> str:
+        return label_key(
+            self._image_id(wanted),
+            bank=self._bank.name,
+            bank_version=bank_version,
+            classes=self._classes,
+            group=wanted.item.group,
+            prompts=wanted.prompts,
+            model=model,
+            labels_version=labels_version,
+            template_choice=self._config.template_choice,
+            seed=self._seed,
+        )

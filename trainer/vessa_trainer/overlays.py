@@ -1,0 +1,88 @@
+"""Predictions of whole cases, scored and laid over their images: the best, the median, the worst."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from vessa.datasets import Case, Dataset
+from vessa.metrics import Scores, score_volumes
+from vessa_trainer.config import Config
+from vessa_trainer.loop import predict_volumes
+
+Labels = Mapping[str, Sequence[np.ndarray]]  # case name to uint8 (H, W) class ids of its slices
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One row of pictures. image: uint8 (H, W[, 3]); masks: column to uint8 (H, W), captions: to text."""
+
+    title: str
+    image: np.ndarray
+    masks: dict[str, np.ndarray]
+    captions: dict[str, str]
+
+
+def annotated(dataset: Dataset, cases: Sequence[Case]) -> list[Case]:
+    """Cases of which at least one slice has a mask."""
+    return [c for c in cases if any(dataset.mask(s) is not None for s in c.slices)]
+
+
+def predict_labels(
+    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
+) -> dict[str, list[np.ndarray]]:
+    """Class ids of every slice of some cases."""
+    return {
+        case.name: [p.argmax(0).byte().numpy() for p in slices]
+        for case, slices in predict_volumes(model, dataset, cases, config, channels)
+    }
+
+
+def score_labels(dataset: Dataset, cases: Sequence[Case], labels: Labels) -> Scores:
+    """Score labels case by case; slices without a mask are left out."""
+    volumes = []
+    for case in cases:
+        pairs = [
+            (ours, truth)
+            for item, ours in zip(case.slices, labels[case.name], strict=True)
+            if (truth := dataset.mask(item)) is not None
+        ]
+        if pairs:
+            volumes.append((np.stack([p for p, _ in pairs]), np.stack([m for _, m in pairs]), case.spacing))
+    return score_volumes(volumes, dataset.classes)
+
+
+def best_median_worst(
+    dataset: Dataset, cases: Sequence[Case], predicted: Mapping[str, Labels], rank_by: str
+) -> list[Overlay]:
+    """Rows of three cases, ranked by the mean Dice of one column; of each the slice with most truth.
+
+    predicted: column to labels; the truth comes before them. Fewer cases than three make fewer rows.
+    """
+    dice = {
+        name: {c.name: score_labels(dataset, [c], labels).mean["dice"] for c in cases}
+        for name, labels in predicted.items()
+    }
+    ranked = sorted(
+        (c for c in cases if dice[rank_by][c.name] is not None), key=lambda c: -(dice[rank_by][c.name] or 0.0)
+    )
+    if not ranked:
+        return []
+    named = {"worst": ranked[-1], "median": ranked[len(ranked) // 2], "best": ranked[0]}
+    chosen = {case.name: title for title, case in named.items()}  # one case has one title
+    rows = []
+    for title, case in reversed(named.items()):
+        if chosen[case.name] != title:
+            continue
+        masks = [dataset.mask(s) for s in case.slices]
+        index = int(np.argmax([-1 if m is None else int(np.count_nonzero(m)) for m in masks]))
+        item, truth = case.slices[index], masks[index]
+        assert truth is not None
+        columns = {"truth": truth} | {name: labels[case.name][index] for name, labels in predicted.items()}
+        captions = {
+            name: "" if (value := dice[name][case.name]) is None else f"Dice of the case {value:.3f}"
+            for name in predicted
+        }
+        rows.append(Overlay(f"{title}: {item.name}", dataset.image(item), columns, captions))
+    return rows
