@@ -54,6 +54,8 @@ def pretrain(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 8e-4,
     dice_weight: Annotated[float, typer.Option(help="Weight of the Dice term in Eq. 3.")] = 0.5,
     synthetic_share: Annotated[float, typer.Option(help="Share of pairs from synthetic studies.")] = 0.6,
+    region_share: Annotated[float, typer.Option(help="Share of the real pairs that are region tasks.")] = 0.4,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = False,
     studies: Annotated[int, typer.Option(help="Number of synthetic studies.")] = 400,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -72,6 +74,8 @@ def pretrain(
         lr=lr,
         seed=seed,
         synthetic_share=synthetic_share,
+        region_share=region_share,
+        bf16=bf16,
         validate_every=validate_every,
         weights=LossWeights(dice=dice_weight),
     )

@@ -96,7 +96,7 @@ class Correlation(nn.Module):
         # The fused kernel never holds the (h * w, M) map; it wants values as wide as the keys.
         read = F.scaled_dot_product_attention(query, self._split(keys), value.contiguous(), scale=1.0)
         # The log-odds of what is read: how far inside or outside, also where all heads saturate.
-        read = read[..., 0].clamp(1e-4, 1 - 1e-4)  # (N, heads, h * w)
+        read = read[..., 0].float().clamp(1e-4, 1 - 1e-4)  # (N, heads, h * w); bfloat16 rounds 1 - 1e-4 to 1
         maps = torch.cat([read, 0.2 * torch.logit(read)], dim=1)
         return self.project(maps.unflatten(-1, size))
 

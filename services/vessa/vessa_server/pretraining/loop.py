@@ -38,6 +38,8 @@ class PretrainConfig:
     clip: float = 1.0
     seed: int = 0
     synthetic_share: float = 0.6
+    region_share: float = 0.4
+    bf16: bool = False
     validate_every: int = 400
     weights: LossWeights = field(default_factory=LossWeights)
 
@@ -119,7 +121,9 @@ class Pretraining:
         batch = prepare(self.tasks.batch(self.rng, self.config.batch), self.generator, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss, figures = training_loss(self.model, batch, self.config.weights, self.generator)
+        loss, figures = training_loss(
+            self.model, batch, self.config.weights, self.generator, bf16=self.config.bf16
+        )
         if not math.isfinite(figures["loss"]):
             raise FloatingPointError(
                 f"the loss is {figures['loss']} at step {self.step}; lower the learning rate"
@@ -217,6 +221,6 @@ def validation_pairs(pools: list[Pool], count: int, seed: int) -> list[Pair]:
         pool = usable[len(pairs) % len(usable)]
         pool.redraw_bank(rng)
         pair = pool.draw(rng)
-        if pair is not None and (pair.target_mask == pair.class_id).any():
+        if pair is not None and all((pair.target_mask == c).any() for c in pair.classes):
             pairs.append(pair)
     return pairs

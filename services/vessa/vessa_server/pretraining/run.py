@@ -11,7 +11,14 @@ from vessa.datasets import Dataset, open_dataset
 from vessa_server.model.presets import PRESETS
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.synthetic import phantom_study
-from vessa_server.pretraining.tasks import Pool, Tasks, pool_of_dataset, pool_of_study, synthetic_pools
+from vessa_server.pretraining.tasks import (
+    Pool,
+    Tasks,
+    composite_pools,
+    pool_of_dataset,
+    pool_of_study,
+    synthetic_pools,
+)
 
 VALIDATION_SHARE = 0.1
 
@@ -40,7 +47,9 @@ def pretrain(
         train, validation = _split(dataset, config.seed)
         real.append(pool_of_dataset(dataset, train, size))
         held_out.append(pool_of_dataset(dataset, validation, size))
-    tasks = Tasks(real, synthetic_pools(config.seed + 1, studies, size), config.synthetic_share)
+    synthetic = synthetic_pools(config.seed + 1, studies, size)
+    synthetic += composite_pools(real, config.seed + 1, studies // 3)
+    tasks = Tasks(real, synthetic, config.synthetic_share, config.region_share)
     pairs = validation_pairs([*held_out, *_synthetic_validation(size)], 96, config.seed)
     provenance = {
         "command": command,

@@ -2,8 +2,9 @@
 
 A study is a handful of patients seen by one protocol: its tissues have common mean intensities,
 each patient its own anatomy, bias field, noise and blur. Random label maps teach the annotator to
-follow the template; phantoms teach it what thin rings and paired organs look like. All is
-deterministic in the seed.
+follow the template; phantoms teach it what thin rings and paired organs look like; composites set
+phantom hearts into real slices, so that they are found among real tissue. All is deterministic in
+the seed.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 HEART = {1: "right ventricle cavity", 2: "left ventricle myocardium", 3: "left ventricle cavity"}
+CAVITY_NAMES = ("lv cavity", "left ventricle cavity")  # how names begin where a composite's heart may be set
 ABDOMEN = {1: "liver", 2: "right kidney", 3: "left kidney", 4: "spleen"}
 
 
@@ -250,3 +252,66 @@ def random_study(rng: np.random.Generator, *, patients: int, size: int = 160) ->
         study.masks.append(tissue.astype(np.uint8))
         study.groups.append(f"{patient:03d}")
     return study
+
+
+def composite_study(
+    rng: np.random.Generator, images: np.ndarray, cavities: np.ndarray, groups: list[str]
+) -> Study:
+    """Set phantom hearts over the left ventricles of real slices.
+
+    images: (N, S, S) uint8; cavities: (N, S, S) bool, the annotated cavity of each; groups: N patients
+    A heart takes the place and size of the real one, and blood, muscle and rim the intensities found
+    there.
+    """
+    study = Study(dict(HEART), [], [], list(groups))
+    right = rng.uniform(0.8, 1.05)  # the right ventricle's blood relative to the left's
+    size = images.shape[-1]
+    hearts = {g: list(heart_patient(rng, size, 6)) for g in dict.fromkeys(groups)}
+    for image, cavity, group in zip(images, cavities, groups, strict=True):
+        slices = [h for h in hearts[group] if (h[1] == 3).any()]
+        tissue, mask = _moved_onto(rng, cavity, *slices[int(rng.integers(len(slices)))])
+        real = image.astype(np.float32) / 255
+        study.images.append(_blend(rng, real, cavity, tissue, right))
+        study.masks.append(mask)
+    return study
+
+
+def _moved_onto(
+    rng: np.random.Generator, cavity: np.ndarray, tissue: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move a phantom slice so that its left ventricular cavity lies on the real one; 4 is outside of it."""
+    ours, theirs = mask == 3, cavity
+    ratio = np.sqrt(ours.sum() / theirs.sum()) * rng.uniform(0.8, 1.2)
+    turn = rng.normal(0, 0.25)
+    matrix = ratio * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    offset = np.array(ndimage.center_of_mass(ours)) - matrix @ np.array(ndimage.center_of_mass(theirs))
+    options = {"matrix": matrix, "offset": offset, "order": 0}
+    moved = ndimage.affine_transform(tissue, cval=4, **options)
+    return moved, ndimage.affine_transform(mask, cval=0, **options)
+
+
+def _blend(
+    rng: np.random.Generator, real: np.ndarray, cavity: np.ndarray, tissue: np.ndarray, right: float
+) -> np.ndarray:
+    """Paint the heart (tissues 1 to 3) and a rim around it over a real slice (S, S) float in [0, 1]."""
+    size = real.shape[0]
+    radius = np.sqrt(cavity.sum() / np.pi)
+    away = ndimage.distance_transform_edt(~cavity)
+    blood = real[cavity].mean()
+    near = real[(away > 0.15 * radius) & (away < 0.6 * radius + 2)]
+    muscle = min(float(np.percentile(near, rng.uniform(10, 40))), blood * rng.uniform(0.35, 0.75))
+    around = real[(away > 0.8 * radius) & (away < 2.5 * radius + 6)]
+    low, high = np.percentile(around, [rng.uniform(5, 30), rng.uniform(60, 98)])
+    heart = np.isin(tissue, (1, 2, 3))
+    rim = ndimage.distance_transform_edt(~heart) < rng.uniform(0.1, 0.7) * radius + 1
+    shade = 1 / (1 + np.exp(-3 * _smooth(rng, size, 6)))
+    painted = np.where(tissue == 1, blood * right, np.where(tissue == 2, muscle, blood))
+    painted = np.where(heart, painted, low + (high - low) * shade)
+    grain = ndimage.gaussian_filter(rng.standard_normal(real.shape), rng.uniform(0.6, 2.0))
+    painted = painted * (1 + rng.uniform(0.02, 0.12) * grain / grain.std())
+    painted = painted * (1 + 0.08 * _smooth(rng, size, 2))
+    painted = ndimage.gaussian_filter(painted, rng.uniform(0.4, 1.0) * size / 160)
+    opacity = ndimage.gaussian_filter((heart | rim).astype(np.float32), rng.uniform(0.5, 1.5))
+    noise = rng.normal(0, rng.uniform(0.005, 0.025), real.shape) * opacity
+    mixed = opacity * painted + (1 - opacity) * real + noise
+    return (np.clip(mixed, 0, 1) * 255).astype(np.uint8)

@@ -4,6 +4,10 @@ A pool holds one data set's or study's slices as squares. Templates come from a 
 groups (paper section 3.1), redrawn now and then; targets from the other groups, so that a template
 and its target are never of the same patient. Among the bank's slices that show the class one is
 drawn by Eq. 1, or at random, because a lab's bank of one patient holds bad matches too.
+
+Region tasks need no annotation: a region of a real image, found by its intensities, is followed from
+one augmented view of that image to another. They bring the texture of real images, which synthetic
+ones lack, to structures that no annotation of ours marks.
 """
 
 from collections.abc import Sequence
@@ -11,30 +15,37 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from vessa.datasets import Dataset
 from vessa_server.model.geometry import Square, resize, to_tensor
-from vessa_server.pretraining.synthetic import Study, phantom_study, random_study
+from vessa_server.pretraining.synthetic import (
+    CAVITY_NAMES,
+    Study,
+    composite_study,
+    phantom_study,
+    random_study,
+)
 
 MIN_AREA = 0.0015  # of the square; a structure of fewer pixels teaches nothing at the network's size
 BANK_SHARE = 0.05
+CLASSES_A_PAIR = 2  # the image encoder costs most: what it says is used twice
 TAU = 0.1
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One task: draw `class_id` in the target as the template shows it.
+    """Two images and what to draw: each of `classes` in the target as the template shows it.
 
-    images uint8 (S, S), masks uint8 (S, S) with class ids
+    images uint8 (S, S), masks uint8 (S, S) with class ids; classes: id to name
     """
 
     template: np.ndarray
     template_mask: np.ndarray
     target: np.ndarray
     target_mask: np.ndarray
-    class_id: int
-    class_name: str
+    classes: dict[int, str]
 
 
 class Pool:
@@ -66,7 +77,7 @@ class Pool:
         self.bank = rng.choice(len(self.group_names), count, replace=False)
 
     def draw(self, rng: np.random.Generator) -> Pair | None:
-        """Draw one pair; None when the present bank shows no class that another group shows too."""
+        """Draw one pair of at most `CLASSES_A_PAIR` classes; None when the bank shows none to be drawn."""
         class_id = int(rng.choice(list(self.classes)))
         showing = self.showing[class_id]
         in_bank = np.isin(self.group_of[showing], self.bank)
@@ -82,14 +93,30 @@ class Pool:
             best = np.argsort(similarity)[::-1][:3]
             weights = np.exp((similarity[best] - similarity[best[0]]) / TAU)
             template = int(templates[rng.choice(best, p=weights / weights.sum())])
+        shown = [c for c in self.classes if c != class_id and template in self.showing[c]]
+        further = rng.permutation(shown)[: CLASSES_A_PAIR - 1].tolist()
         return Pair(
             self.images[template],
             self.masks[template],
             self.images[target],
             self.masks[target],
-            class_id,
-            self.classes[class_id],
+            {c: self.classes[c] for c in (class_id, *further)},
         )
+
+    def draw_region(self, rng: np.random.Generator) -> Pair | None:
+        """Draw a region and the ring around it in one image; None when the region is too small or large."""
+        image = self.images[int(rng.integers(len(self.images)))]
+        smooth = ndimage.gaussian_filter(image.astype(np.float32), rng.uniform(0.8, 2.5))
+        seed = tuple(int(v) for v in rng.integers(image.shape[0], size=2))
+        width = rng.uniform(0.25, 0.8) * smooth.std()
+        band = ndimage.binary_opening(np.abs(smooth - smooth[seed]) < width, iterations=2)  # cuts leaks
+        labeled, _ = ndimage.label(band)
+        region = ndimage.binary_fill_holes(labeled == labeled[seed])
+        if not band[seed] or not MIN_AREA < region.mean() < 0.08 or smooth[seed] < 0.25 * smooth.mean():
+            return None
+        ring = ndimage.binary_dilation(region, iterations=int(rng.integers(2, 7))) & ~region
+        mask = (region + 2 * ring).astype(np.uint8)
+        return Pair(image, mask, image, mask, {1: "structure", 2: "structure"})
 
 
 def pool_of_study(study: Study, name: str) -> Pool:
@@ -133,14 +160,38 @@ def synthetic_pools(seed: int, count: int, size: int) -> list[Pool]:
     return pools
 
 
+def composite_pools(real: list[Pool], seed: int, count: int) -> list[Pool]:
+    """Set phantom hearts into real slices with an annotated left ventricle; none where no pool has one."""
+    hearts = [(p, c) for p in real for c, name in p.classes.items() if name.lower().startswith(CAVITY_NAMES)]
+    pools = []
+    for index in range(count if hearts else 0):
+        rng = np.random.default_rng([seed, 1_000_000 + index])
+        pool, cavity = hearts[index % len(hearts)]
+        showing = pool.showing[cavity]
+        patients = rng.permutation(np.unique(pool.group_of[showing]))[:5]
+        rows = [r for p in patients for r in rng.permutation(showing[pool.group_of[showing] == p])[:5]]
+        names = [pool.group_names[pool.group_of[r]] for r in rows]
+        study = composite_study(rng, pool.images[rows], pool.masks[rows] == cavity, names)
+        pools.append(pool_of_study(study, "heart"))
+    return pools
+
+
 class Tasks:
-    """Draws batches from real pools and synthetic pools; `synthetic_share` of the pairs are synthetic."""
+    """Draws batches of pairs.
+
+    synthetic_share: of the pairs, from synthetic pools; region_share: of the real pairs, region tasks
+    """
 
     def __init__(
-        self, real: list[Pool], synthetic: list[Pool], synthetic_share: float, redraw: int = 200
+        self,
+        real: list[Pool],
+        synthetic: list[Pool],
+        synthetic_share: float,
+        region_share: float = 0.0,
+        redraw: int = 200,
     ) -> None:
         self.real, self.synthetic = real, synthetic
-        self.share = synthetic_share if real else 1.0
+        self.share, self.region_share = synthetic_share if real else 1.0, region_share
         self.redraw = redraw
         self.drawn = 0
 
@@ -152,9 +203,13 @@ class Tasks:
         self.drawn += 1
         pairs: list[Pair] = []
         while len(pairs) < size:
-            pools = self.synthetic if rng.random() < self.share else self.real
+            synthetic = rng.random() < self.share
+            pools = self.synthetic if synthetic else self.real
             pool = pools[int(rng.integers(len(pools)))]
-            pair = pool.draw(rng) if pool.classes else None
+            if not synthetic and rng.random() < self.region_share:
+                pair = pool.draw_region(rng)
+            else:
+                pair = pool.draw(rng) if pool.classes else None
             if pair is not None:
                 pairs.append(pair)
         return pairs
