@@ -67,3 +67,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                # fused AdamW reads memory in its own order: moments lie as their parameter lies
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)

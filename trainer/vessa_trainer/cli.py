@@ -4,6 +4,7 @@ import json
 import logging
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,12 @@ def _config(file: Path | None, overrides: list[str] | None, **given: object) -> 
         "student": "student.name",
         "url": "annotator.url",
     }
-    named = [f"{names.get(k, k)}={v}" for k, v in given.items() if v is not None]
+    # quoted: a folder may be called 2024, or hold a character that YAML reads in its own way
+    named = [
+        f"{names.get(k, k)}={v if isinstance(v, int) else json.dumps(str(v), ensure_ascii=False)}"
+        for k, v in given.items()
+        if v is not None
+    ]
     return load_config(file, [*named, *(overrides or [])])
 
 
@@ -86,7 +92,8 @@ def fit(
     )
     summary = train(resolved, resume_line=_command("--resume"), resume=resume)
     dice = summary["test"]["mean"]["dice"]
-    _console.print(f"test Dice {dice:.3f}; run in {resolved.out}", highlight=False)
+    shown = "not scored: no test mask shows a class" if dice is None else f"{dice:.3f}"
+    _console.print(f"test Dice {shown}; run in {resolved.out}", highlight=False)
     _finish(
         {"dice": dice, "test": summary["test"], "out": resolved.out, "wait_share": summary["wait_share"]},
         as_json,
@@ -132,7 +139,11 @@ def evaluate(
 
     config = _config(run / "config.yaml", None, data=data)
     dataset = open_dataset(config.data.root)
-    model, channels, _ = load_best(run, config)
+    model, channels, classes = load_best(run, config)
+    if classes != dataset.classes:
+        raise InvalidDataset(
+            f"the run knows the classes {classes}, the data set has {dataset.classes}: scores would mislead"
+        )
     scores = score(model, dataset, cases_of(dataset, dataset.split(split)), config, channels)
     shown = table([Row(config.semi.method, [scores])])
     for line in [shown.header, *shown.lines]:
@@ -152,8 +163,10 @@ def predict(
 
     config = _config(run / "config.yaml", None)
     model, channels, classes = load_best(run, config)
-    out.mkdir(parents=True, exist_ok=True)
     sources = _images(images)
+    if out.resolve() in (images.resolve(), (images / "images").resolve()):
+        raise InvalidDataset(f"{out} holds the images, and masks would replace them: give another folder")
+    out.mkdir(parents=True, exist_ok=True)
     for name, read in track(sources.items(), "predicting", console=_console, transient=True):
         probability = predict_slice(model, [read()], config, channels)[0]
         Image.fromarray(probability.argmax(0).byte().numpy()).save(out / f"{name}.png")
@@ -171,6 +184,11 @@ def _images(folder: Path) -> dict[str, Any]:
         )
         if not paths:
             raise InvalidDataset(f"{folder} is no data set and holds no PNG, JPEG or TIFF images") from None
+        twice = [name for name, count in Counter(p.stem for p in paths).items() if count > 1]
+        if twice:
+            raise InvalidDataset(
+                f"{folder} holds several images called {twice[0]}: each needs its own name"
+            ) from None
         return {p.stem: lambda p=p: read_image(p) for p in paths}
     return {s.name: lambda s=s: dataset.image(s) for s in dataset.slices()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -47,7 +48,7 @@ class StudentConfig:
 
     crop: side of the square training crop in px. dpt: `size` and `crop` are multiples of 14.
     weights: a local safetensors file of the DINOv2 backbone, or None for timm's hub copy; `pretrained`
-    False starts from noise. widths: of the U-Net's five levels.
+    False starts from noise. widths: of the U-Net's levels, each half the size of the one before.
     """
 
     name: Literal["unet", "dpt"] = "unet"
@@ -57,6 +58,11 @@ class StudentConfig:
     backbone: Literal["tiny", "small", "base", "large"] = "small"
     pretrained: bool = True
     weights: str | None = None
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of the network's input are multiples of, px."""
+        return 14 if self.name == "dpt" else 2 ** (len(self.widths) - 1)
 
 
 @dataclass(frozen=True)
@@ -301,7 +307,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 
 def _check(config: Config) -> None:
-    student, semi, feedback = config.student, config.semi, config.feedback
+    student, semi, feedback, views = config.student, config.semi, config.feedback, config.views
+    if not student.widths or min(student.widths) < 1:
+        raise InvalidConfig(f"student.widths must be channels above 0, got {list(student.widths)}")
     positive = {
         "steps": config.steps,
         "batch_labeled": config.batch_labeled,
@@ -313,8 +321,23 @@ def _check(config: Config) -> None:
         "student.crop": student.crop,
         "feedback.every": feedback.every,
         "annotator.batch": config.annotator.batch,
+        "annotator.patience_s": config.annotator.patience_s,
         "data.labeled_groups": config.data.labeled_groups,
         "optim.lr": config.optim.lr,
+    }
+    if config.cache.expire_s is not None:
+        positive["cache.expire_s"] = config.cache.expire_s
+    not_negative = {
+        "annotator.lookahead_batches": config.annotator.lookahead_batches,
+        "threads": config.threads,
+        "seed": config.seed,
+        "optim.backbone_lr": config.optim.backbone_lr,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.power": config.optim.power,
+        "optim.lambda_ce": config.optim.lambda_ce,
+        "optim.lambda_dice": config.optim.lambda_dice,
+        "semi.lambda_u": semi.lambda_u,
+        "semi.lambda_u_dice": semi.lambda_u_dice,
     }
     shares = {
         "semi.conf_threshold": semi.conf_threshold,
@@ -323,22 +346,31 @@ def _check(config: Config) -> None:
         "semi.alpha_v_floor": semi.alpha_v_floor,
         "feedback.start": feedback.start,
         "feedback.min_confidence": feedback.min_confidence,
-        "views.cutmix_p": config.views.cutmix_p,
-        "views.flip_p": config.views.flip_p,
+        **{f"views.{k}": v for k, v in vars(views).items() if k.endswith("_p")},
         "data.val_share": config.data.val_share,
         "data.test_share": config.data.test_share,
     }
     for name, value in positive.items():
-        if value <= 0:
+        if not 0 < value < math.inf:  # nor is NaN
             raise InvalidConfig(f"{name} must be above 0, got {value}")
+    for name, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise InvalidConfig(f"{name} must be 0 or above, got {value}")
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
-    multiple = 14 if student.name == "dpt" else 2 ** (len(student.widths) - 1)
-    if student.crop % multiple:
-        raise InvalidConfig(f"student.crop must be a multiple of {multiple}, got {student.crop}")
+    if student.crop % student.multiple:
+        raise InvalidConfig(f"student.crop must be a multiple of {student.multiple}, got {student.crop}")
     unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
     if unknown:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")
-    if config.views.scale[0] <= 0 or config.views.scale[0] > config.views.scale[1]:
-        raise InvalidConfig(f"views.scale must be (low, high) with 0 < low <= high, got {config.views.scale}")
+    if feedback.enabled and not feedback.prompts:
+        raise InvalidConfig("feedback.prompts must name at least one of boxes, points, mask_logits")
+    for name in ("scale", "gamma", "contrast", "brightness", "blur_sigma", "noise_std"):
+        low, high = getattr(views, name)
+        above = name in ("scale", "gamma", "blur_sigma")
+        if not 0 <= low <= high < math.inf or (above and low == 0):
+            sign = "<" if above else "<="
+            raise InvalidConfig(
+                f"views.{name} must be (low, high) with 0 {sign} low <= high, got {(low, high)}"
+            )

@@ -127,6 +127,11 @@ class Prepared:
             mask = dataset.mask(item) if need_masks else np.zeros(image.shape[:2], np.uint8)
             if mask is None:
                 raise InvalidDataset(f"{item.name} is in a labeled split but has no mask")
+            if mask.max(initial=0) > max(dataset.classes):
+                raise InvalidDataset(
+                    f"the mask of {item.name} holds class id {mask.max()}, '{dataset.name}' names ids up to "
+                    f"{max(dataset.classes)}"
+                )
             frame = Frame(image.shape[0], image.shape[1], size)
             pixels = torch.from_numpy(image).float()
             pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
@@ -147,6 +152,10 @@ class Prepared:
     def channels(self) -> int:
         """Channels of the images, 1 or 3."""
         return self.images.shape[1]
+
+    def show_as(self, channels: int) -> None:
+        """Give gray images the channels of others that they are learned with."""
+        self.images = self.images.expand(-1, channels, -1, -1)
 
     def floats(self, rows: Sequence[int]) -> Tensor:
         """Images of some rows, (B, C, S, S) float in [0, 1]."""

@@ -29,7 +29,7 @@ from vessa_trainer.step import PseudoLabel
 _log = logging.getLogger(__name__)
 _MAGIC, _CHECKSUM = b"VLB2", 8
 _SIZE = struct.Struct("<II")  # height, width, px
-_MAX_SIDE = 1 << 15
+_MAX_PIXELS = 80_000_000  # of one image; no annotator takes more
 _PREFIX = "vessa:label:"
 _PROMPT_FIELDS = ("boxes", "points", "point_labels", "mask_logits", "mask_present")
 
@@ -83,7 +83,7 @@ def unpack(value: bytes) -> PseudoLabel | None:
     if value[len(_MAGIC) : len(_MAGIC) + _CHECKSUM] != _checksum(rest):
         return None
     height, width = _SIZE.unpack_from(rest)
-    if max(height, width) > _MAX_SIDE:
+    if height * width > _MAX_PIXELS:
         return None
     stream = zlib.decompressobj()
     try:
@@ -120,9 +120,13 @@ class LabelCache(Protocol):
 class FolderCache:
     """One file a label under two-letter folders; several processes may share it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Use a folder, made when missing. Raises InvalidConfig when it cannot be made."""
+    def __init__(self, folder: Path, expire_s: float | None = None) -> None:
+        """Use a folder, made when missing. Raises InvalidConfig when it cannot be made.
+
+        expire_s: seconds after which a label is no longer taken, None for never.
+        """
         self.folder = Path(folder)
+        self._expire_s = expire_s
         self.failures = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,10 +141,23 @@ class FolderCache:
         labels: list[PseudoLabel | None] = []
         for key in keys:
             try:
-                labels.append(unpack(self._path(key).read_bytes()))
-            except OSError:
+                labels.append(self._read(self._path(key)))
+            except FileNotFoundError:
+                labels.append(None)
+            except OSError as error:
+                self._failed("read", error)
                 labels.append(None)
         return labels
+
+    def _read(self, path: Path) -> PseudoLabel | None:
+        if self._expire_s is not None and time.time() - path.stat().st_mtime > self._expire_s:
+            return None
+        return unpack(path.read_bytes())
+
+    def _failed(self, what: str, error: OSError) -> None:
+        self.failures += 1
+        if self.failures == 1:
+            _log.warning("the label cache %s cannot be %s: %s", self.folder, what, error.strerror)
 
     def put(self, labels: Mapping[str, PseudoLabel]) -> None:
         """Write each label whole or not at all; a full disk is reported once."""
@@ -149,13 +166,11 @@ class FolderCache:
             # not the process id: two containers that share the folder may both be process 1
             fresh = path.with_name(f".{key}.{secrets.token_hex(4)}")
             try:
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 fresh.write_bytes(pack(label))
                 fresh.replace(path)
             except OSError as error:
-                self.failures += 1
-                if self.failures == 1:
-                    _log.warning("label cache %s cannot be written: %s", self.folder, error.strerror)
+                self._failed("written", error)
                 with suppress(OSError):
                     fresh.unlink(missing_ok=True)
                 return
@@ -237,7 +252,7 @@ class RedisCache:
 def open_cache(config: CacheConfig) -> FolderCache | RedisCache:
     """Open the cache of a config: folder:PATH or a Redis address. Raises InvalidConfig."""
     if config.url.startswith("folder:"):
-        return FolderCache(Path(config.url.removeprefix("folder:")).expanduser())
+        return FolderCache(Path(config.url.removeprefix("folder:")).expanduser(), config.expire_s)
     if config.url.startswith(("redis://", "rediss://", "unix://")):
         return RedisCache(config.url, config.expire_s)
     raise InvalidConfig(f"cache.url must be folder:PATH or redis://HOST:PORT/DB, got '{config.url}'")

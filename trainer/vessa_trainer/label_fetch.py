@@ -1,6 +1,7 @@
 """One batch of labels: from the cache what is there, from the annotator the rest."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ _PASSING = (
     InternalError,
     BadResponse,
 )
+_TRIES = 3  # of an item that the annotator itself fails on: it may have been a restart, or it is the image
 
 
 @dataclass
@@ -79,6 +81,7 @@ class LabelFetcher:
         self._classes = [bank.classes[c] for c in self.class_ids]
         self._image_ids: dict[str, str] = {}
         self._sent: set[str] = set()  # names whose pixels the annotator has seen
+        self._faults: Counter[str] = Counter()  # names to how often the annotator failed on that item alone
         self.requests = self.images = self.cache_hits = self.failed_items = 0
 
     def fetch(self, batch: Sequence[Wanted]) -> Fetched:
@@ -102,7 +105,7 @@ class LabelFetcher:
         result.asked = True
         fresh: dict[str, PseudoLabel] = {}
         for wanted, answer in zip(missing, answers, strict=True):
-            if isinstance(answer.error, _PASSING):
+            if self._passes(wanted, answer.error):
                 result.late.append(wanted)
                 result.reason = answer.error
                 continue
@@ -114,6 +117,13 @@ class LabelFetcher:
                 fresh[key] = label
         self._cache.put(fresh)
         return result
+
+    def _passes(self, wanted: Wanted, error: VessaError | None) -> bool:
+        """Whether to ask for an item again; one bad image must not hold up a run for ever."""
+        if isinstance(error, InternalError):
+            self._faults[wanted.item.name] += 1
+            return self._faults[wanted.item.name] < _TRIES
+        return isinstance(error, _PASSING)
 
     def _ask(self, batch: list[Wanted]) -> list[Annotation]:
         """Ask the annotator; images it has seen go by their id alone."""

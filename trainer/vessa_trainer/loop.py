@@ -1,10 +1,13 @@
 """A training run from start to report, wherever it was stopped."""
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,16 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from vessa.datasets import Case, Dataset
-from vessa.errors import Unreachable, VessaError
+from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
 from vessa.metrics import Scores, score_volumes
 from vessa_trainer import checkpoint
 from vessa_trainer.annotations import AnnotationFeed
 from vessa_trainer.config import Config, save_config
+from vessa_trainer.curves import read_metrics
 from vessa_trainer.data import Frame, Order, Prepared, cases_of, read_splits, slices_of
 from vessa_trainer.feedback import FeedbackRounds
 from vessa_trainer.schedule import ema_decay, poly, update_teacher
-from vessa_trainer.step import compute_loss, labeled_batch, unlabeled_views
+from vessa_trainer.step import UnlabeledViews, compute_loss, labeled_batch, unlabeled_views
 from vessa_trainer.student import DPT, build_student
 
 
@@ -60,7 +64,7 @@ def predict_slice(
             for f, image in zip(frames, images, strict=True)
         ]
     )
-    padding = -size % (14 if config.student.name == "dpt" else 16)  # the network wants a multiple
+    padding = -size % config.student.multiple
     batch = nn.functional.pad(batch, (0, padding, 0, padding)).to(device)
     probability = model(batch).softmax(1)[..., :size, :size].cpu()
     return [f.leave(p) for f, p in zip(frames, probability, strict=True)]
@@ -108,6 +112,7 @@ class Run:
         if (config.semi.method == "vessa") != (feed is not None):
             raise ValueError("a feed of labels belongs to method 'vessa', and to no other")
         self.config, self.dataset, self.feed, self.resume_line = config, dataset, feed, resume_line
+        self.device = _device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -122,10 +127,11 @@ class Run:
             self.unlabeled = Prepared(
                 dataset, slices_of(dataset, self.splits.unlabeled), size, need_masks=False
             )
-        self.channels = self.labeled.channels
-        self.student = build_student(config.student, self.channels, max(dataset.classes) + 1).to(
-            config.device
-        )
+        parts = [p for p in (self.labeled, self.unlabeled) if p is not None]
+        self.channels = max(p.channels for p in parts)
+        for part in parts:
+            part.show_as(self.channels)
+        self.student = build_student(config.student, self.channels, max(dataset.classes) + 1).to(self.device)
         self.teacher = deepcopy(self.student).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.student, config), fused=True)
         self.rates = [g["lr"] for g in self.optimizer.param_groups]
@@ -137,24 +143,29 @@ class Run:
         )
         self.feedback = FeedbackRounds(config) if feed is not None and config.feedback.enabled else None
         self.step, self.best, self.best_step, self.seconds, self.waited = 0, -1.0, -1, 0.0, 0.0
+        self.validated = 0  # the last step that was
         self.val_cases = cases_of(dataset, self.splits.val)
 
     def resume(self) -> bool:
         """Take up the last checkpoint; False when there is none."""
         path = self.out / checkpoint.LAST
-        if not path.is_file():
-            return False
-        tensors, metadata = checkpoint.read(path)
-        checkpoint.load_module(self.student, tensors, "student")
-        checkpoint.load_module(self.teacher, tensors, "teacher")
-        checkpoint.load_optimizer(self.optimizer, tensors)
-        self.generator.set_state(tensors["generator"])
-        torch.set_rng_state(tensors["torch_rng"])
-        state = metadata["state"]
-        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
-        self.seconds, self.waited = state["seconds"], state["waited"]
-        _truncate(self.out / "metrics.jsonl", self.step)
-        return True
+        found = path.is_file()
+        if found:
+            tensors, metadata = checkpoint.read(path)
+            try:
+                state, generator, torch_rng = metadata["state"], tensors["generator"], tensors["torch_rng"]
+            except KeyError as error:
+                raise InvalidWeights(f"{path} is not the checkpoint of a run: it holds no {error}") from None
+            checkpoint.load_module(self.student, tensors, "student")
+            checkpoint.load_module(self.teacher, tensors, "teacher")
+            checkpoint.load_optimizer(self.optimizer, tensors)
+            self.generator.set_state(generator)
+            torch.set_rng_state(torch_rng)
+            self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+            self.seconds, self.waited = state["seconds"], state["waited"]
+            self.validated = state.get("validated", self.step)
+        _truncate(self.out, self.step)
+        return found
 
     def save(self) -> None:
         """Write the checkpoint that `resume` takes up."""
@@ -163,7 +174,7 @@ class Run:
         tensors |= checkpoint.optimizer_state(self.optimizer)
         tensors |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
         state = {"step": self.step, "best": self.best, "best_step": self.best_step}
-        state |= {"seconds": self.seconds, "waited": self.waited}
+        state |= {"seconds": self.seconds, "waited": self.waited, "validated": self.validated}
         checkpoint.write(self.out / checkpoint.LAST, tensors, {"state": state})
 
     def train(self, on_step: Callable[[int], None] | None = None) -> RunResult:
@@ -175,13 +186,13 @@ class Run:
                 SummaryWriter(str(self.out / "tensorboard")) as board,
             ):
                 task = bar.add_task(self.config.semi.method, total=self.config.steps, completed=self.step)
+                self._validate_if_due(board)  # where the run was stopped before it
                 while self.step < self.config.steps:
                     figures = self._step()
                     bar.update(task, completed=self.step, description=_describe(self, figures))
                     if self.step % 10 == 0 or self.step == self.config.steps:
                         self._log(figures, board)
-                    if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                        self._validate(board)
+                    self._validate_if_due(board)
                     if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                         self.save()
                     if on_step is not None:
@@ -215,18 +226,33 @@ class Run:
         factor = poly(self.step, config.steps, config.optim.power)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        with _undisturbed():
+            figures = self._learn(labeled, unlabeled)
+            self.seconds += time.perf_counter() - started
+            self.waited += waited
+        return {**figures, "lr": self.optimizer.param_groups[-1]["lr"], "wait_seconds": waited}
+
+    def _learn(
+        self, labeled: tuple[Tensor, Tensor, Tensor], unlabeled: UnlabeledViews | None
+    ) -> dict[str, float]:
+        """Move student, teacher and the count of steps, all of them."""
+        images, masks, valid = (t.to(self.device) for t in labeled)
         loss, figures = compute_loss(
-            self.student, self.teacher.eval(), labeled, unlabeled, config, self.step, self.generator
+            self.student,
+            self.teacher.eval(),
+            (images, masks, valid),
+            None if unlabeled is None else unlabeled.to(self.device),
+            self.config,
+            self.step,
+            self.generator,
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         self.step += 1
         self._drawn_from = None
-        update_teacher(self.teacher, self.student, ema_decay(self.step, config.semi.ema_decay))
-        self.seconds += time.perf_counter() - started
-        self.waited += waited
-        return {**figures, "lr": self.optimizer.param_groups[-1]["lr"], "wait_seconds": waited}
+        update_teacher(self.teacher, self.student, ema_decay(self.step, self.config.semi.ema_decay))
+        return figures
 
     def _look_ahead(self, rows: list[int]) -> None:
         """Ask for the labels of the coming batches; send the teacher's feedback when it is due."""
@@ -246,6 +272,12 @@ class Run:
             file.write(json.dumps(row) + "\n")
         for key, value in figures.items():
             board.add_scalar(f"train/{key}", value, self.step)
+
+    def _validate_if_due(self, board: SummaryWriter) -> None:
+        ends = self.step == self.config.steps or (self.step > 0 and self.step % self.config.eval_every == 0)
+        if ends and self.validated < self.step:
+            self._validate(board)
+            self.validated = self.step
 
     def _validate(self, board: SummaryWriter) -> None:
         row: dict[str, Any] = {"step": self.step}
@@ -280,9 +312,38 @@ def load_best(run: Path, config: Config) -> tuple[nn.Module, int, dict[int, str]
     """Return a finished run's best teacher, its channels and its classes."""
     tensors, metadata = checkpoint.read(run / checkpoint.BEST)
     classes = {int(c): n for c, n in metadata["classes"].items()}
-    model = build_student(config.student, metadata["channels"], max(classes) + 1)
+    # its weights are in the checkpoint: neither the hub nor a local file is needed
+    student = replace(config.student, pretrained=False, weights=None)
+    model = build_student(student, metadata["channels"], max(classes) + 1)
     checkpoint.load_module(model, tensors, "teacher")
-    return model.eval().to(config.device), metadata["channels"], classes
+    return model.eval().to(_device(config.device)), metadata["channels"], classes
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that tensors can be put on. Raises InvalidConfig."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InvalidConfig(
+            f"device '{name}' cannot be used here: {why}; expected cpu or cuda[:N]"
+        ) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: a step is taken wholly or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals come to the main thread only
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if pressed and callable(before):
+        before(signal.SIGINT, None)
 
 
 def _parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -305,8 +366,7 @@ def _describe(run: Run, figures: dict[str, float]) -> str:
     return " ".join([*parts, f"val {max(run.best, 0):.3f}", f"waited {run.waited:.0f}s"])
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after a step: a resumed run writes them again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+def _truncate(run: Path, step: int) -> None:
+    """Drop the metrics after a step, and a line cut by a kill: a resumed run writes them again."""
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

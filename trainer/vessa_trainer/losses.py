@@ -32,19 +32,25 @@ def dice_loss(logits: Tensor, target: Tensor, keep: Tensor, epsilon: float = 1e-
 
 
 def consistency_loss(
-    logits: Tensor, target: Tensor, confidence: Tensor, valid: Tensor, threshold: float
+    logits: Tensor,
+    target: Tensor,
+    confidence: Tensor,
+    valid: Tensor,
+    threshold: float,
+    lambda_dice: float = 0.0,
 ) -> Tensor:
     """Match one strong view to hard pseudo-labels (Eq. 5).
 
     logits: (B, C, H, W) float, student, unnormalised
     target: (B, H, W) int64 class ids; confidence: (B, H, W) float in [0, 1]
-    valid: (B, H, W) bool, False on padding
+    valid: (B, H, W) bool, False on padding; lambda_dice: weight of the confident pixels' Dice, 0 in Eq. 5
     Returns a scalar. As in UniMatch V2 the sum over confident pixels is divided by all valid
     pixels, so that few confident pixels make a small loss; without valid pixels it is 0.
     """
     per_pixel = F.cross_entropy(logits, target, reduction="none")
     keep = valid & (confidence >= threshold)
-    return (per_pixel * keep).sum() / valid.sum().clamp(min=1)
+    loss = (per_pixel * keep).sum() / valid.sum().clamp(min=1)
+    return loss + lambda_dice * dice_loss(logits, target, keep) if lambda_dice else loss
 
 
 def joint_loss(
@@ -58,6 +64,7 @@ def joint_loss(
     conf_threshold: float,
     vessa_threshold: float,
     gate: str,
+    lambda_dice: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Teach both strong views by the EMA teacher and by VESSA (Eq. 7 and 8).
 
@@ -72,7 +79,7 @@ def joint_loss(
     for view in range(2):
         labels, confidence = teacher[view]
         teacher_term = teacher_term + consistency_loss(
-            strong[view], labels, confidence, valid[view], conf_threshold
+            strong[view], labels, confidence, valid[view], conf_threshold, lambda_dice
         )
         vessa_labels, vessa_confidence = vessa[view]
         gated, threshold = (
@@ -80,6 +87,8 @@ def joint_loss(
         )
         # Confidence 0 means that there is no label (not come yet, or failed): no gate lets it pass.
         gated = torch.where(vessa_confidence > 0, gated, -1.0)
-        vessa_term = vessa_term + consistency_loss(strong[view], vessa_labels, gated, valid[view], threshold)
+        vessa_term = vessa_term + consistency_loss(
+            strong[view], vessa_labels, gated, valid[view], threshold, lambda_dice
+        )
     teacher_term, vessa_term = teacher_term / 2, vessa_term / 2
     return alpha_t * teacher_term + alpha_v * vessa_term, teacher_term, vessa_term

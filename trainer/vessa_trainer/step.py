@@ -39,6 +39,17 @@ class UnlabeledViews:
     valid: Tensor
     vessa: tuple[Tensor, Tensor] | None
 
+    def to(self, device: str | torch.device) -> "UnlabeledViews":
+        """Return the same on a device."""
+
+        def pair(two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return two[0].to(device), two[1].to(device)
+
+        vessa = None if self.vessa is None else pair(self.vessa)
+        return UnlabeledViews(
+            self.weak.to(device), pair(self.strong), pair(self.boxes), self.valid.to(device), vessa
+        )
+
 
 def labeled_batch(
     data: Prepared, rows: list[int], config: Config, generator: torch.Generator
@@ -100,7 +111,10 @@ def compute_loss(
     step: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The whole objective, Eq. 6 or Eq. 9, and the figures worth looking at."""
+    """The whole objective, Eq. 6 or Eq. 9, and the figures worth looking at.
+
+    Models and batches are on one device; generator: of the CPU, so that a run draws the same anywhere.
+    """
     images, masks, valid = labeled
     optim, semi = config.optim, config.semi
     supervised = losses.supervised_loss(student(images), masks, valid, optim.lambda_ce, optim.lambda_dice)
@@ -110,7 +124,8 @@ def compute_loss(
         probability = teacher(unlabeled.weak).softmax(1)
         weak_confidence, weak_labels = probability.max(1)
     count = unlabeled.weak.shape[0]
-    logits = student(torch.cat(unlabeled.strong), _dropout(student, count, generator))
+    dropout = [mask.to(images.device) for mask in _dropout(student, count, generator)]
+    logits = student(torch.cat(unlabeled.strong), dropout)
     strong = (logits[:count], logits[count:])
 
     def both(labels: Tensor, confidence: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -125,7 +140,7 @@ def compute_loss(
     figures: dict[str, float] = {}
     if unlabeled.vessa is None:
         terms = [
-            losses.consistency_loss(s, *t, v, semi.conf_threshold)
+            losses.consistency_loss(s, *t, v, semi.conf_threshold, semi.lambda_u_dice)
             for s, t, v in zip(strong, teacher_views, valid_views, strict=True)
         ]
         unsupervised = (terms[0] + terms[1]) / 2
@@ -141,6 +156,7 @@ def compute_loss(
             conf_threshold=semi.conf_threshold,
             vessa_threshold=semi.vessa_threshold,
             gate=semi.vessa_gate,
+            lambda_dice=semi.lambda_u_dice,
         )
         figures |= {"loss_teacher": teacher_term.item(), "loss_vessa": vessa_term.item(), "eta": alpha_t}
         figures |= _agreement(weak_labels, unlabeled.vessa, unlabeled.valid, semi.vessa_threshold)

@@ -29,9 +29,10 @@ def _double(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """A five-level U-Net that learns from scratch.
+    """A U-Net that learns from scratch; widths: channels of its levels, five in UniMatch v1.
 
-    input (B, 1, H, W) or (B, 3, H, W) float in [0, 1], H and W multiples of 16; output logits (B, C, H, W)
+    input (B, 1, H, W) or (B, 3, H, W) float in [0, 1], H and W multiples of 2 to the number of levels
+    less one; output logits (B, C, H, W)
     """
 
     def __init__(self, channels: int, classes: int, widths: tuple[int, ...]) -> None:
@@ -111,9 +112,8 @@ class DPT(nn.Module):
         hub = config.pretrained and config.weights is None
         self.mean: Tensor
         self.std: Tensor
-        backbone: Any = timm.create_model(
-            name, pretrained=hub, num_classes=0, dynamic_img_size=True, img_size=config.crop, **options
-        )
+        options = {"num_classes": 0, "dynamic_img_size": True, "img_size": config.crop, **options}
+        backbone = _create_backbone(name, pretrained=hub, **options)
         self.backbone = backbone
         if config.weights is not None:
             _load_backbone(backbone, Path(config.weights))
@@ -155,6 +155,18 @@ class DPT(nn.Module):
             target = maps[level - 1].shape[-2:] if level else (2 * y.shape[-2], 2 * y.shape[-1])
             y = self.refine[level](y, None if level == 3 else maps[level], (target[0], target[1]))
         return F.interpolate(self.head(y), size, mode="bilinear", align_corners=True)
+
+
+def _create_backbone(name: str, *, pretrained: bool, **options: Any) -> Any:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise InvalidWeights(
+            f"the hub's weights of {name} did not come or do not fit ({type(error).__name__}): give a local "
+            "file as student.weights, or student.pretrained=false to start from noise"
+        ) from error
 
 
 def _load_backbone(backbone: nn.Module, path: Path) -> None:
