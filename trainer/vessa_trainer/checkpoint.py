@@ -20,10 +20,13 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(stored, fresh, {k: json.dumps(v) for k, v in metadata.items()})
-    with fresh.open("rb") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        save_file(stored, fresh, {k: json.dumps(v) for k, v in metadata.items()})
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)  # what a full disk cut short
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

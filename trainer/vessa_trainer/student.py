@@ -79,9 +79,10 @@ _BACKBONES: dict[
 class _Refine(nn.Module):
     """Two residual 3x3 convolutions around a sum with the deeper level, then twice the size."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, deepest: bool) -> None:
         super().__init__()
-        self.skip, self.out = (nn.Sequential(*self._block(width)) for _ in "ab")
+        self.skip = None if deepest else nn.Sequential(*self._block(width))
+        self.out = nn.Sequential(*self._block(width))
         self.project = nn.Conv2d(width, width, 1)
 
     @staticmethod
@@ -94,7 +95,7 @@ class _Refine(nn.Module):
         ]
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
-        if skip is not None:
+        if self.skip is not None and skip is not None:
             x = x + skip + self.skip(skip)
         x = x + self.out(x)
         return self.project(F.interpolate(x, size, mode="bilinear", align_corners=True))
@@ -129,7 +130,7 @@ class DPT(nn.Module):
             ]
         )
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1, bias=False) for c in levels)
-        self.refine = nn.ModuleList(_Refine(width) for _ in levels)
+        self.refine = nn.ModuleList(_Refine(width, deepest=level == 3) for level in range(4))
         self.head = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, classes, 1)
         )
