@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +71,22 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.wait(10)
 
 
+@pytest.fixture
+def png_of_size() -> Callable[[int, int], bytes]:
+    """Make a small PNG file that claims to have (height, width) gray pixels: `png_of_size(height, width)`."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def make(height: int, width: int) -> bytes:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        return (
+            b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        )
+
+    return make
+
+
 @dataclass(frozen=True)
 class Service:
     """A running annotator and how to reach it."""
@@ -88,6 +106,7 @@ def annotator(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "VESSA_STORE": f"folder:{folder / 'banks'}",
         "VESSA_PORT": str(port),
         "VESSA_DEVICE": "cpu",
+        "VESSA_THREADS": "1",  # more would only wait for each other on a small machine
         "XDG_CONFIG_HOME": str(folder),
     }
     command = [sys.executable, "-m", "vessa_server", "serve"]

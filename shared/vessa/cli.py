@@ -27,6 +27,12 @@ Key = Annotated[str | None, typer.Option(help="Key; without it VESSA_API_KEY, th
 Bank = Annotated[str, typer.Option(help="Template bank.")]
 
 
+def _png(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"expected a name that ends in .png, got '{path.name}'")
+    return path
+
+
 def _finish(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
@@ -43,10 +49,12 @@ def seed(
     as_json: Json = False,
 ) -> None:
     """Seed a template bank; running it again adds nothing twice."""
+    if groups is not None and split is not None:
+        raise typer.BadParameter("give --groups or --split, not both")
     dataset = open_dataset(folder)
     wanted = set(dataset.groups())
     if groups is not None:
-        wanted = set(groups.split(","))
+        wanted = {name.strip() for name in groups.split(",")}
     elif split is not None:
         wanted = set(dataset.split(split))
     unknown = wanted - set(dataset.groups())
@@ -82,11 +90,12 @@ def seed(
 def segment(
     image: Annotated[Path, typer.Argument(help="PNG, JPEG or TIFF image.")],
     bank: Bank = "default",
-    out: Annotated[Path, typer.Option(help="Where to write the label map: 8-bit PNG with class ids.")] = Path(
-        "mask.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=_png, help="Where to write the label map: 8-bit PNG with class ids.")
+    ] = Path("mask.png"),
     picture: Annotated[
-        Path | None, typer.Option("--overlay", help="Where to write an overlay to look at.")
+        Path | None,
+        typer.Option("--overlay", callback=_png, help="Where to write an overlay to look at: PNG."),
     ] = None,
     classes: Annotated[list[str] | None, typer.Option(help="Only these classes; repeatable.")] = None,
     group: Annotated[
@@ -131,9 +140,16 @@ def banks(url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; a VessaError becomes one clear line and exit code 1."""
+    """Run the command line; a VessaError, or a file that cannot be written, becomes one line and code 1."""
     try:
         app()
     except VessaError as error:
-        _console.print(f"vessa: {error.code}: {error}", style="red", highlight=False, soft_wrap=True)
+        _complain(f"{error.code}: {error}")
         raise SystemExit(1) from error
+    except OSError as error:
+        _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        raise SystemExit(1) from error
+
+
+def _complain(text: str) -> None:
+    _console.print(f"vessa: {text}", style="red", highlight=False, markup=False, soft_wrap=True)

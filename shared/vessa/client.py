@@ -50,7 +50,8 @@ def find_key() -> str | None:
     if key:
         return key
     try:
-        return default_key_file().read_text().strip() or None
+        # Bytes that are no text become characters that no key has, and the client says so.
+        return default_key_file().read_text(encoding="utf-8", errors="replace").strip() or None
     except OSError:
         return None
 
@@ -102,6 +103,11 @@ class _Base:
     def __init__(
         self, url: str | None, api_key: str | None, timeout: float, attempts: int, wait_initial: float
     ) -> None:
+        if timeout <= 0 or attempts < 1 or wait_initial < 0:
+            raise ValueError(
+                "expected timeout > 0 s, attempts >= 1 and wait_initial >= 0 s, "
+                f"got {timeout}, {attempts} and {wait_initial}"
+            )
         self.url = (url or os.environ.get("VESSA_URL") or DEFAULT_URL).rstrip("/")
         self._timeout = timeout
         try:
@@ -230,9 +236,10 @@ class AnnotatorClient(_Base):
     ) -> list[Annotation]:
         """Segment images, or images the service has seen, by their ids.
 
-        images: uint8 (H, W[, 3]), sizes may differ; further options: classes, groups, prompts,
-        template_choice, seed, probabilities, see `vessa.annotation.SegmentOptions`. An item that failed
-        has its `error` set; the others are not touched by it.
+        images: uint8 (H, W[, 3]), sizes may differ; image_ids: of images of one size; further options:
+        classes, groups, prompts, template_choice, seed, probabilities, see
+        `vessa.annotation.SegmentOptions`. An item that failed has its `error` set; the others are not
+        touched by it.
         """
         count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)
         return protocol.in_order(count, ((call, self._send(call)) for call in calls))

@@ -1,5 +1,6 @@
 """Reading a user's image file, safely and always as uint8."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,59 @@ _MAX_PIXELS = 64 << 20
 def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Read a PNG, JPEG or TIFF file as uint8 (H, W) or (H, W, 3).
 
-    Images of more than 8 bits are clipped to their 0.5 and 99.5 percentiles. Raises InvalidImage,
-    or TooLarge before anything is decoded.
+    Transparency is dropped, images of more than 8 bits go through `to_bytes`: the pixels are those that the
+    annotator makes of the same file. Raises InvalidImage, also for several frames, or TooLarge before
+    anything is decoded.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+        with image:
             if image.width * image.height > _MAX_PIXELS:
-                raise TooLarge(
-                    f"{path} has {image.width} x {image.height} px; at most {_MAX_PIXELS} px are read"
-                )
-            if image.mode in ("L", "1"):
-                return np.array(image.convert("L"), dtype=np.uint8)
+                raise _too_large(path)
+            if has_second_frame(image):
+                raise InvalidImage(f"{path} holds several frames; expected one: save the one to be used")
             if image.mode.startswith(("I", "F")):
                 return to_bytes(np.asarray(image, dtype=np.float32))
-            return np.array(image.convert("RGB"), dtype=np.uint8)
+            gray = image.mode in ("1", "L", "LA")
+            return np.array(image.convert("L" if gray else "RGB"), dtype=np.uint8)
     except FileNotFoundError as error:
         raise InvalidImage(f"no such file: {path}") from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(path) from error
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise InvalidImage(f"{path} is not a readable {', '.join(FORMATS)} image") from error
 
 
+def _too_large(path: Path) -> TooLarge:
+    return TooLarge(f"{path} has more than {_MAX_PIXELS} px, the most that are read")
+
+
+def has_second_frame(image: Image.Image) -> bool:
+    """Whether a file holds more than one image; leaves it at the first."""
+    # Pillow's `n_frames` would walk through all of them, and a file can claim millions.
+    try:
+        image.seek(1)
+    except EOFError:
+        image.seek(0)
+        return False
+    return True
+
+
 def to_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Scale any numbers to uint8 by their 0.5 and 99.5 percentiles."""
-    low, high = np.percentile(pixels, [0.5, 99.5])
-    scaled = np.clip((pixels - low) / max(float(high - low), 1e-9), 0, 1) * 255
-    result: np.ndarray[Any, np.dtype[np.uint8]] = scaled.round().astype(np.uint8)
+    """Scale numbers to uint8 so that their 0.5th to 99.5th percentile becomes 0 to 255.
+
+    Where these are equal, fewer than 1 % of the pixels differ from the rest, and the extremes become 0 and
+    255. Raises InvalidImage for numbers that are not finite.
+    """
+    if not np.isfinite(pixels).all():
+        raise InvalidImage("the image holds values that are not finite numbers")
+    low, high = (float(value) for value in np.percentile(pixels, [0.5, 99.5]))
+    if high <= low:
+        low, high = float(pixels.min()), float(pixels.max())
+    scaled = (pixels - low) / max(high - low, float(np.finfo(np.float32).tiny)) * 255
+    result: np.ndarray[Any, np.dtype[np.uint8]] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return result
 
 

@@ -15,7 +15,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from vessa.annotation import Annotation, Floats, Image, Prompts, TemplateChoice
 from vessa.codec import MEDIA_TYPE, TensorSpec, decode, encode
-from vessa.errors import BadResponse, InvalidImage, InvalidRequest, ShapeMismatch, VessaError, error_from
+from vessa.errors import (
+    BadResponse,
+    InvalidImage,
+    InvalidPrompt,
+    InvalidRequest,
+    ShapeMismatch,
+    VessaError,
+    error_from,
+)
 from vessa.schemas import BankInfo, ErrorResponse, ItemInfo, ServiceInfo, TemplateInfo
 
 Repeat = Literal["always", "unsent", "never"]
@@ -166,8 +174,16 @@ def in_order(count: int, parts: Iterable[tuple[Call[list[_R]], list[_R]]]) -> li
     return [placed[i] for i in range(count)]
 
 
+def _check_list(names: Sequence[str | None] | None, what: str) -> None:
+    """Refuse a bare string: its letters would pass for names."""
+    if isinstance(names, str):
+        raise InvalidRequest(f"{what} must be a list of names, got the string '{names[:60]}'")
+
+
 def _check_images(images: Sequence[Image]) -> None:
     for row, image in enumerate(images):
+        if not isinstance(image, np.ndarray):
+            raise InvalidImage(f"image {row} is a {type(image).__name__}; expected a numpy array", item=row)
         gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
         if image.dtype != np.uint8 or not gray_or_rgb or image.size == 0:
             raise InvalidImage(
@@ -190,12 +206,14 @@ def add_templates(
         raise InvalidRequest(
             f"{len(images)} images, {len(masks)} masks and {len(groups)} groups: expected one of each"
         )
+    _check_list(groups, "groups")
     _check_images(images)
     for row, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.uint8:
+            kind = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise InvalidImage(f"mask {row} is {kind}; expected a numpy array of uint8 class ids", item=row)
         if image.shape[:2] != mask.shape:
             raise ShapeMismatch(f"image {row} has size {image.shape[:2]}, its mask {mask.shape}", item=row)
-        if mask.dtype != np.uint8:
-            raise InvalidImage(f"mask {row} is {mask.dtype}; expected uint8 class ids", item=row)
     adapter = TypeAdapter(dict[Literal["templates"], list[TemplateInfo]])
 
     def call(rows: list[int]) -> Call[list[TemplateInfo]]:
@@ -227,10 +245,12 @@ def segment(
     """POST /segment, a request for each size of image and kind of prompts.
 
     Returns how many items there are and the requests; everything is checked before the first one, each
-    body is made when its turn comes. Raises InvalidRequest, InvalidImage.
+    body is made when its turn comes. Raises InvalidRequest, InvalidImage, InvalidPrompt.
     """
     if (images is None) == (image_ids is None):
         raise InvalidRequest("give either images or image_ids")
+    for names, what in ((image_ids, "image_ids"), (classes, "classes"), (groups, "groups")):
+        _check_list(names, what)
     ids = list(image_ids or [])
     count = len(ids) if images is None else len(images)
     given = list(prompts) if prompts is not None else [None] * count
@@ -239,7 +259,8 @@ def segment(
         raise InvalidRequest(
             f"{count} items with {len(given)} prompts and {len(owners)} groups: expected one each"
         )
-    _check_images(images or [])
+    _check_images([] if images is None else images)
+    _check_prompts(given)
 
     def call(rows: list[int]) -> Call[list[Annotation]]:
         tensors = _prompt_tensors([given[r] for r in rows])
@@ -276,6 +297,16 @@ def _given(prompts: Prompts | None) -> Iterator[tuple[str, Floats]]:
         value = getattr(prompts, name)
         if value is not None:
             yield name, np.asarray(value)
+
+
+def _check_prompts(prompts: Sequence[Prompts | None]) -> None:
+    """Refuse what would become other numbers on the wire; all else the service checks."""
+    for row, one in enumerate(prompts):
+        for name, value in _given(one):
+            if value.dtype.kind not in "biuf":
+                raise InvalidPrompt(f"{name} of image {row}: expected numbers, got {value.dtype}", item=row)
+            if name == "point_labels" and not np.isin(value, (-1, 0, 1)).all():
+                raise InvalidPrompt(f"point_labels of image {row}: expected 1, 0 or -1", item=row)
 
 
 def _prompt_shape(prompts: Prompts | None) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vessa.errors import InvalidImage, ShapeMismatch, TooLarge, UnknownClass
+from vessa.images import has_second_frame, to_bytes
 
 # A header that claims absurd sizes is an error and never a mere warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -16,7 +17,6 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 WIDE_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 GRAY_MODES = {"1", "L", "LA"}
-PERCENTILES = (0.5, 99.5)
 OVERLAY_SIDE = 512
 FILL = 0.35
 # Okabe and Ito's colors, told apart also by the color-blind; class id 1 is the first.
@@ -35,12 +35,12 @@ def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """Return the pixels of a PNG, JPEG or TIFF file with one frame.
 
     Returns (H, W) uint8 for gray and (H, W, 3) uint8 RGB for color. More than 8 bits a pixel (16-bit, float)
-    are scaled so that the 0.5th to 99.5th percentile becomes 0 to 255. Transparency is dropped, EXIF
+    go through `vessa.images.to_bytes`. Transparency is dropped, EXIF
     rotation is not applied: coordinates are those of the stored pixels. Errors: InvalidImage, TooLarge.
     """
     image = _open(data, IMAGE_FORMATS, max_pixels, "image")
     if image.mode in WIDE_MODES:
-        return _to_eight_bits(np.asarray(image, dtype=np.float32))
+        return to_bytes(np.asarray(image, dtype=np.float32))
     return np.array(image.convert("L" if image.mode in GRAY_MODES else "RGB"), dtype=np.uint8)
 
 
@@ -83,7 +83,7 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str) -> 
             f"the {what} has {image.height} x {image.width} pixels, more than the limit of {max_pixels}"
         )
     try:
-        alone = not _has_second_frame(image)
+        alone = not has_second_frame(image)
         if alone:
             image.load()
     except Exception:
@@ -91,27 +91,6 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str) -> 
     if not alone:
         raise InvalidImage(f"the {what} must hold one frame, got several; send them one by one")
     return image
-
-
-def _has_second_frame(image: Image.Image) -> bool:
-    # Pillow's `n_frames` would walk through all of them, and a file can claim millions.
-    try:
-        image.seek(1)
-    except EOFError:
-        image.seek(0)
-        return False
-    return True
-
-
-def _to_eight_bits(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    if not np.isfinite(values).all():
-        raise InvalidImage("the image holds values that are not finite numbers")
-    low, high = np.percentile(values, PERCENTILES)
-    if high <= low:
-        # Fewer than 1 % of the pixels differ: the percentiles say nothing, the extremes do.
-        low, high = float(values.min()), float(values.max())
-    scaled = (values - low) / max(high - low, np.finfo(np.float32).tiny) * 255
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def label_png(labels: NDArray[np.uint8]) -> bytes:

@@ -1,0 +1,102 @@
+"""What the client's tests share: answers without an annotator, and both clients behind one call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.numpy
+import stamina
+
+from vessa.client import AnnotatorClient, AsyncAnnotatorClient
+from vessa.codec import MEDIA_TYPE, encode
+
+KEY = "a-key-for-tests-0123456789"
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+@pytest.fixture(autouse=True)
+def _no_waits() -> Iterator[None]:
+    """Repeat as often as asked, but at once; a test of the waiting turns this off."""
+    with stamina.set_testing(True, attempts=10, cap=True):
+        yield
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Call one method of the sync and of the async client: `ask(handler, method, *arguments)`.
+
+    handler: answers the requests in place of the network; client: options of the client
+    """
+
+    def call(
+        handler: Handler, method: str, *arguments: Any, client: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        settings = {"transport": httpx.MockTransport(handler), **(client or {})}
+        if request.param == "sync":
+            with AnnotatorClient("http://annotator", KEY, **settings) as one:
+                return getattr(one, method)(*arguments, **options)
+
+        async def run() -> Any:
+            async with AsyncAnnotatorClient("http://annotator", KEY, **settings) as one:
+                return await getattr(one, method)(*arguments, **options)
+
+        return asyncio.run(run())
+
+    return call
+
+
+def read_request(request: httpx.Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors of a body and its metadata, JSON entries parsed."""
+    body = request.content
+    header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    for name in ("classes", "groups", "image_ids"):
+        if name in metadata:
+            metadata[name] = json.loads(metadata[name])
+    return safetensors.numpy.load(body), metadata
+
+
+def segment_answer(request: httpx.Request, **changes: Any) -> httpx.Response:
+    """Answer POST /segment: each label map is filled with its image's first pixel; None leaves a part out."""
+    tensors, metadata = read_request(request)
+    images = tensors.get("images")
+    count = len(images) if images is not None else len(metadata["image_ids"])
+    size = images.shape[1:3] if images is not None else (2, 3)
+    labels = np.zeros((count, *size), np.uint8)
+    if images is not None:
+        labels += images.reshape(count, -1)[:, :1, None]
+    items = [{"status": "ok", "image_id": f"sha256:{i}", "scores": {"liver": 0.5}} for i in range(count)]
+    parts = {"labels": labels, "confidence": np.full_like(labels, 200)}
+    if metadata.get("probabilities"):
+        parts["probabilities"] = np.zeros((count, 2, *size), np.float16)
+    about = {
+        "items": json.dumps(changes.pop("items", items)),
+        "classes": '{"1": "liver"}',
+        "model": "m",
+        "bank_version": "3",
+        "labels_version": "1",
+    }
+    for name, value in changes.items():
+        target: dict[str, Any] = about if name in about else parts
+        target[name] = value
+    parts = {name: value for name, value in parts.items() if value is not None}
+    about = {name: value for name, value in about.items() if value is not None}
+    return httpx.Response(200, content=encode(parts, about), headers={"Content-Type": MEDIA_TYPE})
+
+
+@pytest.fixture
+def segmented() -> Callable[..., httpx.Response]:
+    """Answer a POST /segment as the annotator would: `segmented(request, **changes)`."""
+    return segment_answer
+
+
+@pytest.fixture
+def sent() -> Callable[[httpx.Request], tuple[dict[str, Any], dict[str, Any]]]:
+    """Read a request's tensors and metadata."""
+    return read_request

@@ -1,0 +1,174 @@
+"""`vessa seed|segment|banks` against a running annotator, as a user would call them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vessa import cli
+
+NO_SERVICE = "http://127.0.0.1:9"  # the discard port, where nobody listens
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data folder of three patients with one bright disk each; the third has no mask."""
+    root = tmp_path / "disks"
+    y, x = np.mgrid[:40, :48]
+    for sub in ("images", "masks", "splits"):
+        (root / sub).mkdir(parents=True)
+    for i in range(1, 4):
+        mask = (np.hypot(y - 18 - i, x - 20 - i) < 8).astype(np.uint8)
+        Image.fromarray(mask * 180 + 30).save(root / "images" / f"p{i}_00.png")
+        if i < 3:
+            Image.fromarray(mask).save(root / "masks" / f"p{i}_00.png")
+    (root / "meta.json").write_text('{"classes": {"1": "disk"}}')
+    (root / "splits" / "train.txt").write_text("p2\n")
+    return root
+
+
+@pytest.fixture
+def bank() -> str:
+    return f"cli-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def run(annotator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Run `vessa` in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("VESSA_URL", annotator.url)
+    monkeypatch.setenv("VESSA_API_KEY", annotator.api_key)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return call
+
+
+def vessa(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program itself, to see its exit code and all it prints."""
+    command = [sys.executable, "-c", "from vessa.cli import main; main()", *map(str, arguments)]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("VESSA_")}
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60)
+
+
+def last(stdout: str) -> dict[str, Any]:
+    return json.loads(stdout.splitlines()[-1])
+
+
+def test_seeding_fills_a_bank_once(run: Any, folder: Path, bank: str) -> None:
+    code, out, _ = run("seed", folder, "--bank", bank, "--json")
+    assert code == 0
+    first = last(out)
+    assert (first["created"], first["templates"], first["groups"]) == (2, 2, ["p1", "p2"])
+    assert first["classes"] == {"1": "disk"}
+    again = last(run("seed", folder, "--bank", bank, "--json")[1])
+    assert (again["created"], again["templates"], again["version"]) == (0, 2, first["version"])
+
+
+def test_seeding_takes_the_groups_it_is_told(run: Any, folder: Path, bank: str) -> None:
+    assert last(run("seed", folder, "--bank", bank, "--split", "train", "--json")[1])["groups"] == ["p2"]
+    out = run("seed", folder, "--bank", f"{bank}-b", "--groups", "p1, p3", "--json")[1]
+    assert last(out)["groups"] == ["p1"]  # p3 has no mask
+    code, _, err = run("seed", folder, "--bank", bank, "--groups", "p1", "--split", "train")
+    assert code == 2
+    assert "not both" in err
+
+
+def test_segment_writes_a_label_map_and_an_overlay(run: Any, folder: Path, bank: str, tmp_path: Path) -> None:
+    run("seed", folder, "--bank", bank)
+    image = folder / "images" / "p3_00.png"
+    code, out, err = run(
+        "segment", image, "--bank", bank, "--out", "m.png", "--overlay", "o.png", "--classes", "disk",
+        "--group", "p1", "--json",
+    )  # fmt: skip
+    assert code == 0
+    with Image.open(tmp_path / "m.png") as mask, Image.open(tmp_path / "o.png") as picture:
+        assert (mask.mode, picture.mode) == ("L", "RGB")
+        assert mask.size == picture.size == (48, 40)
+        labels = np.array(mask)
+    assert set(np.unique(labels)) <= {0, 1}
+    result = last(out)
+    assert result["mask"] == "m.png"
+    assert result["areas"] == {"disk": int((labels == 1).sum())}
+    assert set(result["scores"]) == {"disk"}
+    assert result["bank_version"] == 1
+    assert re.search(r"disk: \d+ px, score \d\.\d\d, template of p2 \(\d\.\d\d\)", err)
+
+
+def test_without_json_nothing_is_on_stdout(run: Any, folder: Path, bank: str, tmp_path: Path) -> None:
+    assert run("seed", folder, "--bank", bank)[1] == ""
+    assert run("segment", folder / "images" / "p3_00.png", "--bank", bank)[1] == ""
+    assert (tmp_path / "mask.png").is_file()
+    code, out, err = run("banks")
+    assert (code, out) == (0, "")
+    assert bank in err
+
+
+def test_banks_are_listed_as_json(run: Any, folder: Path, bank: str) -> None:
+    run("seed", folder, "--bank", bank)
+    listed = {info["name"]: info for info in last(run("banks", "--json")[1])["banks"]}
+    assert (listed[bank]["templates"], listed[bank]["classes"]) == (2, {"1": "disk"})
+
+
+@pytest.mark.parametrize("option", ["--out", "--overlay"])
+def test_only_png_keeps_class_ids(run: Any, folder: Path, bank: str, option: str, tmp_path: Path) -> None:
+    code, _, err = run("segment", folder / "images" / "p3_00.png", "--bank", bank, option, "mask.jpg")
+    assert code == 2
+    assert ".png" in err
+    assert not list(tmp_path.glob("mask.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["banks", "--url", NO_SERVICE], "vessa: unreachable: no answer from the annotator at http://127.0.0.1:9"),
+        (["banks", "--api-key", "wrong"], "vessa: unauthorized: the key is wrong"),
+        (["segment", "text.png"], "vessa: invalid_image: text.png is not a readable PNG, JPEG, TIFF image"),
+        (["segment", "none.png"], "vessa: invalid_image: no such file: none.png"),
+        (["segment", "disks/images/p1_00.png", "--bank", "no-such"], "vessa: unknown_bank: "),
+        (["segment", "disks/images/p1_00.png", "--bank", "a b"], "vessa: invalid_request: a bank name is"),
+        (["seed", "nowhere"], "vessa: invalid_dataset: "),
+        (["seed", "disks", "--groups", "p9"], "vessa: invalid_dataset: 'disks' has no groups ['p9']"),
+        (["seed", "disks", "--groups", "p3"], "vessa: invalid_dataset: no annotated image among 1 groups"),
+    ],
+)  # fmt: skip
+def test_a_failure_is_one_clear_line_and_code_1(
+    run: Any, folder: Path, arguments: list[str], line: str, monkeypatch: Any, capsys: Any
+) -> None:
+    Path("text.png").write_text("no image")
+    monkeypatch.setattr(sys, "argv", ["vessa", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    assert ended.value.code == 1
+    assert captured.out == ""
+    assert captured.err.startswith(line)
+    assert captured.err.count("\n") == 1
+
+
+def test_the_program_ends_with_code_1_and_no_traceback(annotator: Any, folder: Path, bank: str) -> None:
+    known = {"VESSA_URL": annotator.url, "VESSA_API_KEY": annotator.api_key}
+    assert vessa("seed", folder, "--bank", bank, **known).returncode == 0
+    ended = vessa(
+        "segment", folder / "images/p1_00.png", "--bank", bank, "--out", folder / "no/m.png", **known
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("vessa: ")
+    assert "No such file or directory" in ended.stderr
+    assert "Traceback" not in ended.stderr
