@@ -156,6 +156,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     first = _run(tmp_path, 4, "halves")
     while first.step < 2:
         first._step()
+    first._validate()
     first.save()
     second = _run(tmp_path, 4, "halves")
     assert second.resume()

@@ -4,8 +4,10 @@ Everything here runs on the device thread. Pixels and masks come in and go out a
 only this module and those below it know torch.
 """
 
+import contextlib
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,8 +20,9 @@ from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, V
 from vessa.schemas import TemplateUse
 from vessa_server.bank import Bank, Template, TemplateBanks, sample_template, template_id
 from vessa_server.model import checkpoint
-from vessa_server.model.geometry import Square, resize, to_tensor
+from vessa_server.model.geometry import Square, to_tensor
 from vessa_server.model.instructions import DEFAULT_INSTRUCTION
+from vessa_server.model.prompts import MaskPrompts, prompt_batch
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
 
@@ -101,11 +104,24 @@ class _Pass:
 
 
 class Annotator:
-    """Encodes templates and segments query images on one device. Not thread-safe: one thread calls it."""
+    """Encodes templates and segments query images on one device. Not thread-safe: one thread calls it.
+
+    without: parts left out, "language" or "memory", as in the paper's ablations (Table 4);
+    stage_seconds: time spent in each stage since the start
+    """
 
     def __init__(
-        self, model: Vessa, banks: TemplateBanks, feature_cache_bytes: int, model_digest: str
+        self,
+        model: Vessa,
+        banks: TemplateBanks,
+        feature_cache_bytes: int,
+        model_digest: str,
+        without: frozenset[str] = frozenset(),
     ) -> None:
+        if unknown := without - {"language", "memory"}:
+            raise ValueError(f"only language and memory can be left out, got {sorted(unknown)}")
+        self.without = without
+        self.stage_seconds = dict.fromkeys(("encode", "retrieve", "language", "draw", "fuse"), 0.0)
         self.model, self.banks = model, banks
         self.model_digest = model_digest
         self.preset = model.preset.name
@@ -119,6 +135,15 @@ class Annotator:
     def device(self) -> str:
         """Name of the device the weights are on."""
         return str(self.model.device)
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Add the time of a stage; on CUDA it ends when its kernels have."""
+        started = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.stage_seconds[name] += time.perf_counter() - started
 
     def holds(self, image_id: str) -> bool:
         """Whether a request by this id needs no pixels."""
@@ -159,11 +184,13 @@ class Annotator:
         fresh = {i.image_id: i.image for i in items if i.image is not None and i.image_id not in self._held}
         self.hits += sum(i.image_id in self._held for i in items)
         self.misses += len(fresh)
-        looked = dict(zip(fresh, self._look([(k, v) for k, v in fresh.items()]), strict=True))
+        with self._stage("encode"):
+            looked = dict(zip(fresh, self._look([(k, v) for k, v in fresh.items()]), strict=True))
         plans: list[list[_Pass] | VessaError] = []
-        for item in items:
-            seen = looked.get(item.image_id) or self._held.get(item.image_id)
-            plans.append(_or_error(self._plan, item, banks[item.bank], seen))
+        with self._stage("retrieve"):
+            for item in items:
+                seen = looked.get(item.image_id) or self._held.get(item.image_id)
+                plans.append(_or_error(self._plan, item, banks[item.bank], seen))
         flat = [p for plan in plans if not isinstance(plan, VessaError) for p in plan]
         outputs: list[tuple[Tensor, float]] = []
         for start in range(0, len(flat), _CONCURRENT_MASKS):
@@ -176,7 +203,8 @@ class Annotator:
                 continue
             bank = banks[item.bank]
             assert isinstance(bank, Bank)
-            results.append(self._fuse(item, bank, plan, outputs[position : position + len(plan)]))
+            with self._stage("fuse"):
+                results.append(self._fuse(item, bank, plan, outputs[position : position + len(plan)]))
             position += len(plan)
         return results
 
@@ -219,13 +247,17 @@ class Annotator:
         for index, name in enumerate(names):
             if name not in ids:
                 raise UnknownClass(f"bank '{bank.name}' has no class '{name}'; it has {sorted(ids)}")
-            matches = bank.retrieve(seen.vector, ids[name], exclude_group=item.group, top=3)
+            everything = item.template_choice == "random"
+            top = len(bank.templates) if everything else 3
+            matches = bank.retrieve(seen.vector, ids[name], exclude_group=item.group, top=top)
             if not matches:
                 raise NoTemplate(
                     f"bank '{bank.name}' holds no template of '{name}' from a group other than the query's"
                 )
             if item.template_choice == "sample":
                 matches = [sample_template(matches, rng=rng)]
+            elif everything:
+                matches = [matches[int(rng.integers(len(matches)))]]
             elif item.template_choice == "top1":
                 matches = matches[:1]
             passes.append(_Pass(seen, ids[name], name, matches, item, index))
@@ -237,21 +269,26 @@ class Annotator:
         for count in {len(p.chosen) for p in passes}:  # top-3 of a small bank may hold fewer templates
             rows = [i for i, p in enumerate(passes) if len(p.chosen) == count]
             some = [passes[i] for i in rows]
-            features = _join([p.seen.features for p in some])
-            memories = torch.stack(
-                [
-                    torch.stack([torch.from_numpy(t.memories[p.class_id]).float() for t, _ in p.chosen])
-                    for p in some
-                ]
-            ).to(self.model.device)
-            h_seg = self._look_with_language(some)
-            logits, iou, _ = self.model.draw(features, memories, h_seg, self._prompts(some))
+            with self._stage("language"):
+                h_seg = self._look_with_language(some)
+            with self._stage("draw"):
+                features = _join([p.seen.features for p in some])
+                memories = None if "memory" in self.without else self._memories(some)
+                logits, iou, _ = self.model.draw(features, memories, h_seg, self._prompts(some))
             for row, one, score in zip(rows, logits.float().split(1), iou.tolist(), strict=True):
                 results[row] = (one, score)
         return [r for r in results if r is not None]
 
+    def _memories(self, passes: list[_Pass]) -> Tensor:
+        """Stack the memories of the chosen templates, (N, T, M, C)."""
+        each = [
+            torch.stack([torch.from_numpy(t.memories[p.class_id]).float() for t, _ in p.chosen])
+            for p in passes
+        ]
+        return torch.stack(each).to(self.model.device)
+
     def _look_with_language(self, passes: list[_Pass]) -> Tensor | None:
-        if self.model.language is None:
+        if self.model.language is None or "language" in self.without:
             return None
         overlays = torch.cat([self._overlay(p.chosen[0][0], p.class_id) for p in passes])
         targets = torch.cat([p.seen.pixels for p in passes])
@@ -271,26 +308,9 @@ class Annotator:
         return self._overlays[key]
 
     def _prompts(self, passes: list[_Pass]) -> PromptBatch:
-        """Move native boxes, points and mask logits into the network's square."""
-        points, labels = [], []
-        for p in passes:
-            xy, kinds = _sparse_prompts(p)
-            points.append(p.seen.square.points(xy, self._size))
-            labels.append(kinds)
-        longest = max(len(k) for k in labels)
-        all_points = torch.zeros(len(passes), longest, 2)
-        all_labels = torch.full((len(passes), longest), -1)
-        for row, (xy, kinds) in enumerate(zip(points, labels, strict=True)):
-            all_points[row, : len(kinds)], all_labels[row, : len(kinds)] = xy, kinds
-        present = torch.tensor([_has_mask(p) for p in passes])
-        logits = None
-        if present.any():
-            side = 4 * self.model.segmenter.side
-            logits = torch.stack([_square_logits(p, side) for p in passes]).to(self.model.device)
-        device = self.model.device
-        if not longest:
-            return PromptBatch(mask_logits=logits, mask_present=present.to(device))
-        return PromptBatch(all_points.to(device), all_labels.to(device), logits, present.to(device))
+        squares = [p.seen.square for p in passes]
+        side = 4 * self.model.segmenter.side
+        return prompt_batch([_prompts_of(p) for p in passes], squares, self._size, side, self.model.device)
 
     def _fuse(
         self, item: SegmentItem, bank: Bank, plan: list[_Pass], outputs: list[tuple[Tensor, float]]
@@ -319,7 +339,13 @@ class Annotator:
         )
 
 
-def load_annotator(weights: str, device: str, banks: TemplateBanks, feature_cache_bytes: int) -> Annotator:
+def load_annotator(
+    weights: str,
+    device: str,
+    banks: TemplateBanks,
+    feature_cache_bytes: int,
+    without: frozenset[str] = frozenset(),
+) -> Annotator:
     """Read weights (a directory, or the name of shipped ones) and make an annotator on `device`.
 
     Raises InvalidWeights. "auto" takes the first CUDA device, else the CPU.
@@ -327,7 +353,7 @@ def load_annotator(weights: str, device: str, banks: TemplateBanks, feature_cach
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, digest = checkpoint.read(weights, device)
-    return Annotator(model, banks, feature_cache_bytes, digest)
+    return Annotator(model, banks, feature_cache_bytes, digest, without)
 
 
 def _or_error(call: Callable[..., _Result], *arguments: object) -> _Result | VessaError:
@@ -353,30 +379,12 @@ def _join(features: list[ImageFeatures]) -> ImageFeatures:
     )
 
 
-def _sparse_prompts(one: _Pass) -> tuple[Tensor, Tensor]:
-    """Points of one pass, (P, 2) native px, with SAM's labels: a box is its two corners, 2 and 3."""
-    item, xy, kinds = one.item, [], []
-    if item.boxes is not None and not (item.boxes[one.index] == -1).all():
-        xy += item.boxes[one.index].reshape(2, 2).tolist()
-        kinds += [2, 3]
-    if item.points is not None and item.point_labels is not None:
-        for point, kind in zip(item.points[one.index], item.point_labels[one.index], strict=True):
-            if kind >= 0:
-                xy.append(point.tolist())
-                kinds.append(int(kind))
-    return torch.tensor(xy, dtype=torch.float32).view(-1, 2), torch.tensor(kinds, dtype=torch.long)
-
-
-def _has_mask(one: _Pass) -> bool:
-    present = one.item.mask_present
-    return one.item.mask_logits is not None and (present is None or bool(present[one.index]))
-
-
-def _square_logits(one: _Pass, side: int) -> Tensor:
-    """Mask logits of one pass on the square, (1, side, side); outside the image means outside the mask."""
-    if not _has_mask(one):
-        return torch.zeros(1, side, side)
-    square, outside = one.seen.square, -6.0
-    logits = torch.from_numpy(np.asarray(one.item.mask_logits)[one.index].astype(np.float32))[None, None]
-    native = resize(logits, (square.height, square.width)) - outside
-    return square.enter(native, side)[0] + outside
+def _prompts_of(one: _Pass) -> MaskPrompts:
+    """Prompts of one class of an item."""
+    item, index = one.item, one.index
+    box = None if item.boxes is None or (item.boxes[index] == -1).all() else item.boxes[index]
+    points = None if item.points is None else item.points[index]
+    labels = None if item.point_labels is None else item.point_labels[index]
+    there = item.mask_present is None or bool(item.mask_present[index])
+    logits = item.mask_logits[index] if item.mask_logits is not None and there else None
+    return MaskPrompts(box, points, labels, logits)
