@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from vessa.datasets import open_dataset
 from vessa_server.model.presets import PRESETS
+from vessa_server.model.vessa import Vessa
 from vessa_server.pretraining.augment import rough_boxes, rough_logits, shade, warp
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.losses import (
@@ -21,7 +23,15 @@ from vessa_server.pretraining.losses import (
 )
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_server.pretraining.synthetic import phantom_study, random_study
-from vessa_server.pretraining.tasks import Tasks, pool_of_dataset, pool_of_study, synthetic_pools
+from vessa_server.pretraining.step import prepare, training_loss
+from vessa_server.pretraining.tasks import (
+    Pool,
+    Tasks,
+    composite_pools,
+    pool_of_dataset,
+    pool_of_study,
+    synthetic_pools,
+)
 
 
 def test_mask_loss_is_equation_3():
@@ -64,6 +74,72 @@ def test_template_and_target_are_never_of_one_group():
             template, target = study.groups[pair.template[0, 0]], study.groups[pair.target[0, 0]]
             assert template != target
             assert all((pair.template_mask == c).any() for c in pair.classes)
+
+
+def _hearts(patients=3):
+    """A pool as of real cine MR: phantom slices of which only the left ventricle's cavity is annotated."""
+    study = phantom_study(
+        "heart", np.random.default_rng(5), protocol="cine MR", patients=patients, slices=3, size=96
+    )
+    masks = (np.stack(study.masks) == 3).astype(np.uint8)
+    return Pool("cine", np.stack(study.images), masks, study.groups, {1: "LV cavity (endocardial contour)"})
+
+
+def test_composites_set_a_whole_heart_where_the_real_one_is():
+    pool = _hearts()
+    (heart,) = composite_pools([pool], 0, 1)
+    assert set(heart.classes.values()) == {
+        "right ventricle cavity",
+        "left ventricle myocardium",
+        "left ventricle cavity",
+    }
+    assert heart.group_names == pool.group_names
+    real = {i.tobytes(): m for i, m in zip(pool.images, pool.masks, strict=True)}
+    assert not any(i.tobytes() in real for i in heart.images)  # each was painted over
+    for mask in heart.masks:
+        ours = np.argwhere(mask == 3).mean(0)
+        centers = [np.argwhere(m == 1).mean(0) for m in pool.masks if m.any()]
+        assert min(np.linalg.norm(ours - c) for c in centers) < 3
+    assert (
+        composite_pools([pool_of_study(random_study(np.random.default_rng(0), patients=3), "s")], 0, 2) == []
+    )
+
+
+def test_region_tasks_mark_a_region_and_the_ring_around_it():
+    pool, rng = _hearts(), np.random.default_rng(0)
+    pairs = [p for _ in range(200) if (p := pool.draw_region(rng)) is not None]
+    assert len(pairs) > 10
+    for pair in pairs:
+        assert pair.template is pair.target
+        region, ring = pair.template_mask == 1, pair.template_mask == 2
+        assert 0 < region.mean() < 0.08
+        assert ring.any()
+        assert not ndimage.binary_dilation(region)[~(region | ring)].any()
+
+
+def test_the_classes_of_a_pair_share_its_images():
+    pool, rng = synthetic_pools(3, 4, 96)[1], np.random.default_rng(0)
+    pool.redraw_bank(rng)
+    pair = next(p for _ in range(50) if (p := pool.draw(rng)) is not None and len(p.classes) == 2)
+    batch = prepare([pair, pair], None, torch.device("cpu"))
+    assert batch.targets.shape[0] == 2
+    assert batch.rows.tolist() == [0, 0, 1, 1]
+    for row, class_id in enumerate([*pair.classes, *pair.classes]):
+        assert np.array_equal(batch.target_masks[row, 0].numpy() > 0, pair.target_mask == class_id)
+
+
+def test_bfloat16_changes_the_loss_little():
+    torch.manual_seed(0)
+    model = Vessa(PRESETS["nano"])
+    pools = synthetic_pools(3, 2, 160)
+    tasks = Tasks([], pools, 1.0)
+    batch = prepare(tasks.batch(np.random.default_rng(0), 2), None, torch.device("cpu"))
+    plain, half = (
+        training_loss(model, batch, LossWeights(), torch.Generator().manual_seed(1), bf16=bf16)[0].item()
+        for bf16 in (False, True)
+    )
+    assert half == pytest.approx(plain, rel=0.02)
+    assert half != plain
 
 
 def test_the_bank_is_a_twentieth_of_the_groups():
