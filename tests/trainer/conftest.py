@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import redis
 import torch
 
 from vessa.client import AnnotatorClient
+from vessa.codec import MEDIA_TYPE, TensorSpec, decode, encode, image_digest
 from vessa.datasets import Dataset, open_dataset
+from vessa.schemas import BankInfo
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_trainer.config import Config, load_config
+from vessa_trainer.fit import seed_labeled
 
 SIZE = 32  # px, of the phantoms and of the tiny students' squares
 
@@ -115,3 +121,80 @@ def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
     server.start()
     yield server
     server.stop()
+
+
+class Wire(httpx.BaseTransport):
+    """The way to the real annotator. It notes what is asked, and a test may put faults on it.
+
+    asked: image ids of each request to /segment; by_id: whether it came without pixels. fault: called
+    with each request, may return a response of its own, raise, or wait; rewrite: called with the items
+    of each answer to /segment, may change them.
+    """
+
+    _REQUEST = {
+        "images": TensorSpec(("U8",), ((None,) * 3, (None,) * 4)),
+        "boxes": TensorSpec(("F32",), ((None,) * 3,)),
+        "mask_logits": TensorSpec(("F16",), ((None,) * 4,)),
+        "mask_present": TensorSpec(("U8",), ((None,) * 2,)),
+    }
+    _ANSWER = {name: TensorSpec(("U8",), ((None,) * 3,)) for name in ("labels", "confidence")}
+
+    def __init__(self) -> None:
+        self._real = httpx.HTTPTransport()
+        self.asked: list[list[str]] = []
+        self.by_id: list[bool] = []
+        self.fault: Callable[[httpx.Request], httpx.Response | None] | None = None
+        self.rewrite: Callable[[list[dict[str, Any]]], None] | None = None
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Note, fail or forward."""
+        if request.url.path == "/segment":
+            tensors, metadata = decode(request.read(), self._REQUEST, max_bytes=1 << 28)
+            ids = json.loads(metadata.get("image_ids", "[]"))
+            self.by_id.append(bool(ids))
+            self.asked.append(ids or [image_digest(i) for i in tensors["images"]])
+        answer = self.fault(request) if self.fault is not None else None
+        if answer is None:
+            answer = self._real.handle_request(request)
+        if self.rewrite is not None and request.url.path == "/segment" and answer.status_code == 200:
+            tensors, metadata = decode(answer.read(), self._ANSWER, max_bytes=1 << 28)
+            items = json.loads(metadata["items"])
+            self.rewrite(items)
+            body = encode(tensors, metadata | {"items": json.dumps(items)})
+            answer.close()
+            return httpx.Response(200, content=body, headers={"Content-Type": MEDIA_TYPE})
+        return answer
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._real.close()
+
+
+def failure(status: int, code: str) -> httpx.Response:
+    """The annotator's answer when something failed."""
+    return httpx.Response(status, json={"error": {"code": code, "message": f"{code}, says the test"}})
+
+
+@pytest.fixture
+def answer_of() -> Callable[[int, str], httpx.Response]:
+    """Make error answers: `answer_of(503, "not_ready")`."""
+    return failure
+
+
+@pytest.fixture
+def wire() -> Wire:
+    """The way of `wired` to the annotator."""
+    return Wire()
+
+
+@pytest.fixture
+def wired(annotator, wire: Wire) -> Iterator[AnnotatorClient]:
+    """A client whose requests go over `wire`, each tried once."""
+    with AnnotatorClient(annotator.url, annotator.api_key, transport=wire, attempts=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def bank(client: AnnotatorClient, dataset: Dataset, tiny: Callable[..., Config]) -> BankInfo:
+    """The bank of the phantoms' labeled patient."""
+    return seed_labeled(client, dataset, tiny())

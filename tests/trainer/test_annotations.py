@@ -1,0 +1,274 @@
+"""The exchange of labels in the background: order, refreshing, an annotator that is away."""
+
+import logging
+import shutil
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from vessa.client import Prompts
+from vessa.codec import image_digest
+from vessa.datasets import open_dataset
+from vessa.errors import Unauthorized, Unreachable
+from vessa_trainer import annotations
+from vessa_trainer.annotations import AnnotationFeed
+from vessa_trainer.data import read_splits, slices_of
+from vessa_trainer.label_cache import FolderCache
+
+
+def prompts_of(corner):
+    """A box and mask logits for the first class alone."""
+    boxes = np.full((3, 4), -1, np.float32)
+    boxes[0] = corner, corner, corner + 8, corner + 8
+    logits = np.full((3, 16, 16), -6, np.float16)
+    logits[0, corner // 2 : corner // 2 + 4, corner // 2 : corner // 2 + 4] = 6
+    return Prompts(boxes=boxes, mask_logits=logits, mask_present=np.array([1, 0, 0], np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(annotations, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(annotations, "_MAX_PAUSE", 0.05)
+
+
+@pytest.fixture
+def unlabeled(dataset, tiny):
+    return slices_of(dataset, read_splits(dataset, tiny().data).unlabeled)
+
+
+@pytest.fixture
+def names(unlabeled):
+    return [s.name for s in unlabeled]
+
+
+@pytest.fixture
+def name_of(dataset, unlabeled):
+    """Image id to name."""
+    return {image_digest(dataset.image(s)): s.name for s in unlabeled}
+
+
+@pytest.fixture
+def feed_of(wired, dataset, bank, tiny, tmp_path):
+    """Make feeds; they are closed when the test ends."""
+    opened = []
+
+    def make(*overrides, kept=8192):
+        cache = FolderCache(tmp_path / "labels")
+        config = tiny(*overrides).annotator
+        opened.append(AnnotationFeed(wired, dataset, bank, cache, config, kept=kept))
+        return opened[-1]
+
+    yield make
+    for feed in opened:
+        feed.close()
+
+
+class Gate:
+    """Holds each request to /segment until it is opened; `arrived` tells that one waits."""
+
+    def __init__(self, wire):
+        self.arrived, self.opened = threading.Event(), threading.Event()
+        wire.fault = self
+
+    def __call__(self, request):
+        if request.url.path == "/segment":
+            self.arrived.set()
+            assert self.opened.wait(30)
+
+
+def wait_for(true, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def test_labels_come_in_the_order_of_need_one_request_an_image(feed_of, wire, names, name_of):
+    gate = Gate(wire)
+    feed = feed_of("annotator.batch=2")
+    wanted = names[::-1]
+    feed.prefetch(wanted[:3])
+    assert gate.arrived.wait(30)
+    feed.prefetch(wanted)  # those on their way are not asked twice
+    gate.opened.set()
+    labels = feed.get(wanted)
+    assert len(labels) == len(wanted)
+    feed.prefetch(names)
+    feed.get(names)
+    asked = [[name_of[i] for i in ids] for ids in wire.asked]
+    assert [n for ids in asked for n in ids] == wanted
+    assert max(len(ids) for ids in asked) == 2
+    assert feed.stats()["images"] == len(names)
+    assert feed.stats()["requests"] == len(wire.asked)
+
+
+def test_what_somebody_waits_for_comes_first(feed_of, wire, names, name_of):
+    gate = Gate(wire)
+    feed = feed_of("annotator.batch=1")
+    feed.prefetch(names[:4])
+    assert gate.arrived.wait(30)
+    threading.Timer(0.2, gate.opened.set).start()
+    feed.get([names[5], names[3]])
+    feed.get(names[:4])
+    assert [name_of[i] for ids in wire.asked for i in ids] == [names[i] for i in (0, 5, 3, 1, 2)]
+    assert feed.stats()["wait_seconds"] > 0
+
+
+def test_the_old_label_stays_in_use_until_the_new_one_comes(feed_of, wire, names):
+    feed = feed_of()
+    (old,) = feed.get(names[:1])
+    gate = Gate(wire)
+    feed.refresh(names[:1], [prompts_of(8)])
+    assert gate.arrived.wait(30)
+    assert feed.get(names[:1])[0] is old
+    gate.opened.set()
+    wait_for(lambda: feed.stats()["refreshed"] == 1)
+    (new,) = feed.get(names[:1])
+    assert new is not old
+    assert not np.array_equal(new.confidence, old.confidence)
+    assert wire.by_id == [False, True]
+
+
+def test_first_labels_go_before_refreshed_ones(feed_of, wire, names, name_of):
+    feed = feed_of("annotator.batch=1")
+    feed.get(names[:3])
+    gate = Gate(wire)
+    feed.refresh(names[:3], [prompts_of(8)] * 3)
+    assert gate.arrived.wait(30)
+    feed.prefetch(names[3:5])
+    gate.opened.set()
+    wait_for(lambda: feed.stats()["refreshed"] == 3)
+    assert [name_of[i] for ids in wire.asked[3:] for i in ids] == [names[i] for i in (0, 3, 4, 1, 2)]
+
+
+def test_of_two_sets_of_prompts_the_newer_counts(feed_of, wire, names):
+    feed = feed_of()
+    feed.get(names[:2])
+    gate = Gate(wire)
+    feed.refresh(names[:1], [prompts_of(4)])
+    assert gate.arrived.wait(30)  # the first set is on its way
+    feed.refresh(names[:2], [prompts_of(8)] * 2)
+    feed.refresh(names[:2], [prompts_of(16)] * 2)  # the second was never sent
+    gate.opened.set()
+    wait_for(lambda: feed.stats()["refreshed"] == 3)
+    last = feed.get(names[:2])
+    assert len(wire.asked) == 3
+    # the cache says which prompts the labels answer: the newest need no request
+    other = feed_of()
+    other.get(names[:2])
+    other.refresh(names[:2], [prompts_of(16)] * 2)
+    wait_for(lambda: other.stats()["refreshed"] == 2)
+    for ours, theirs in zip(other.get(names[:2]), last, strict=True):
+        assert np.array_equal(ours.confidence, theirs.confidence)
+    assert other.stats()["requests"] == 0
+
+
+def test_prompts_for_an_image_without_a_label_go_with_its_first_request(feed_of, wire, names):
+    gate = Gate(wire)
+    feed = feed_of("annotator.batch=1")
+    feed.prefetch(names[:2])
+    assert gate.arrived.wait(30)
+    feed.refresh(names[1:2], [prompts_of(8)])
+    gate.opened.set()
+    feed.get(names[:2])
+    assert len(wire.asked) == 2
+    assert feed.stats()["refreshed"] == 0  # nothing was replaced
+
+
+def test_an_annotator_that_is_away_is_waited_for(feed_of, wire, names, answer_of, caplog):
+    answers = [answer_of(503, "not_ready"), answer_of(429, "queue_full"), None]
+
+    def fault(request):
+        if request.url.path == "/segment" and answers:
+            answer = answers.pop(0)
+            if answer is None:
+                raise httpx.ConnectError("refused")
+            return answer
+        return None
+
+    feed = feed_of()
+    wire.fault = fault
+    labels = feed.get(names[:3])
+    assert all(label.confidence.any() for label in labels)
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == 2
+    assert said[0].startswith("waiting for the annotator: not_ready")
+    assert said[1] == "the annotator answers again"
+    assert feed.stats()["interruptions"] == 1
+    assert feed.stats()["failed_items"] == 0
+
+
+def test_patience_ends(feed_of, wire, names, answer_of):
+    feed = feed_of("annotator.patience_s=0.3")
+    feed.get(names[:1])
+    wire.fault = lambda _: answer_of(503, "not_ready")
+    with pytest.raises(Unreachable, match="waited .* s for labels of 2 images: not_ready, says the test"):
+        feed.get(names[:3])
+    assert len(feed.get(names[:1])) == 1  # what is there is there
+    wire.fault = None
+    assert len(feed.get(names[:3])) == 3  # and a later call may go on
+
+
+def test_a_wrong_key_raises_at_once(feed_of, wire, names, answer_of):
+    feed = feed_of("annotator.patience_s=600")
+    wire.fault = lambda _: answer_of(401, "unauthorized")
+    for _ in range(2):
+        with pytest.raises(Unauthorized, match="unauthorized, says the test"):
+            feed.get(names[:1])
+
+
+def test_labels_of_another_run_need_no_request(feed_of, wire, names):
+    feed_of().get(names)
+    before = len(wire.asked)
+    again = feed_of()
+    again.get(names)
+    assert len(wire.asked) == before
+    assert again.stats()["cache_hits"] == len(names)
+
+
+def test_labels_let_go_from_memory_come_back_from_the_cache(feed_of, wire, names):
+    feed = feed_of("annotator.batch=1", kept=2)
+    first = [feed.get([name])[0] for name in names[:5]]
+    again = [feed.get([name])[0] for name in names[:5]]
+    assert len(wire.asked) == 5
+    for one, other in zip(first, again, strict=True):
+        assert np.array_equal(one.labels, other.labels)
+    assert feed.stats()["cache_hits"] >= 3
+
+
+def test_what_labels_are_worth_is_measured_where_the_truth_is_known(feed_of, dataset, unlabeled, names):
+    feed = feed_of()
+    assert "label_dice" not in feed.stats()
+    labels = feed.get(names)
+    truth, ours = np.stack([dataset.mask(s) for s in unlabeled]), np.stack([x.labels for x in labels])
+    pairs = [(truth == c, ours == c) for c in dataset.classes]
+    dice = [2 * (t & o).sum() / (t.sum() + o.sum()) for t, o in pairs]
+    assert feed.stats()["label_dice"] == pytest.approx(np.mean(dice), abs=1e-4)
+    assert "echo_after" not in feed.stats()
+    feed.refresh(names[:2], [prompts_of(8)] * 2)
+    wait_for(lambda: feed.stats()["refreshed"] == 2)
+    assert {"echo_before", "echo_after"} <= set(feed.stats())
+
+
+def test_an_unreadable_mask_of_an_unlabeled_image_harms_nothing(wired, bank, tiny, tmp_path, phantoms, names):
+    shutil.copytree(phantoms, tmp_path / "heart")
+    for path in (tmp_path / "heart" / "masks").iterdir():
+        path.write_bytes(b"no PNG")
+    dataset = open_dataset(tmp_path / "heart")
+    feed = AnnotationFeed(wired, dataset, bank, FolderCache(tmp_path / "labels"), tiny().annotator)
+    assert len(feed.get(names[:2])) == 2
+    assert "label_dice" not in feed.stats()
+    feed.close()
+
+
+def test_closing_ends_the_background_thread(feed_of, names):
+    before = threading.active_count()
+    feed = feed_of()
+    feed.get(names[:1])
+    assert threading.active_count() == before + 1
+    feed.close()
+    feed.close()
+    assert threading.active_count() == before

@@ -1,0 +1,113 @@
+"""The template bank of a run: its labeled slices and nothing else."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vessa.datasets import open_dataset
+from vessa.errors import InvalidDataset, UnknownBank
+from vessa_trainer.data import read_splits, slices_of
+from vessa_trainer.fit import seed_labeled
+from vessa_trainer.seeding import bank_name, seed_bank
+
+LABELED = "splits/labeled_1.txt"
+
+
+@pytest.fixture
+def own(phantoms, tmp_path):
+    """A copy of the phantoms that a test may change."""
+    shutil.copytree(phantoms, tmp_path / "heart")
+    return open_dataset(tmp_path / "heart")
+
+
+def labeled_of(dataset, tiny):
+    return read_splits(dataset, tiny().data).labeled
+
+
+@pytest.fixture
+def bank(client, request):
+    """A bank name of this test's own."""
+    return "seeding-" + re.sub("[^a-z]", "-", request.node.name)[:50]
+
+
+def test_the_bank_holds_the_labeled_slices_that_show_a_class(client, own, tiny, bank):
+    groups = labeled_of(own, tiny)
+    first = slices_of(own, groups)[0]
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(own.root / "masks" / f"{first.name}.png")
+    info = seed_bank(client, own, groups, bank)
+    assert info.templates == 2
+    assert info.groups == list(groups)
+    assert info.classes == own.classes
+
+
+def test_a_labeled_slice_without_mask_is_no_template(client, own, tiny, bank):
+    groups = labeled_of(own, tiny)
+    (own.root / "masks" / f"{slices_of(own, groups)[0].name}.png").unlink()
+    assert seed_bank(client, own, groups, bank).templates == 2
+
+
+def test_seeding_twice_changes_nothing(client, dataset, tiny, bank):
+    first = seed_bank(client, dataset, labeled_of(dataset, tiny), bank)
+    assert seed_bank(client, dataset, labeled_of(dataset, tiny), bank) == first
+
+
+def test_groups_without_any_class_are_refused(client, own, tiny, bank):
+    for path in (own.root / "masks").iterdir():
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(path)
+    with pytest.raises(InvalidDataset, match="the labeled groups of 'heart' hold no mask with a class"):
+        seed_bank(client, own, labeled_of(own, tiny), bank)
+    with pytest.raises(UnknownBank):
+        client.bank(bank)
+
+
+def test_templates_of_other_patients_are_said(client, dataset, tiny, bank, caplog):
+    splits = read_splits(dataset, tiny().data)
+    seed_bank(client, dataset, splits.labeled, bank)
+    assert caplog.text == ""
+    seed_bank(client, dataset, splits.unlabeled[:1], bank)
+    assert "groups that are not labeled here" in caplog.text
+    assert splits.labeled[0] in caplog.text
+
+
+def test_each_split_has_a_bank_of_its_own(dataset):
+    groups = dataset.groups()
+    names = {
+        bank_name(dataset, LABELED, groups[:1]),
+        bank_name(dataset, LABELED, groups[1:2]),
+        bank_name(dataset, LABELED, groups[:2]),
+        bank_name(dataset, "splits/labeled_3.txt", groups[:2]),
+    }
+    assert len(names) == 4
+    assert bank_name(dataset, LABELED, groups[:2]) == bank_name(dataset, LABELED, groups[1::-1])
+    assert bank_name(dataset, LABELED, groups[:1]).startswith("heart-labeled_1-")
+
+
+def test_other_images_or_masks_make_another_bank(dataset, own, tiny):
+    """Also those of another data set of the same name: its templates must not mix with ours."""
+    groups = labeled_of(own, tiny)
+    name = bank_name(own, LABELED, groups)
+    assert name == bank_name(dataset, LABELED, groups)
+    item = slices_of(own, groups)[1]
+    Image.fromarray(255 - own.image(item)).save(own.root / "images" / f"{item.name}.png")
+    changed = bank_name(own, LABELED, groups)
+    Image.fromarray(own.mask(item).T.copy()).save(own.root / "masks" / f"{item.name}.png")
+    assert len({name, changed, bank_name(own, LABELED, groups)}) == 3
+
+
+@pytest.mark.parametrize("folder", ["Herz & Gefäße", "_private", "a" * 120, "--"])
+def test_the_annotator_takes_the_name_whatever_the_folder_is_called(phantoms, tmp_path, tiny, client, folder):
+    (tmp_path / folder).symlink_to(phantoms)
+    dataset = open_dataset(tmp_path / folder)
+    dataset.name = folder  # as of a folder that is no link
+    name = bank_name(dataset, LABELED, labeled_of(dataset, tiny))
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name)
+    assert seed_bank(client, dataset, labeled_of(dataset, tiny), name).templates == 3
+
+
+def test_a_config_may_name_its_bank(client, dataset, tiny):
+    assert seed_labeled(client, dataset, tiny("annotator.bank=by-hand")).name == "by-hand"
+    info = seed_labeled(client, dataset, tiny())
+    assert info.name == bank_name(dataset, LABELED, labeled_of(dataset, tiny))
