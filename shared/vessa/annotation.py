@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+from scipy import ndimage
 
 from vessa.errors import VessaError
 from vessa.schemas import TemplateUse
@@ -28,6 +29,20 @@ class Prompts:
     point_labels: Floats | None = None
     mask_logits: Floats | None = None
     mask_present: Floats | None = None
+
+
+def box_and_point(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[Floats, Floats]:
+    """Return the box (4,) XYXY px around a mask and the point (2,) (x, y) px deepest inside it.
+
+    mask: bool (H, W). Raises ValueError when it is empty.
+    """
+    if not mask.any():
+        raise ValueError("an empty mask has neither box nor point; expected at least one pixel")
+    rows, columns = np.nonzero(mask)
+    box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(int(depth.argmax()), mask.shape)
+    return box, np.array([x + 0.5, y + 0.5], np.float32)
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a run's best teacher on the patients of a split."""
+    from vessa.report.tables import Row, table
     from vessa_trainer.data import cases_of
     from vessa_trainer.loop import evaluate as score
     from vessa_trainer.loop import load_best
-    from vessa_trainer.report import Row, table
 
     config = _config(run / "config.yaml", None, data=data)
     dataset = open_dataset(config.data.root)

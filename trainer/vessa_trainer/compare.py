@@ -11,16 +11,16 @@ from rich.table import Table as Shown
 from vessa.client import AnnotatorClient
 from vessa.datasets import Case, Dataset, open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset
+from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
+from vessa.report.page import Page
+from vessa.report.tables import Row, Table, cards, missed, scores_from, table
 from vessa_trainer.annotations import AnnotationFeed
 from vessa_trainer.config import Config
 from vessa_trainer.curves import bars_figure, comparison_figure
 from vessa_trainer.data import cases_of, read_splits
 from vessa_trainer.fit import fit, labels_of, seed_labeled, without_key
 from vessa_trainer.label_cache import open_cache
-from vessa_trainer.loop import load_best
-from vessa_trainer.overlays import Overlay, annotated, best_median_worst, predict_labels, score_labels
-from vessa_trainer.page import Page
-from vessa_trainer.report import Row, Table, cards, missed, scores_from, table
+from vessa_trainer.loop import load_best, predict_labels
 
 _METHODS: dict[Literal["unimatch_v2", "vessa"], str] = {
     "unimatch_v2": "UniMatch V2",

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+mpl.use("Agg")
 
 _INK, _GRID = "#1c2430", "#dfe4ea"
 PALETTE = ("#7a8794", "#0b6e99", "#d9822b", "#6a9a3b", "#9b59b6", "#c0392b")

@@ -12,6 +12,7 @@ import numpy as np
 from vessa.client import AnnotatorClient
 from vessa.datasets import Case, Dataset, open_dataset
 from vessa.errors import InvalidConfig, VessaError
+from vessa.report.cases import Overlay, annotated, best_median_worst
 from vessa.schemas import BankInfo
 from vessa_trainer import checkpoint
 from vessa_trainer.annotations import AnnotationFeed
@@ -19,8 +20,7 @@ from vessa_trainer.config import Config, load_config, to_dict
 from vessa_trainer.curves import write_progress
 from vessa_trainer.data import cases_of, read_splits
 from vessa_trainer.label_cache import open_cache
-from vessa_trainer.loop import Run, load_best
-from vessa_trainer.overlays import Overlay, annotated, best_median_worst, predict_labels
+from vessa_trainer.loop import Run, load_best, predict_labels
 from vessa_trainer.report import write_run_report
 from vessa_trainer.seeding import bank_name, seed_bank
 

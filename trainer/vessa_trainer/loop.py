@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
-from vessa.metrics import Scores, score_volumes
+from vessa.metrics import Scores
+from vessa.report.cases import annotated, score_labels
 from vessa_trainer import checkpoint
 from vessa_trainer.annotations import AnnotationFeed
 from vessa_trainer.config import Config, save_config
@@ -90,17 +91,22 @@ def predict_volumes(
         yield case, slices
 
 
+def predict_labels(
+    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
+) -> dict[str, list[np.ndarray]]:
+    """Class ids uint8 (H, W) of every slice of some cases, by the case's name."""
+    return {
+        case.name: [p.argmax(0).byte().numpy() for p in slices]
+        for case, slices in predict_volumes(model, dataset, cases, config, channels)
+    }
+
+
 def evaluate(
     model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
 ) -> Scores:
     """Score a model on volumes; slices without a mask are left out."""
-    volumes = []
-    for case, slices in predict_volumes(model, dataset, cases, config, channels):
-        masks = [dataset.mask(s) for s in case.slices]
-        pairs = [(p.argmax(0).byte().numpy(), m) for p, m in zip(slices, masks, strict=True) if m is not None]
-        if pairs:
-            volumes.append((np.stack([p for p, _ in pairs]), np.stack([m for _, m in pairs]), case.spacing))
-    return score_volumes(volumes, dataset.classes)
+    cases = annotated(dataset, cases)
+    return score_labels(dataset, cases, predict_labels(model, dataset, cases, config, channels))
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""`vessa-server serve|pretrain|phantoms`: the annotator's command line."""
+"""`vessa-server serve|pretrain|evaluate|phantoms`: the annotator's command line."""
 
 import json
 import shlex
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vessa.errors import VessaError
+from vessa.errors import InvalidRequest, VessaError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
@@ -81,6 +81,55 @@ def pretrain(
     )
     command = "vessa-server " + shlex.join(Path(a).name if Path(a).is_dir() else a for a in sys.argv[1:])
     _finish(run(data or [], out, config, studies=studies, command=command, device=device), as_json)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Data folder.")],
+    weights: Annotated[str, typer.Option(help="Weights directory, or the name of shipped ones.")] = "nano",
+    bank_split: Annotated[
+        list[str] | None, typer.Option(help="Split file of a bank's patients; repeatable, a bank each.")
+    ] = None,
+    bank_groups: Annotated[
+        list[str] | None, typer.Option(help="Patients of a bank, ID,ID; repeatable, a bank each.")
+    ] = None,
+    test_split: Annotated[
+        str | None, typer.Option(help="Split file of the test patients; all others unless given.")
+    ] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Only these of: top1,top3,sample,random,no-language,no-memory,box,...")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of the variants that draw a template.", min=1)] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda:N or auto.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("runs/evaluate"),
+    as_json: Json = False,
+) -> None:
+    """Score the annotator alone, with the templates of a few patients, and what each part of it is worth."""
+    from vessa.datasets import open_dataset
+    from vessa_server.evaluation import VARIANTS
+    from vessa_server.evaluation import evaluate as run
+
+    dataset = open_dataset(data)
+    banks = [dataset.split(name) for name in bank_split or []]
+    banks += [tuple(groups.split(",")) for groups in bank_groups or []]
+    if not banks:
+        raise InvalidRequest("name the bank's patients: --bank-split FILE or --bank-groups ID,ID")
+    chosen = list(VARIANTS) if variants is None else variants.split(",")
+    if unknown := [name for name in chosen if name not in VARIANTS]:
+        raise InvalidRequest(f"unknown variant '{unknown[0]}'; known are {', '.join(VARIANTS)}")
+    test = None if test_split is None else dataset.split(test_split)
+    figures = run(
+        dataset,
+        banks,
+        test,
+        weights=weights,
+        device=device,
+        variants=chosen,
+        seeds=seeds,
+        out=out,
+        console=Console(stderr=True),
+    )
+    _finish(figures, as_json)
 
 
 @app.command()

@@ -1,17 +1,16 @@
-"""Predictions of whole cases, scored and laid over their images: the best, the median, the worst."""
+"""Labels of whole cases, scored and laid over their images: the best, the median, the worst."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import nn
 
 from vessa.datasets import Case, Dataset
 from vessa.metrics import Scores, score_volumes
-from vessa_trainer.config import Config
-from vessa_trainer.loop import predict_volumes
 
-Labels = Mapping[str, Sequence[np.ndarray]]  # case name to uint8 (H, W) class ids of its slices
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Labels = Mapping[str, Sequence[Pixels]]  # case name to uint8 (H, W) class ids of its slices
 
 
 @dataclass(frozen=True)
@@ -19,24 +18,14 @@ class Overlay:
     """One row of pictures. image: uint8 (H, W[, 3]); masks: column to uint8 (H, W), captions: to text."""
 
     title: str
-    image: np.ndarray
-    masks: dict[str, np.ndarray]
+    image: Pixels
+    masks: dict[str, Pixels]
     captions: dict[str, str]
 
 
 def annotated(dataset: Dataset, cases: Sequence[Case]) -> list[Case]:
     """Cases of which at least one slice has a mask."""
     return [c for c in cases if any(dataset.mask(s) is not None for s in c.slices)]
-
-
-def predict_labels(
-    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
-) -> dict[str, list[np.ndarray]]:
-    """Class ids of every slice of some cases."""
-    return {
-        case.name: [p.argmax(0).byte().numpy() for p in slices]
-        for case, slices in predict_volumes(model, dataset, cases, config, channels)
-    }
 
 
 def score_labels(dataset: Dataset, cases: Sequence[Case], labels: Labels) -> Scores:

@@ -6,17 +6,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vessa.images import class_color, overlay
-from vessa_trainer.overlays import Overlay
-
-mpl.use("Agg")
+from vessa.report.cases import Overlay, Pixels
 
 _HEIGHT = 200  # px of a picture on the page; twice as many in it, for sharp print
 _STYLE = """
@@ -50,6 +46,13 @@ pre{background:var(--wash);padding:.9rem;overflow:auto;font-size:.78rem;border-r
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact} 
 .charts img{break-inside:avoid} details{display:none}}
 """
+
+
+class Chart(Protocol):
+    """A matplotlib figure, for one; this package itself does without matplotlib."""
+
+    def savefig(self, stream: Any, /, **options: Any) -> None:
+        """Write the picture to a stream."""
 
 
 class Page:
@@ -124,7 +127,7 @@ class Page:
                 f"<div class='row' style='{columns}'>{''.join(cells)}</div></div>"
             )
 
-    def figures(self, figures: Sequence[Figure]) -> None:
+    def figures(self, figures: Sequence[Chart]) -> None:
         """Add charts, side by side where there is room."""
         images = []
         for figure in figures:
@@ -160,7 +163,7 @@ class Page:
         fresh.replace(path)
 
 
-def _figure(pixels: np.ndarray, name: str, caption: str) -> str:
+def _figure(pixels: Pixels, name: str, caption: str) -> str:
     """Draw one picture with its name, enlarged by a whole number so that pixels stay pixels."""
     factor = max(1, round(2 * _HEIGHT / max(pixels.shape[:2])))
     image = Image.fromarray(pixels)

@@ -1,0 +1,235 @@
+"""How good the annotator is alone, from the templates of a few patients (the paper's Tables 4 and 5).
+
+Each draw of bank patients makes a fresh bank; every test patient outside of it is annotated slice by
+slice and scored as a volume. Variants differ from the default in one thing each.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from vessa.annotation import box_and_point
+from vessa.codec import image_digest
+from vessa.datasets import Case, Dataset, Slice
+from vessa.errors import InvalidDataset, VessaError
+from vessa.report.cases import annotated, best_median_worst, score_labels
+from vessa.report.page import Page
+from vessa.report.tables import Row, cards, missed, table
+from vessa_server.annotator import Annotator, SegmentItem, SegmentResult, TemplateItem, load_annotator
+from vessa_server.bank import Template, TemplateBanks
+from vessa_server.store import FolderStore
+
+_Answer = TypeVar("_Answer", SegmentResult, Template)
+
+_BATCH = 8
+_SURE = 6.0  # mask logit of a pixel that is known
+_FEATURES = 2 << 30  # bytes: every variant reuses the features of the first
+_PICTURED = 4  # variants shown beside the truth
+_TRUTH = "from the truth: a ceiling"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to ask. without: see Annotator; prompts: what of the truth goes along, or nothing."""
+
+    name: str
+    template_choice: str = "top1"
+    without: frozenset[str] = frozenset()
+    prompts: str | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the answer depends on a seed."""
+        return self.template_choice in ("sample", "random")
+
+
+VARIANTS = {
+    "top1": Variant("VESSA, most similar template"),
+    "top3": Variant("three templates in memory", "top3"),
+    "sample": Variant("template sampled (Eq. 1)", "sample"),
+    "random": Variant("random template", "random"),
+    "no-language": Variant("without language", without=frozenset({"language"})),
+    "no-memory": Variant("without memory", without=frozenset({"memory"})),
+    "box": Variant(f"box {_TRUTH}", prompts="box"),
+    "point": Variant(f"point {_TRUTH}", prompts="point"),
+    "mask": Variant(f"mask logits {_TRUTH}", prompts="mask"),
+}
+
+
+def evaluate(
+    dataset: Dataset,
+    banks: Sequence[Sequence[str]],
+    test: Sequence[str] | None,
+    *,
+    weights: str,
+    device: str,
+    variants: Sequence[str],
+    seeds: int,
+    out: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Score variants on the test groups, once for each bank and, where it matters, for each seed.
+
+    banks: groups of each draw; test: None for all groups outside the bank. Writes out/report.html and
+    returns the figures of the JSON line, those of the first variant at the top. Raises InvalidDataset
+    when a bank or the test groups hold no annotation, or share a group.
+    """
+    rows = {name: Row(VARIANTS[name].name, []) for name in variants}
+    stages: dict[str, float] = {}
+    labels: dict[str, dict[str, list[np.ndarray]]] = {}
+    for draw, groups in enumerate(banks):
+        cases = _cases(dataset, groups, test)
+        with tempfile.TemporaryDirectory() as folder:
+            store = TemplateBanks(FolderStore(folder))
+            annotator = load_annotator(weights, device, store, _FEATURES)
+            seed_bank(annotator, dataset, groups)
+            for name in variants:
+                variant = VARIANTS[name]
+                for seed in range(seeds if variant.drawn else 1):
+                    title = f"bank {draw + 1} of {len(banks)}: {variant.name}"
+                    found = dict(_annotate(annotator, dataset, cases, variant, seed, title, console))
+                    rows[name].seeds.append(score_labels(dataset, cases, found))
+                    labels.setdefault(variant.name, found)
+                if draw == 0 and name == variants[0]:
+                    stages = dict(annotator.stage_seconds)
+    cases = _cases(dataset, banks[0], test)
+    images = sum(len(c.slices) for c in cases)
+    figures = _figures(list(rows.items())) | {
+        "banks": [list(b) for b in banks],
+        "test_patients": len({c.group for c in cases}),
+        "model": annotator.model_digest,
+        "ms_per_image": {k: round(1000 * v / images, 2) for k, v in stages.items()},
+        "report": str(out / "report.html"),
+    }
+    _write(out, dataset, list(rows.values()), labels, cases, figures)
+    return figures
+
+
+def _cases(dataset: Dataset, bank: Sequence[str], test: Sequence[str] | None) -> list[Case]:
+    wanted = set(dataset.groups()) - set(bank) if test is None else set(test)
+    if both := wanted & set(bank):
+        raise InvalidDataset(f"groups both in the bank and under test: {sorted(both)[:5]}")
+    cases = annotated(dataset, [c for c in dataset.cases() if c.group in wanted])
+    if not cases:
+        raise InvalidDataset(f"no test group of '{dataset.name}' has a mask: there is nothing to score")
+    return cases
+
+
+def seed_bank(annotator: Annotator, dataset: Dataset, groups: Sequence[str]) -> None:
+    """Fill the bank "evaluation" with all annotated slices of some groups."""
+    if unknown := set(groups) - set(dataset.groups()):
+        raise InvalidDataset(f"'{dataset.name}' has no groups {sorted(unknown)[:5]}")
+    items = []
+    for item in dataset.slices():
+        mask = dataset.mask(item) if item.group in groups else None
+        if mask is not None and mask.any():
+            items.append(TemplateItem(dataset.image(item), mask, dict(dataset.classes), item.group))
+    if not items:
+        raise InvalidDataset(f"the bank's groups hold no mask with a class: {sorted(groups)[:5]}")
+    annotator.banks.add("evaluation", [_result(t) for t in annotator.encode_templates(items)])
+
+
+def _annotate(
+    annotator: Annotator,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    variant: Variant,
+    seed: int,
+    title: str,
+    console: Console,
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Annotate cases: name and label maps uint8 (H, W) of the slices."""
+    annotator.without = variant.without
+    for case in track(cases, title, console=console, transient=True):
+        labels: list[np.ndarray] = []
+        for start in range(0, len(case.slices), _BATCH):
+            items = [_item(dataset, s, variant, seed) for s in case.slices[start : start + _BATCH]]
+            labels += [_result(r).labels for r in annotator.segment(items)]
+        yield case.name, labels
+
+
+def _result(answer: _Answer | VessaError) -> _Answer:
+    if isinstance(answer, VessaError):
+        raise answer
+    return answer
+
+
+def _item(dataset: Dataset, item: Slice, variant: Variant, seed: int) -> SegmentItem:
+    image = dataset.image(item)
+    names = tuple(dataset.classes[c] for c in sorted(dataset.classes))
+    asked = SegmentItem(
+        image_digest(image),
+        image,
+        "evaluation",
+        classes=names,
+        group=item.group,
+        template_choice=variant.template_choice,
+        # each slice draws on its own, and the same in every run
+        seed=int(np.random.default_rng([seed, item.index]).integers(1 << 31)),
+    )
+    mask = dataset.mask(item)
+    if variant.prompts is None or mask is None:
+        return asked
+    truth = np.stack([mask == c for c in sorted(dataset.classes)])
+    if variant.prompts == "mask":
+        return replace(asked, mask_logits=np.where(truth, _SURE, -_SURE).astype(np.float32))
+    boxes = np.full((len(truth), 4), -1, np.float32)
+    points = np.zeros((len(truth), 1, 2), np.float32)
+    present = truth.any((1, 2))
+    for row in np.flatnonzero(present):
+        boxes[row], points[row, 0] = box_and_point(truth[row])
+    if variant.prompts == "box":
+        return replace(asked, boxes=boxes)
+    kinds = np.where(present, 1, -1).astype(np.int8)[:, None]
+    return replace(asked, points=points, point_labels=kinds)
+
+
+def _figures(rows: Sequence[tuple[str, Row]]) -> dict[str, Any]:
+    def of(row: Row) -> dict[str, Any]:
+        dice = row.values("dice")
+        return {
+            "dice_mean": _rounded(row.mean("dice")),
+            "dice_std": round(float(np.std(dice, ddof=1)), 4) if len(dice) > 1 else 0.0,
+            "dice_by_class": {c: _rounded(row.mean("dice", c)) for c in row.seeds[0].by_class},
+            "iou_mean": _rounded(row.mean("iou")),
+            "hd95_mean": _rounded(row.mean("hd95")),
+            "hd95_unit": row.seeds[0].unit,
+        }
+
+    return of(rows[0][1]) | {"variants": {name: of(row) for name, row in rows}}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _write(
+    out: Path,
+    dataset: Dataset,
+    rows: Sequence[Row],
+    labels: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
+    cases: Sequence[Case],
+    figures: Mapping[str, Any],
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    page = Page(f"{dataset.name}: the annotator alone")
+    size = len(figures["banks"][0])
+    page.lead(
+        f"{len(figures['banks'])} bank(s) of {size} patient{'s' if size > 1 else ''}, "
+        f"{figures['test_patients']} test patients, weights {figures['model']}."
+    )
+    page.cards(cards(rows[:1]))
+    page.heading("Test patients")
+    scores = table(rows)
+    page.table(scores.header, scores.lines, scores.best)
+    page.note(missed(rows))
+    shown = dict(list(labels.items())[:_PICTURED])
+    page.overlays(best_median_worst(dataset, cases, shown, rows[0].name), dataset.classes)
+    page.details("Figures", figures)
+    page.write(out / "report.html")
