@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -46,13 +46,6 @@ pre{background:var(--wash);padding:.9rem;overflow:auto;font-size:.78rem;border-r
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact} 
 .charts img{break-inside:avoid} details{display:none}}
 """
-
-
-class Chart(Protocol):
-    """A matplotlib figure, for one; this package itself does without matplotlib."""
-
-    def savefig(self, stream: Any, /, **options: Any) -> None:
-        """Write the picture to a stream."""
 
 
 class Page:
@@ -127,8 +120,8 @@ class Page:
                 f"<div class='row' style='{columns}'>{''.join(cells)}</div></div>"
             )
 
-    def figures(self, figures: Sequence[Chart]) -> None:
-        """Add charts, side by side where there is room."""
+    def figures(self, figures: Sequence[Any]) -> None:
+        """Add charts (matplotlib figures), side by side where there is room."""
         images = []
         for figure in figures:
             stream = io.BytesIO()
