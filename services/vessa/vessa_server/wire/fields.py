@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vessa.errors import InvalidRequest, UnknownClass
+from vessa.errors import InvalidPrompt, InvalidRequest, UnknownClass
 from vessa_server.wire.forms import read_json
 
 CHOICES = ("top1", "top3", "sample")
@@ -84,11 +84,17 @@ def item_seed(seed: int, image_id: str) -> int:
 
 
 def read_per_class(
-    value: Any, classes: Mapping[int, str], what: str, dtype: Any, row: tuple[int | None, ...]
+    value: Any,
+    classes: Mapping[int, str],
+    what: str,
+    dtype: Any,
+    row: tuple[int | None, ...],
+    longest: int = 0,
 ) -> NDArray[Any] | None:
     """Read prompts given as {class name: prompt} or as a list in the order of the classes, null for none.
 
-    Returns (1, K, *row); rows are filled up with -1, which means none for boxes and for point labels.
+    row: shape of one class's prompt, None for a side of up to `longest`. Returns (1, K, *row); rows are
+    filled up with -1, which means none for boxes and for point labels.
     """
     if value is None:
         return None
@@ -114,6 +120,9 @@ def read_per_class(
             raise wrong from None
         if array.ndim != len(row) or any(w not in (None, s) for w, s in zip(row, array.shape, strict=True)):
             raise wrong
+        # Checked here, before the padding: one long row would make all classes' rows as long.
+        if any(side is None and size > longest for side, size in zip(row, array.shape, strict=True)):
+            raise InvalidPrompt(f"at most {longest} {what} a class, got {len(array)}")
         if dtype == np.int8 and not np.isin(array, (-1, 0, 1)).all():
             raise InvalidRequest(f"{what} must be 1 (inside), 0 (outside) or -1 (none)")
         rows.append(array)

@@ -8,10 +8,11 @@ import python_multipart
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from vessa.errors import InvalidRequest, MalformedBody
+from vessa.errors import InvalidRequest, MalformedBody, TooLarge
 
 MAX_PARTS = 32
 MAX_HEADER_BYTES = 4096
+MAX_TEXT_BYTES = 1 << 20  # as much as a safetensors header; parsed JSON takes many times its bytes
 
 
 class Form:
@@ -34,9 +35,14 @@ class Form:
         return data
 
     def text(self, name: str, default: str) -> str:
-        """Return a text field; an empty one counts as absent."""
+        """Return a text field; an empty one counts as absent. TooLarge over 1 MiB."""
+        data = self._fields.get(name, b"")
+        if len(data) > MAX_TEXT_BYTES:
+            raise TooLarge(
+                f"form field {name!r} has {len(data)} bytes, more than the limit of {MAX_TEXT_BYTES}"
+            )
         try:
-            return self._fields.get(name, b"").decode().strip() or default
+            return data.decode().strip() or default
         except UnicodeDecodeError:
             raise InvalidRequest(f"form field {name!r} must be UTF-8 text") from None
 

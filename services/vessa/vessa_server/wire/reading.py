@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vessa.codec import TensorSpec, decode, image_digest
 from vessa.errors import (
     InvalidImage,
+    InvalidPrompt,
     InvalidRequest,
     MalformedBody,
     NoTemplate,
@@ -169,11 +170,15 @@ class Reader:
         options = {"template_choice": form.text("template_choice", "top1"), "seed": form.text("seed", "0")}
         image = decode_image(form.file("image"), self.settings.max_pixels)
         bank, classes = self._classes(form.text("bank", DEFAULT_BANK), form.json("classes"))
+        most = self.settings.max_points
         prompts = Prompts(
             boxes=read_per_class(form.json("boxes"), classes, "boxes", np.float32, (4,)),
-            points=read_per_class(form.json("points"), classes, "points", np.float32, (None, 2)),
-            point_labels=read_per_class(form.json("point_labels"), classes, "point_labels", np.int8, (None,)),
+            points=read_per_class(form.json("points"), classes, "points", np.float32, (None, 2), most),
+            point_labels=read_per_class(
+                form.json("point_labels"), classes, "point_labels", np.int8, (None,), most
+            ),
         )
+        _check_labeled(prompts)
         group = form.text("group", "") or None
         request = self._segment_request(bank, classes, image[None], None, [group], prompts, options)
         if isinstance(request.items[0], VessaError):
@@ -299,6 +304,15 @@ class Reader:
                 f"the answer would take {answer} bytes, more than the limit of "
                 f"{self.settings.max_answer_bytes}; send fewer images at once or ask for no probabilities"
             )
+
+
+def _check_labeled(prompts: Prompts) -> None:
+    """Refuse a form's point without a label: padding would make it a point that is not there."""
+    points, labels = prompts.points, prompts.point_labels
+    if points is None or labels is None or points.shape[:3] != labels.shape:
+        return  # Prompts.check_shapes says so
+    if ((points != -1).any(axis=-1) & (labels == -1)).any():
+        raise InvalidPrompt("each of the points needs a point label of its class: 1 inside, 0 outside")
 
 
 def _common_size(sizes: list[tuple[int, int] | None]) -> tuple[int, int] | None:
