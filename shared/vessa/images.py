@@ -11,6 +11,7 @@ from vessa.errors import InvalidImage, TooLarge
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 _MAX_PIXELS = 64 << 20
+_ORIENTATION = 0x0112  # a tag of TIFF and EXIF; 1 is upright
 
 
 def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -29,6 +30,8 @@ def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
                 raise _too_large(path)
             if has_second_frame(image):
                 raise InvalidImage(f"{path} holds several frames; expected one: save the one to be used")
+            if is_turned(image):
+                raise InvalidImage(f"{path} is a TIFF with an orientation tag; save it upright, without one")
             if image.mode.startswith(("I", "F")):
                 return to_bytes(np.asarray(image, dtype=np.float32))
             gray = image.mode in ("1", "L", "LA")
@@ -54,6 +57,14 @@ def has_second_frame(image: Image.Image) -> bool:
         image.seek(0)
         return False
     return True
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether a TIFF's pixels would not come as they are stored, for Pillow turns them by their tag.
+
+    EXIF rotation of PNG and JPEG is never applied: coordinates are those of the stored pixels.
+    """
+    return image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) != 1
 
 
 def to_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:

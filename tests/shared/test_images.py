@@ -74,6 +74,9 @@ def test_exif_rotation_is_not_applied(tmp_path):
     picture = Image.fromarray(GRAY)
     picture.save(tmp_path / "r.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "r.png"), GRAY)
+    picture.save(tmp_path / "r.tif", exif=exif)
+    with pytest.raises(InvalidImage, match="TIFF with an orientation tag; save it upright"):
+        read_image(tmp_path / "r.tif")
 
 
 def test_what_is_no_image_is_named(tmp_path):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vessa.errors import InvalidImage, ShapeMismatch, TooLarge, UnknownClass
-from vessa.images import has_second_frame, to_bytes
+from vessa.images import has_second_frame, is_turned, to_bytes
 
 # A header that claims absurd sizes is an error and never a mere warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -83,13 +83,15 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str) -> 
             f"the {what} has {image.height} x {image.width} pixels, more than the limit of {max_pixels}"
         )
     try:
-        alone = not has_second_frame(image)
-        if alone:
+        alone, turned = not has_second_frame(image), is_turned(image)
+        if alone and not turned:
             image.load()
     except Exception:
         raise InvalidImage(f"the {what} is damaged or cut off; {expected} was expected") from None
     if not alone:
         raise InvalidImage(f"the {what} must hold one frame, got several; send them one by one")
+    if turned:
+        raise InvalidImage(f"the {what} is a TIFF with an orientation tag; send it upright, without one")
     return image
 
 
