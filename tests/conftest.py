@@ -54,21 +54,39 @@ def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a real Redis of this test session's own."""
+def run_redis(folder: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
+    """Start a Redis of the tests' own on a loopback port and wait until it listens."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.fail(
             "no redis-server on this machine: `make test` installs it, or `apt-get install redis-server`"
         )
-    port, folder = free_port(), tmp_path_factory.mktemp("redis")
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
-    server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+    place = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    server = subprocess.Popen([binary, *place, *options], stdout=subprocess.DEVNULL)
     wait_for_port(port, server)
+    return server
+
+
+@pytest.fixture(scope="session")
+def start_redis() -> Callable[..., subprocess.Popen[bytes]]:
+    """Start a Redis: `start_redis(folder, port, *options)`; who starts it ends it."""
+    return run_redis
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real Redis of this test session's own."""
+    port = free_port()
+    server = run_redis(tmp_path_factory.mktemp("redis"), port)
     yield f"redis://127.0.0.1:{port}/0"
     server.terminate()
     server.wait(10)
+
+
+@pytest.fixture
+def port() -> int:
+    """A port on loopback that nobody listens on now."""
+    return free_port()
 
 
 @pytest.fixture
@@ -89,34 +107,53 @@ def png_of_size() -> Callable[[int, int], bytes]:
 
 @dataclass(frozen=True)
 class Service:
-    """A running annotator and how to reach it."""
+    """A running annotator, how to reach it, and where it keeps its banks and its log."""
 
     url: str
     api_key: str
+    process: subprocess.Popen[bytes]
+    folder: Path
 
 
 @pytest.fixture(scope="session")
-def annotator(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Run `vessa-server serve` on the untrained nano weights, with a key, in a process of its own."""
-    port, folder = free_port(), tmp_path_factory.mktemp("annotator")
-    key = "a-key-for-tests-0123456789"
-    settings = {
-        "VESSA_API_KEY": key,
-        "VESSA_WEIGHTS": str(nano_weights),
-        "VESSA_STORE": f"folder:{folder / 'banks'}",
-        "VESSA_PORT": str(port),
-        "VESSA_DEVICE": "cpu",
-        "VESSA_THREADS": "1",  # more would only wait for each other on a small machine
-        "XDG_CONFIG_HOME": str(folder),
-    }
-    command = [sys.executable, "-m", "vessa_server", "serve"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    wait_until_ready(url, process, folder / "log")
-    yield Service(url, key)
-    process.terminate()
-    process.wait(20)
+def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
+    """Run `vessa-server serve` on the untrained nano weights: `start_annotator(folder, **settings)`.
+
+    Each in a process of its own, with a key, ended with the test session; a second one on the same folder
+    has the banks of the first.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(folder: Path, **settings: str) -> Service:
+        port, key = free_port(), "a-key-for-tests-0123456789"
+        settings = {
+            "VESSA_API_KEY": key,
+            "VESSA_WEIGHTS": str(nano_weights),
+            "VESSA_STORE": f"folder:{folder / 'banks'}",
+            "VESSA_PORT": str(port),
+            "VESSA_DEVICE": "cpu",
+            "VESSA_THREADS": "1",  # more would only wait for each other on a small machine
+            "XDG_CONFIG_HOME": str(folder),
+        } | settings
+        command = [sys.executable, "-m", "vessa_server", "serve"]
+        with (folder / "log").open("a") as log:
+            process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        started.append(process)
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process, folder / "log")
+        return Service(url, key, process, folder)
+
+    yield start
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def annotator(start_annotator: Callable[..., Service], tmp_path_factory: pytest.TempPathFactory) -> Service:
+    """One running annotator for all tests that only need banks of their own."""
+    return start_annotator(tmp_path_factory.mktemp("annotator"))
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 20) -> None:
