@@ -108,6 +108,37 @@ def test_an_image_seen_before_needs_no_pixels(annotator):
     assert np.array_equal(first.labels, again.labels)
 
 
+def test_a_request_with_prompts_alone_only_decodes(annotator):
+    item = query()
+    first = the_only(annotator.segment([item]))
+    spent = dict(annotator.stage_seconds)
+    box = np.full((2, 4), -1, np.float32)
+    box[0] = 5, 5, 40, 30
+    prompted = SegmentItem(item.image_id, None, "abdomen", boxes=box)
+    answers = [the_only([a]) for a in annotator.segment([prompted, prompted])]
+    assert annotator.stage_seconds["language"] == spent["language"]
+    assert annotator.stage_seconds["attend"] == spent["attend"]
+    assert np.array_equal(answers[0].labels, answers[1].labels)
+    assert answers[0].scores != first.scores
+    # another class, or another template, is another look
+    annotator.segment([SegmentItem(item.image_id, None, "abdomen", template_choice="top3")])
+    assert annotator.stage_seconds["attend"] > spent["attend"]
+
+
+def test_the_budget_counts_what_was_kept_of_each_class(model, annotator):
+    item = query()
+    roomy = Annotator(model[0], annotator.banks, 1 << 30, model[1])
+    roomy.segment([item])
+    whole = roomy._held.nbytes
+    roomy.leave_out(frozenset())
+    features = roomy._held.nbytes
+    assert features < whole
+    tight = Annotator(model[0], annotator.banks, (features + whole) // 2, model[1])
+    the_only(tight.segment([item]))
+    assert not tight.holds(item.image_id)
+    assert tight._held.nbytes == 0
+
+
 def test_what_does_not_fit_the_budget_is_not_kept(model, annotator):
     small = Annotator(model[0], annotator.banks, 1, model[1])
     item = query()

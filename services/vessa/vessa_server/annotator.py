@@ -7,7 +7,7 @@ only this module and those below it know torch.
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from vessa.codec import image_digest
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
 from vessa.schemas import TemplateUse
 from vessa_server.bank import Bank, Template, TemplateBanks, sample_template, template_id
+from vessa_server.features import Attended, FeatureCache, Seen
 from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, to_tensor
 from vessa_server.model.instructions import DEFAULT_INSTRUCTION
@@ -29,6 +30,7 @@ from vessa_server.model.vessa import Vessa, overlay
 _Result = TypeVar("_Result")
 
 LABELS_VERSION = "1"  # of pre- and post-processing: raise it when the same weights would answer differently
+STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
 _CONCURRENT_MASKS = 12  # (image, class) pairs decoded in one pass; bounds memory, not what a request may hold
 
 
@@ -77,30 +79,20 @@ class SegmentResult:
 
 
 @dataclass
-class _Seen:
-    """An image the annotator still holds: its square, features and retrieval vector."""
-
-    square: Square
-    pixels: Tensor  # (1, 3, S, S) float in [0, 1]
-    features: ImageFeatures
-    vector: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        tensors = [self.pixels, self.features.embedding, self.features.fine, self.features.finer]
-        return sum(t.nbytes for t in tensors)
-
-
-@dataclass
 class _Pass:
     """One (image, class) pair on its way through the network."""
 
-    seen: _Seen
+    seen: Seen
     class_id: int
     class_name: str
     chosen: list[tuple[Template, float]]
     item: SegmentItem
     index: int  # of the class among the item's classes
+
+    @property
+    def key(self) -> Hashable:
+        """What the pass depends on before any prompt, besides the image."""
+        return self.class_id, self.class_name, tuple(t.id for t, _ in self.chosen)
 
 
 class Annotator:
@@ -118,18 +110,22 @@ class Annotator:
         model_digest: str,
         without: frozenset[str] = frozenset(),
     ) -> None:
-        if unknown := without - {"language", "memory"}:
-            raise ValueError(f"only language and memory can be left out, got {sorted(unknown)}")
-        self.without = without
-        self.stage_seconds = dict.fromkeys(("encode", "retrieve", "language", "draw", "fuse"), 0.0)
+        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         self.model, self.banks = model, banks
         self.model_digest = model_digest
         self.preset = model.preset.name
         self._size = model.preset.segmenter.image_size
-        self._budget = feature_cache_bytes
-        self._held: OrderedDict[str, _Seen] = OrderedDict()
+        self._held = FeatureCache(feature_cache_bytes)
         self._overlays: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
         self.hits = self.misses = 0
+        self.leave_out(without)
+
+    def leave_out(self, parts: frozenset[str]) -> None:
+        """From now on do without some parts. Raises ValueError for an unknown one."""
+        if unknown := parts - {"language", "memory"}:
+            raise ValueError(f"only language and memory can be left out, got {sorted(unknown)}")
+        self.without = parts
+        self._held.forget_attended()
 
     @property
     def device(self) -> str:
@@ -208,7 +204,7 @@ class Annotator:
             position += len(plan)
         return results
 
-    def _look(self, images: list[tuple[str, np.ndarray]]) -> list[_Seen]:
+    def _look(self, images: list[tuple[str, np.ndarray]]) -> list[Seen]:
         """Encode images once, and keep what was seen while the budget lasts."""
         if not images:
             return []
@@ -222,24 +218,19 @@ class Annotator:
         features = self.model.segmenter.encode_images(pixels)
         vectors = self.model.retriever(pixels).float().cpu().numpy()
         seen = [
-            _Seen(square, pixels[i : i + 1].clone(), _own(features[i : i + 1]), vectors[i])
+            Seen(square, pixels[i : i + 1].clone(), _own(features[i : i + 1]), vectors[i])
             for i, square in enumerate(squares)
         ]
         for (image_id, _), one in zip(images, seen, strict=True):
-            self._held[image_id] = one
-        total = sum(s.nbytes for s in self._held.values())
-        while total > self._budget and self._held:
-            total -= self._held.popitem(last=False)[1].nbytes
+            self._held.put(image_id, one)
         return seen
 
-    def _plan(self, item: SegmentItem, bank: Bank | VessaError, seen: _Seen | None) -> list[_Pass]:
+    def _plan(self, item: SegmentItem, bank: Bank | VessaError, seen: Seen | None) -> list[_Pass]:
         """Find each class's templates (Eq. 1 when sampling)."""
         if isinstance(bank, VessaError):
             raise bank
         if seen is None:
             raise UnknownImage(f"the service no longer holds {item.image_id}; send the image's pixels again")
-        if item.image_id in self._held:
-            self._held.move_to_end(item.image_id)
         ids = {name: class_id for class_id, name in bank.classes.items()}
         names = item.classes or tuple(bank.classes[c] for c in sorted(bank.classes))
         rng = np.random.default_rng(item.seed)
@@ -265,19 +256,32 @@ class Annotator:
 
     def _draw(self, passes: list[_Pass]) -> list[tuple[Tensor, float]]:
         """Draw the mask of each pass: logits (1, 1, h, w) on the square, and the predicted IoU."""
-        results: list[tuple[Tensor, float] | None] = [None] * len(passes)
+        missing = {(p.item.image_id, p.key): p for p in passes if p.key not in p.seen.attended}
+        self._attend(list(missing.values()))
+        with self._stage("draw"):
+            states = [p.seen.attended[p.key] for p in passes]
+            embedding = torch.cat([s.embedding for s in states])
+            spoken = [s.h_seg for s in states if s.h_seg is not None]
+            h_seg = torch.cat(spoken) if spoken else None
+            features = _join([p.seen.features for p in passes])
+            logits, iou, _ = self.model.segmenter.decode(embedding, features, h_seg, self._prompts(passes))
+        for p in passes:
+            if p.item.image_id in self._held:
+                self._held.put(p.item.image_id, p.seen)
+        return list(zip(logits.float().split(1), iou.tolist(), strict=True))
+
+    def _attend(self, passes: list[_Pass]) -> None:
+        """Let the language model and the memory see what no earlier request on the image has shown them."""
         for count in {len(p.chosen) for p in passes}:  # top-3 of a small bank may hold fewer templates
-            rows = [i for i, p in enumerate(passes) if len(p.chosen) == count]
-            some = [passes[i] for i in rows]
+            some = [p for p in passes if len(p.chosen) == count]
             with self._stage("language"):
                 h_seg = self._look_with_language(some)
-            with self._stage("draw"):
-                features = _join([p.seen.features for p in some])
+            with self._stage("attend"):
                 memories = None if "memory" in self.without else self._memories(some)
-                logits, iou, _ = self.model.draw(features, memories, h_seg, self._prompts(some))
-            for row, one, score in zip(rows, logits.float().split(1), iou.tolist(), strict=True):
-                results[row] = (one, score)
-        return [r for r in results if r is not None]
+                embedding = self.model.segmenter.attend(_join([p.seen.features for p in some]), memories)
+            for row, p in enumerate(some):
+                spoken = None if h_seg is None else h_seg[row : row + 1].clone()
+                p.seen.attended[p.key] = Attended(embedding[row : row + 1].clone(), spoken)
 
     def _memories(self, passes: list[_Pass]) -> Tensor:
         """Stack the memories of the chosen templates, (N, T, M, C)."""

@@ -145,7 +145,7 @@ def _annotate(
     console: Console,
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Annotate cases: name and label maps uint8 (H, W) of the slices."""
-    annotator.without = variant.without
+    annotator.leave_out(variant.without)
     for case in track(cases, title, console=console, transient=True):
         labels: list[np.ndarray] = []
         for start in range(0, len(case.slices), _BATCH):

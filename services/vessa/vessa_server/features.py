@@ -1,0 +1,80 @@
+"""What the annotator remembers of the images it has seen, oldest forgotten first.
+
+An image's features serve every later request on it; what its templates and the language model said
+of it serves every later request that only brings other prompts.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from vessa_server.model.geometry import Square
+from vessa_server.model.segmenter import ImageFeatures
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One class in one image, up to the prompts: embedding (1, C, h, w), h_seg (1, C) or None."""
+
+    embedding: Tensor
+    h_seg: Tensor | None
+
+
+@dataclass
+class Seen:
+    """An image as the network saw it. pixels: (1, 3, S, S) in [0, 1]; vector: for the retrieval (D,)."""
+
+    square: Square
+    pixels: Tensor
+    features: ImageFeatures
+    vector: np.ndarray
+    attended: dict[Hashable, Attended] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        tensors = [self.pixels, self.features.embedding, self.features.fine, self.features.finer]
+        for state in self.attended.values():
+            tensors += [state.embedding] if state.h_seg is None else [state.embedding, state.h_seg]
+        return sum(t.nbytes for t in tensors)
+
+
+class FeatureCache:
+    """Images by id, least recently used first, within a budget of bytes.
+
+    One thread changes it; `in` may be asked from any.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._held: OrderedDict[str, Seen] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self.nbytes = 0
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._held
+
+    def forget_attended(self) -> None:
+        """Keep the images' features alone."""
+        for image_id, seen in list(self._held.items()):
+            seen.attended.clear()
+            self.put(image_id, seen)
+
+    def get(self, image_id: str) -> Seen | None:
+        """Return an image, now the most recently used, or None."""
+        seen = self._held.get(image_id)
+        if seen is not None:
+            self._held.move_to_end(image_id)
+        return seen
+
+    def put(self, image_id: str, seen: Seen) -> None:
+        """Keep an image, or note that one has grown; forget others until all fits the budget."""
+        self.nbytes += seen.nbytes - self._sizes.get(image_id, 0)
+        self._held[image_id], self._sizes[image_id] = seen, seen.nbytes
+        self._held.move_to_end(image_id)
+        while self.nbytes > self.budget:
+            oldest, _ = self._held.popitem(last=False)
+            self.nbytes -= self._sizes.pop(oldest)
