@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole main job on synthetic hearts: data, annotator, both trainings, one table, one report.
 #   bash examples/demo.sh [FOLDER]      FOLDER defaults to runs/demo; a second call resumes there
+# VESSA_DEMO_PORT: where the annotator listens; VESSA_DEMO_STEPS: training steps in place of the config's.
 set -euo pipefail
 folder=${1:-runs/demo}
 port=${VESSA_DEMO_PORT:-8799}
@@ -24,4 +25,5 @@ done
 
 vessa-trainer compare --config "$(dirname "$0")/../trainer/configs/phantoms.yaml" \
   --data "$folder/phantoms/heart" --seeds 1 --url "http://127.0.0.1:$port" \
-  --out "$folder/compare" --set "cache.url=folder:$folder/labels" --json
+  --out "$folder/compare" --set "cache.url=folder:$folder/labels" \
+  ${VESSA_DEMO_STEPS:+--set "steps=$VESSA_DEMO_STEPS"} --json
