@@ -1,5 +1,7 @@
 """One step: VESSA's labels replayed onto the views, and the objective's terms by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from vessa_trainer.step import (
     unlabeled_views,
     vessa_on_square,
 )
+from vessa_trainer.student import build_student
 
 ROWS = [0, 1, 2, 3]
 
@@ -241,10 +244,32 @@ def test_dropout_is_for_the_strong_views_alone(hand_made, generator):
     assert teacher.logits.grad is None
 
 
+class Reader(nn.Module):
+    """A network that reads the label off the image: white is class 1."""
+
+    feature_channels = [4]
+
+    def forward(self, x, dropout=None):
+        white = 20 * (x - 0.5)
+        return torch.cat([-white, white], 1)
+
+
+def test_labels_meet_the_strong_views_they_belong_to(shapes, data, generator):
+    """From the prepared square to the loss: whoever reads the views right is hardly told otherwise."""
+    config = config_of(*OBJECTIVE, "views.cutmix_p=1", "semi.vessa_threshold=0.1")
+    labeled = labeled_batch(data, ROWS, config, generator)
+    drawn = unlabeled_views(data, ROWS, config, Truth(shapes), generator)
+    _, right = compute_loss(Reader(), Reader(), labeled, drawn, config, 50, generator)
+    assert right["loss_vessa"] < 0.05
+    assert right["loss_teacher"] < 0.05
+    swapped = replace(drawn, boxes=(drawn.boxes[1], drawn.boxes[0]))
+    _, wrong = compute_loss(Reader(), Reader(), labeled, swapped, config, 50, generator)
+    assert wrong["loss_vessa"] > 5 * right["loss_vessa"]
+    assert wrong["loss_teacher"] > 5 * right["loss_teacher"]
+
+
 @pytest.mark.parametrize("method", ["supervised", "unimatch_v2", "vessa"])
 def test_a_real_student_gets_a_finite_loss_by_each_method(shapes, data, generator, method):
-    from vessa_trainer.student import build_student
-
     config = config_of("student.widths=[4,8,16]", f"semi.method={method}")
     student = build_student(config.student, 1, 2)
     teacher = build_student(config.student, 1, 2).eval()

@@ -129,9 +129,9 @@ def labels_of(feed: AnnotationFeed, cases: Sequence[Case]) -> dict[str, list[np.
 def _check_same(config: Config, there: Config, out: Path) -> None:
     ours, theirs = _identity(config), _identity(there)
     other = [
-        f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
+        f"{key} {theirs[key]!r} there, {ours[key]!r} here"
+        for key in sorted(ours.keys() & theirs.keys())  # other keys tell only that the method differs
+        if ours[key] != theirs[key]
     ]
     if other:
         raise InvalidConfig(
