@@ -248,6 +248,15 @@ def test_a_bad_prompt_fails_its_item_alone(server: Any, bank: str, example: Any)
         ({"images": (65, 8, 8)}, {}, 413, "too_large", "at most 64 images, got 65"),
         ({"images": (1, 8, 8), "boxes": (1, 1, 4)}, {}, 422, "shape_mismatch", "(images, classes) = (1, 2)"),
         ({"images": (1, 8, 8), "box": (1, 4)}, {}, 400, "malformed_body", "unknown tensor 'box'"),
+        (
+            {"images": (1, 8, 8), "points": (1, 2, 65, 2), "point_labels": (1, 2, 65)}, {},
+            422, "invalid_prompt", "at most 64 points a class, got 65",
+        ),
+        (
+            {"images": (1, 8, 8), "points": (1, 2, 3, 2), "point_labels": (1, 2, 4)}, {},
+            422, "shape_mismatch", "point_labels must have the shape (1, 2, 3)",
+        ),
+        ({"images": (1, 8, 8), "points": (1, 2, 1, 2)}, {}, 422, "invalid_prompt", "come together"),
         ({"images": (1, 8, 8), "mask_present": (1, 2)}, {}, 422, "invalid_prompt", "without mask_logits"),
         ({"images": (1, 8, 8)}, {"groups": '["a", "b"]'}, 422, "invalid_request", "1 strings or nulls"),
         ({"images": (1, 8, 8)}, {"classes": '["atrium"]'}, 422, "unknown_class", "it has ['ventricle',"),
@@ -260,9 +269,28 @@ def test_a_bad_prompt_fails_its_item_alone(server: Any, bank: str, example: Any)
 def test_a_bad_batch_is_refused_whole(
     server: Any, bank: str, tensors: Any, metadata: Any, status: int, code: str, word: str
 ) -> None:
-    kinds = {"images": np.uint8, "mask_present": np.uint8}
+    kinds = {"images": np.uint8, "mask_present": np.uint8, "point_labels": np.int8}
     arrays = {name: np.zeros(shape, kinds.get(name, np.float32)) for name, shape in tensors.items()}
     refused(server.segment(arrays, **{"bank": bank, **metadata}), status, code, word)
+
+
+@pytest.mark.usefixtures("kept")
+def test_an_answer_over_the_limit_is_refused_before_the_work(
+    server: Any, bank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server.app.state.service.loaded().settings, "max_answer_bytes", 30_000)
+        images = np.zeros((4, 48, 64), np.uint8)
+        assert server.segment({"images": images}, bank=bank).status_code == 200
+        answer = server.segment({"images": images}, bank=bank, probabilities="1")
+        refused(answer, 413, "too_large", "would take 98304 bytes", "ask for no probabilities")
+
+
+def test_a_bank_without_a_usable_template_says_so(server: Any, bank: str, ask: Any) -> None:
+    identity = server.seed(bank, 1)[0]["id"]
+    refused(ask(group="p0"), 409, "no_template", "from a group other than the query's")
+    server.http.delete(f"/templates/{identity}", params={"bank": bank})
+    refused(ask(), 409, "no_template", "holds no template yet")
 
 
 # --- bodies
@@ -326,8 +354,8 @@ def test_other_types_of_bodies_and_answers_are_refused(server: Any, bank: str, e
 def test_a_body_over_the_limit_is_refused_by_what_it_announces_and_by_what_comes(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.app.state.service.loaded().settings, "max_body_bytes", 1000)
-    refused(server.send("/segment", bytes(1001)), 413, "too_large", "more than 1000 bytes")
-    chunks = iter([bytes(600), bytes(600)])  # chunked: nothing is announced
-    refused(server.send("/segment", chunks), 413, "too_large", "more than 1000 bytes")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(server.app.state.service.loaded().settings, "max_body_bytes", 1000)
+        refused(server.send("/segment", bytes(1001)), 413, "too_large", "more than 1000 bytes")
+        chunks = iter([bytes(600), bytes(600)])  # chunked: nothing is announced
+        refused(server.send("/segment", chunks), 413, "too_large", "more than 1000 bytes")
