@@ -85,6 +85,15 @@ def test_a_run_of_each_method_learns_and_is_scored(run_of, tiny, dataset, method
     assert {"train/loss", "val/teacher_dice", "val/student_dice"} <= set(board.Tags()["scalars"])
 
 
+def test_the_teacher_only_predicts(run_of, tiny):
+    run = run_of(tiny())
+    modes = []
+    run.teacher.register_forward_hook(lambda model, *_: modes.append(model.training))
+    run.train()
+    assert set(modes) == {False}
+    assert not any(p.requires_grad for p in run.teacher.parameters())
+
+
 def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(run_of, tiny, tmp_path):
     one, other = (run_of(tiny(f"out={tmp_path / name}")) for name in "ab")
     third = run_of(tiny(f"out={tmp_path / 'c'}", seed=1))

@@ -268,6 +268,24 @@ def test_labels_meet_the_strong_views_they_belong_to(shapes, data, generator):
     assert wrong["loss_teacher"] > 5 * right["loss_teacher"]
 
 
+def test_what_padding_is_pasted_does_not_count(generator):
+    """Image 1 is padding; the box pastes it over the half of image 0 that the student reads otherwise."""
+    labeled = (
+        torch.zeros(2, 1, 4, 4),
+        torch.zeros(2, 4, 4, dtype=torch.long),
+        torch.ones(2, 4, 4, dtype=torch.bool),
+    )
+    strong, valid = torch.zeros(2, 1, 4, 4), torch.ones(2, 4, 4, dtype=torch.bool)
+    strong[0, :, :2] = 1
+    valid[1] = False
+    box = torch.zeros(2, 4, 4, dtype=torch.bool)
+    box[0, :2] = True
+    nowhere = torch.zeros_like(box)
+    drawn = UnlabeledViews(torch.zeros(2, 1, 4, 4), (strong, strong), (box, nowhere), valid, None)
+    _, figures = compute_loss(Reader(), Reader(), labeled, drawn, config_of(*OBJECTIVE), 0, generator)
+    assert figures["loss_unsup"] == pytest.approx((0 + 20 / 2) / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["supervised", "unimatch_v2", "vessa"])
 def test_a_real_student_gets_a_finite_loss_by_each_method(shapes, data, generator, method):
     config = config_of("student.widths=[4,8,16]", f"semi.method={method}")
