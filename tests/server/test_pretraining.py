@@ -22,8 +22,8 @@ from vessa_server.pretraining.losses import (
     soft_dice,
 )
 from vessa_server.pretraining.phantoms import write_phantoms
-from vessa_server.pretraining.synthetic import phantom_study, random_study
 from vessa_server.pretraining.step import prepare, training_loss
+from vessa_server.pretraining.synthetic import phantom_study, random_study
 from vessa_server.pretraining.tasks import (
     Pool,
     Tasks,
