@@ -105,3 +105,14 @@ def test_a_label_that_did_not_come_teaches_nothing(two_views, gate):
         conf_threshold=0.95, vessa_threshold=0.0, gate=gate,
     )  # fmt: skip
     assert vessa_term.item() == 0
+
+
+def test_the_dice_of_confident_pixels_may_be_added_to_equation_5():
+    logits = logits_of([[0.5, 0.5], [0.2, 0.8]])
+    target, confidence = torch.tensor([[[1, 1]]]), torch.tensor([[[0.99, 0.5]]])
+    valid = torch.ones(1, 1, 2, dtype=torch.bool)
+    plain = consistency_loss(logits, target, confidence, valid, 0.95)
+    with_dice = consistency_loss(logits, target, confidence, valid, 0.95, 0.5)
+    dice = 1 - 2 * 0.5 / (0.5 + 1)  # of the first pixel, which alone is confident
+    assert with_dice.item() == pytest.approx(plain.item() + 0.5 * dice, rel=1e-4)
+    assert consistency_loss(logits, target, confidence * 0, valid, 0.95, 0.5).item() == 0
