@@ -30,6 +30,14 @@ def sets(*overrides):
     return [part for override in (*SMALL, *overrides) for part in ("--set", override)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_sigterm():
+    """Give the tests' process its own handler back: the command line sets one."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a command line; returns its exit code, its standard output and what it said."""
@@ -226,8 +234,8 @@ def test_what_is_wrong_is_said_in_one_line_with_exit_code_1(call, tmp_path, argu
     assert line.startswith(("vessa-trainer: invalid_dataset: ", "vessa-trainer: invalid_config: "))
 
 
-def test_a_process_stopped_by_ctrl_c_saves_and_prints_the_line_that_resumes_it(phantoms, tmp_path):
-    """The real thing: SIGINT to a process of its own."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "docker stop"])
+def test_a_process_that_is_stopped_saves_and_prints_the_line_that_resumes_it(phantoms, tmp_path, number):
     out = tmp_path / "stopped"
     command = [
         "fit",
@@ -249,12 +257,12 @@ def test_a_process_stopped_by_ctrl_c_saves_and_prints_the_line_that_resumes_it(p
         metrics = out / "metrics.jsonl"
         while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]
-    assert last.startswith("vessa-trainer: interrupted: stopped by Ctrl-C; saved at step ")
+    assert last.startswith("vessa-trainer: interrupted: stopped by Ctrl-C or SIGTERM; saved at step ")
     step = checkpoint.read(out / checkpoint.LAST)[1]["state"]["step"]
     line = last.partition("Resume with: ")[2]
     assert f"saved at step {step}." in last

@@ -110,7 +110,7 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(run_of, 
     config = tiny(f"out={tmp_path / 'parts'}", steps=6, eval_every=3)
     with pytest.raises(Interrupted) as caught:
         run_of(config).train(stop_at(at))
-    assert caught.value.message == f"stopped by Ctrl-C; saved at step {at}. Resume with: {RESUME}"
+    assert caught.value.message == f"stopped by Ctrl-C or SIGTERM; saved at step {at}. Resume with: {RESUME}"
     resumed = run_of(config)
     assert resumed.resume()
     assert resumed.step == at

@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -221,6 +222,7 @@ def verify(
 
 def main() -> None:
     """Run the command line; a VessaError becomes one clear line and exit code 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` saves the run as Ctrl-C does
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_console)])
     try:
         app()

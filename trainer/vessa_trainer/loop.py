@@ -209,7 +209,7 @@ class Run:
             if self._drawn_from is not None:  # in the middle of a step: it will be drawn again
                 self.generator.set_state(self._drawn_from)
             self.save()
-            why = error.message if isinstance(error, VessaError) else "stopped by Ctrl-C"
+            why = error.message if isinstance(error, VessaError) else "stopped by Ctrl-C or SIGTERM"
             raise Interrupted(f"{why}; saved at step {self.step}. Resume with: {self.resume_line}") from error
         return self._result()
 
@@ -338,18 +338,19 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block: a step is taken wholly or not at all."""
+    """Let Ctrl-C and SIGTERM wait for the end of the block: a step is taken wholly or not at all."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals come to the main thread only
         return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    came: list[int] = []
+    before = {s: signal.signal(s, lambda n, _: came.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-    if pressed and callable(before):
-        before(signal.SIGINT, None)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if came:
+        signal.raise_signal(came[0])  # what it would have done
 
 
 def _parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]:
