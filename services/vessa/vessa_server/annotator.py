@@ -29,7 +29,7 @@ from vessa_server.model.vessa import Vessa, overlay
 
 _Result = TypeVar("_Result")
 
-LABELS_VERSION = "1"  # of pre- and post-processing: raise it when the same weights would answer differently
+LABELS_VERSION = "2"  # of pre- and post-processing: raise it when the same weights would answer differently
 STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
 _CONCURRENT_MASKS = 12  # (image, class) pairs decoded in one pass; bounds memory, not what a request may hold
 

@@ -15,7 +15,8 @@ from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.transformer import RoPEAttention
-from sam2.modeling.sam2_base import SAM2Base
+from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
+from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
 from vessa_server.model.geometry import resize
@@ -147,6 +148,9 @@ class Segmenter(nn.Module):
         sam = self.sam
         scaled = masks * sam.sigmoid_scale_for_mem_enc + sam.sigmoid_bias_for_mem_enc
         memory = sam.memory_encoder(features.embedding, scaled, skip_mask_sigmoid=True)["vision_features"]
+        if sam.no_obj_embed_spatial is not None:
+            empty = (masks.amax((1, 2, 3)) <= 0).to(memory.dtype).view(-1, 1, 1, 1)
+            memory = memory + empty * sam.no_obj_embed_spatial[..., None, None]
         tokens = memory.flatten(2).transpose(1, 2)
         if self.correlation is not None:
             keys = self.correlation.keys(self._tokens(features))
@@ -189,7 +193,7 @@ class Segmenter(nn.Module):
             curr=[features.embedding.flatten(2).permute(2, 0, 1)],
             curr_pos=[features.position],
             memory=memory,
-            memory_pos=self._memory_position(memory, spatial.shape[0], memories.shape[1]),
+            memory_pos=self._memory_position(memory, memories.shape[1]).expand(-1, count, -1),
             num_obj_ptr_tokens=pointers.shape[0],
         )
         embedding = attended.permute(1, 2, 0).reshape(count, channels, height, width)
@@ -199,14 +203,23 @@ class Segmenter(nn.Module):
             embedding = embedding + self.correlation(self._tokens(features), keys, mask, (height, width))
         return embedding
 
-    def _memory_position(self, memory: Tensor, spatial: int, templates: int) -> Tensor:
-        """Position encoding of the memory tokens; a template counts as a conditioning frame."""
-        position = torch.zeros_like(memory)
+    def _memory_position(self, memory: Tensor, templates: int) -> Tensor:
+        """Position encoding of the memory tokens (tokens, 1, 64), as SAM 2 gives it to a video.
+
+        Templates count as conditioning frames, the most similar one right before the target: their
+        spatial memories have one place in time, their object pointers tell how far away they are.
+        """
+        sam = self.sam
         like = memory.new_zeros(1, MEMORY_DIM, self.side, self.side)
-        sine = self.sam.memory_encoder.position_encoding(like).flatten(2).permute(2, 0, 1)
-        conditioning = self.sam.maskmem_tpos_enc[self.sam.num_maskmem - 1].view(1, 1, -1)
-        position[:spatial] = (sine + conditioning).repeat(templates, 1, 1)
-        return position
+        sine = sam.memory_encoder.position_encoding(like).flatten(2).permute(2, 0, 1)
+        conditioning = sam.maskmem_tpos_enc[sam.num_maskmem - 1].view(1, 1, -1)
+        position = [(sine + conditioning).repeat(templates, 1, 1)]
+        if self.pointer_tokens:
+            distance = torch.arange(1, templates + 1, device=memory.device)
+            time = get_1d_sine_pe(distance / (sam.max_obj_ptrs_in_encoder - 1), dim=sam.hidden_dim)
+            pointers = sam.obj_ptr_tpos_proj(time).repeat_interleave(self.pointer_tokens, dim=0)
+            position.append(pointers[:, None])
+        return torch.cat(position).to(memory.dtype)
 
     def decode(
         self, embedding: Tensor, features: ImageFeatures, h_seg: Tensor | None, prompts: PromptBatch
@@ -215,14 +228,16 @@ class Segmenter(nn.Module):
 
         embedding: (N, C, h, w) from `attend`; features: of the N targets;
         h_seg: (N, C) from the language model, joined to the sparse prompts as in LISA, or None
-        Returns logits (N, 1, 4h, 4w), predicted IoU (N,) in [0, 1], presence logit (N,).
+        Returns logits (N, 1, 4h, 4w), predicted IoU (N,) in [0, 1], presence logit (N,). Official
+        weights know what is absent (presence below 0): outside of training its mask is empty, as in
+        SAM 2's tracker. In training that would cut the gradient.
         """
-        encoder = self.sam.sam_prompt_encoder
-        points = None if prompts.points is None else (prompts.points, prompts.point_labels)
-        sparse, dense = encoder(points=points, boxes=None, masks=prompts.mask_logits)
-        count = embedding.shape[0]
-        if sparse.shape[0] != count:  # the prompt encoder cannot know N when it gets no prompt
-            sparse, dense = sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
+        encoder, count = self.sam.sam_prompt_encoder, embedding.shape[0]
+        points, labels = prompts.points, prompts.point_labels
+        if points is None:  # SAM 2 never draws without a point: this one says that there is none
+            points = embedding.new_zeros(count, 1, 2)
+            labels = torch.full((count, 1), -1, device=embedding.device)
+        sparse, dense = encoder(points=(points, labels), boxes=None, masks=prompts.mask_logits)
         if prompts.mask_logits is not None and prompts.mask_present is not None:
             absent = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
             dense = torch.where(prompts.mask_present.view(-1, 1, 1, 1), dense, absent)
@@ -237,13 +252,25 @@ class Segmenter(nn.Module):
             repeat_image=False,
             high_res_features=[features.finer, features.fine],
         )
+        if self.preset.config is not None and not self.training:
+            logits = torch.where(presence[..., None, None] > 0, logits, NO_OBJ_SCORE)
         return logits, iou[:, 0], presence[:, 0]
 
 
 def _official(preset: SegmenterPreset) -> SAM2Base:
-    """Build an official graph without weights; `checkpoint` loads them strictly."""
+    """Build an official graph without weights; `checkpoint` loads them strictly.
+
+    apply_postprocessing would let the decoder answer with another of its masks when the one asked for
+    is unsteady.
+    """
     overrides = [f"++model.image_size={preset.image_size}"]
-    return build_sam2(preset.config, ckpt_path=None, device="cpu", hydra_overrides_extra=overrides)
+    return build_sam2(
+        preset.config,
+        ckpt_path=None,
+        device="cpu",
+        hydra_overrides_extra=overrides,
+        apply_postprocessing=False,
+    )
 
 
 def _nano(preset: SegmenterPreset) -> SAM2Base:
