@@ -72,7 +72,7 @@ def test_compare_ends_with_one_line_of_json(call, phantoms, annotator, tmp_path,
     out = tmp_path / "comparison"
     code, output, said = call(
         "compare", "--data", phantoms, "--url", annotator.url, "--out", out, "--steps", 3, "--seeds", 1,
-        *sets(f"cache.url=folder:{tmp_path / 'labels'}", "feedback.enabled=true", "feedback.every=1"),
+        *sets(f"cache.url=folder:{tmp_path / 'labels'}", "feedback.every=1"),
         "--json",
     )  # fmt: skip
     assert code == 0

@@ -119,14 +119,14 @@ def due_steps(rounds, steps):
 
 
 def test_rounds_begin_in_the_middle_and_come_every_so_often(tiny):
-    config = tiny("feedback.enabled=true", "feedback.start=0.5", "feedback.every=3", steps=20)
+    config = tiny("feedback.start=0.5", "feedback.every=3", steps=20)
     assert due_steps(FeedbackRounds(config), range(20)) == [10, 13, 16, 19]
-    from_the_start = tiny("feedback.enabled=true", "feedback.start=0", "feedback.every=8", steps=20)
+    from_the_start = tiny("feedback.start=0", "feedback.every=8", steps=20)
     assert due_steps(FeedbackRounds(from_the_start), range(20)) == [0, 8, 16]
 
 
 def test_a_resumed_run_begins_the_round_it_is_in(tiny):
-    config = tiny("feedback.enabled=true", "feedback.start=0.5", "feedback.every=3", steps=20)
+    config = tiny("feedback.start=0.5", "feedback.every=3", steps=20)
     assert due_steps(FeedbackRounds(config), range(14, 20)) == [14, 16, 19]
     assert due_steps(FeedbackRounds(config), range(4, 12)) == [10]
 
@@ -137,7 +137,7 @@ def run_of(client, dataset, tiny):
     feeds = []
 
     def make(*overrides):
-        config = tiny("semi.method=vessa", "feedback.enabled=true", "feedback.every=2", *overrides, steps=6)
+        config = tiny("semi.method=vessa", "feedback.every=2", *overrides, steps=6)
         bank = seed_labeled(client, dataset, config)
         feed = AnnotationFeed(client, dataset, bank, open_cache(config.cache), config.annotator)
         feeds.append(feed)

@@ -100,7 +100,7 @@ def test_a_run_of_another_config_in_the_folder_is_refused(tiny, interrupted):
 
 def test_what_vessa_would_do_does_not_tell_two_unimatch_runs_apart(tiny):
     summary = fit(tiny(), resume_line=RESUME)
-    other = tiny("semi.vessa_gate=teacher", "feedback.enabled=true", "annotator.bank=other")
+    other = tiny("semi.vessa_gate=teacher", "feedback.enabled=false", "annotator.bank=other")
     assert fit(other, resume_line=RESUME) == summary
 
 
@@ -134,6 +134,7 @@ def test_labels_in_redis_serve_the_next_run(tiny, annotator, own_redis, tmp_path
     for name in ("first", "second"):
         config = tiny(
             "semi.method=vessa",
+            "feedback.enabled=false",
             f"cache.url={own_redis.url}",
             f"out={tmp_path / name}",
             *service(annotator),

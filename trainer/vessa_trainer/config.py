@@ -144,9 +144,9 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class FeedbackConfig:
-    """Teacher-to-VESSA feedback. start: share of the run before it; every: iterations between rounds."""
+    """Teacher-to-VESSA feedback, for method vessa. start: share of the run before; every: steps a round."""
 
-    enabled: bool = False
+    enabled: bool = True
     start: float = 0.5
     every: int = 500
     prompts: tuple[str, ...] = ("boxes", "mask_logits")
