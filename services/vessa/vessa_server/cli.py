@@ -79,7 +79,8 @@ def pretrain(
         validate_every=validate_every,
         weights=LossWeights(dice=dice_weight),
     )
-    command = "vessa-server " + shlex.join(Path(a).name if Path(a).is_dir() else a for a in sys.argv[1:])
+    folders = {str(p) for p in (out, *(data or []))}  # where they lay is nobody's business
+    command = "vessa-server " + shlex.join(Path(a).name if a in folders else a for a in sys.argv[1:])
     _finish(run(data or [], out, config, studies=studies, command=command, device=device), as_json)
 
 
