@@ -306,3 +306,23 @@ def test_a_real_student_gets_a_finite_loss_by_each_method(shapes, data, generato
     if method == "vessa":
         expected |= {"loss_teacher", "loss_vessa", "eta", "vessa_confident", "agreement"}
     assert set(figures) == expected
+
+
+def test_bfloat16_changes_the_losses_a_little(shapes, data):
+    figures = []
+    for bf16 in (False, True):
+        config = config_of("student.widths=[4,8,16]", f"bf16={str(bf16).lower()}", "semi.conf_threshold=0.3")
+        torch.manual_seed(0)
+        student = build_student(config.student, 1, 2)
+        teacher = build_student(config.student, 1, 2).eval()
+        same = torch.Generator().manual_seed(0)
+        labeled = labeled_batch(data, ROWS, config, same)
+        unlabeled = unlabeled_views(data, ROWS, config, None, same)
+        loss, one = compute_loss(student, teacher, labeled, unlabeled, config, 10, same)
+        loss.backward()
+        assert loss.dtype == student.head.weight.grad.dtype == torch.float32
+        figures.append(one)
+    exact, short = figures
+    for key in ("loss_sup", "loss_unsup"):
+        assert short[key] != exact[key]
+        assert short[key] == pytest.approx(exact[key], rel=0.05)

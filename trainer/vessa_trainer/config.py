@@ -156,7 +156,10 @@ class FeedbackConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. Batch sizes are images; `steps`, `eval_every`, `checkpoint_every` are iterations."""
+    """One experiment. Batch sizes are images; `steps`, `eval_every`, `checkpoint_every` are iterations.
+
+    bf16: the networks compute in bfloat16 where autocast holds it safe; weights and losses stay float32.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -172,6 +175,7 @@ class Config:
     batch_eval: int = 16
     seed: int = 0
     device: str = "cpu"
+    bf16: bool = False
     threads: int = 0
     eval_every: int = 250
     checkpoint_every: int = 250

@@ -30,7 +30,7 @@ from vessa_trainer.data import Frame, Order, Prepared, cases_of, read_splits, sl
 from vessa_trainer.feedback import FeedbackRounds
 from vessa_trainer.schedule import ema_decay, poly, update_teacher
 from vessa_trainer.step import UnlabeledViews, compute_loss, labeled_batch, unlabeled_views
-from vessa_trainer.student import DPT, build_student
+from vessa_trainer.student import DPT, build_student, logits_of
 
 
 class Interrupted(Unreachable):
@@ -67,7 +67,7 @@ def predict_slice(
     )
     padding = -size % config.student.multiple
     batch = nn.functional.pad(batch, (0, padding, 0, padding)).to(device)
-    probability = model(batch).softmax(1)[..., :size, :size].cpu()
+    probability = logits_of(model, batch, bf16=config.bf16).softmax(1)[..., :size, :size].cpu()
     return [f.leave(p) for f, p in zip(frames, probability, strict=True)]
 
 

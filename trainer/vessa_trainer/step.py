@@ -11,6 +11,7 @@ from vessa_trainer import losses, views
 from vessa_trainer.config import Config
 from vessa_trainer.data import Prepared
 from vessa_trainer.schedule import source_weights
+from vessa_trainer.student import logits_of
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,17 @@ def compute_loss(
     """
     images, masks, valid = labeled
     optim, semi = config.optim, config.semi
-    supervised = losses.supervised_loss(student(images), masks, valid, optim.lambda_ce, optim.lambda_dice)
+    supervised = losses.supervised_loss(
+        logits_of(student, images, bf16=config.bf16), masks, valid, optim.lambda_ce, optim.lambda_dice
+    )
     if unlabeled is None:
         return supervised, {"loss": supervised.item(), "loss_sup": supervised.item()}
     with torch.no_grad():
-        probability = teacher(unlabeled.weak).softmax(1)
+        probability = logits_of(teacher, unlabeled.weak, bf16=config.bf16).softmax(1)
         weak_confidence, weak_labels = probability.max(1)
     count = unlabeled.weak.shape[0]
     dropout = [mask.to(images.device) for mask in _dropout(student, count, generator)]
-    logits = student(torch.cat(unlabeled.strong), dropout)
+    logits = logits_of(student, torch.cat(unlabeled.strong), bf16=config.bf16, dropout=dropout)
     strong = (logits[:count], logits[count:])
 
     def both(labels: Tensor, confidence: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

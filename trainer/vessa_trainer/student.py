@@ -180,6 +180,13 @@ def _load_backbone(backbone: nn.Module, path: Path) -> None:
         ) from error
 
 
+def logits_of(model: nn.Module, images: Tensor, *, bf16: bool, dropout: Dropout = None) -> Tensor:
+    """Logits (B, C, H, W) float of images (B, 1 or 3, H, W) in [0, 1], computed under autocast if `bf16`."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits: Tensor = model(images, dropout)
+    return logits.float() if bf16 else logits
+
+
 def build_student(config: StudentConfig, channels: int, classes: int) -> nn.Module:
     """Build the student of a config.
 
