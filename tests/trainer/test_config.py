@@ -1,5 +1,6 @@
 """Configs: one YAML file and overrides, checked key by key."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,22 @@ def test_every_config_that_ships_loads(path):
 
 def test_there_are_configs_to_load():
     assert {"supervised", "unimatch_v2", "vessa"} <= {p.stem for p in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("supervised_bound", "data.labeled", "splits/train.txt"),
+        ("vessa_no_feedback", "feedback.enabled", False),
+        ("vessa_gate_teacher", "semi.vessa_gate", "teacher"),
+    ],
+)
+def test_a_baseline_differs_from_its_method_by_one_key(name, key, value):
+    (path,) = (p for p in CONFIGS if p.stem == name)
+    config = load_config(path)
+    plain = load_config(None, [f"semi.method={config.semi.method}"])
+    assert config == load_config(None, [f"semi.method={config.semi.method}", f"{key}={json.dumps(value)}"])
+    assert config != plain
 
 
 def test_no_file_means_the_defaults():
