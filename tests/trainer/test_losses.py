@@ -107,12 +107,23 @@ def test_a_label_that_did_not_come_teaches_nothing(two_views, gate):
     assert vessa_term.item() == 0
 
 
-def test_the_dice_of_confident_pixels_may_be_added_to_equation_5():
+def test_the_dice_of_confident_pixels_may_take_the_place_of_equation_5():
     logits = logits_of([[0.5, 0.5], [0.2, 0.8]])
     target, confidence = torch.tensor([[[1, 1]]]), torch.tensor([[[0.99, 0.5]]])
     valid = torch.ones(1, 1, 2, dtype=torch.bool)
-    plain = consistency_loss(logits, target, confidence, valid, 0.95)
-    with_dice = consistency_loss(logits, target, confidence, valid, 0.95, 0.5)
     dice = 1 - 2 * 0.5 / (0.5 + 1)  # of the first pixel, which alone is confident
-    assert with_dice.item() == pytest.approx(plain.item() + 0.5 * dice, rel=1e-4)
-    assert consistency_loss(logits, target, confidence * 0, valid, 0.95, 0.5).item() == 0
+    assert consistency_loss(logits, target, confidence, valid, 0.95, "dice").item() == pytest.approx(
+        dice, rel=1e-4
+    )
+    assert consistency_loss(logits, target, confidence * 0, valid, 0.95, "dice").item() == 0
+
+
+def test_dice_is_not_drowned_by_confident_background():
+    logits = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    target, confidence = torch.zeros(1, 8, 8, dtype=torch.long), torch.ones(1, 8, 8)
+    valid = torch.ones(1, 8, 8, dtype=torch.bool)
+    pushes = []
+    for kind in ("ce", "dice"):
+        loss = consistency_loss(logits, target, confidence, valid, 0.95, kind)
+        pushes.append(torch.autograd.grad(loss, logits)[0].abs().sum().item())
+    assert pushes[1] < 1e-5 * pushes[0]

@@ -78,6 +78,7 @@ def generator():
 
 def config_of(*overrides):
     plain = ["student.size=64", "student.crop=48", "views.jitter_p=0", "views.blur_p=0", "views.noise_p=0"]
+    plain += ["semi.unlabeled_loss=ce"]
     return load_config(None, [*plain, *overrides])
 
 
@@ -221,14 +222,16 @@ def test_equation_6_averages_both_strong_views(hand_made, generator):
     assert set(figures) == {"loss", "loss_sup", "loss_unsup", "confident"}
 
 
-def test_the_dice_term_of_unlabeled_pixels_counts_by_its_weight(hand_made, generator):
+def test_a_unet_learns_from_unlabeled_pixels_by_dice(hand_made, generator):
     student, teacher = Constant(*log(0.5, 0.5)), Constant(*log(0.02, 0.98))
     labeled, unlabeled = hand_made
     alone = UnlabeledViews(unlabeled.weak, unlabeled.strong, unlabeled.boxes, unlabeled.valid, None)
-    config = config_of("semi.lambda_u_dice=0.3")
+    config = config_of("semi.unlabeled_loss=null")
+    assert config.unlabeled_loss == "dice"
     _, figures = compute_loss(student, teacher, labeled, alone, config, 0, generator)
     dice = 1 - 2 * 0.5 / (0.5 + 1)
-    assert figures["loss_unsup"] == pytest.approx(np.log(2) + 0.3 * dice, rel=1e-3)
+    assert figures["loss_unsup"] == pytest.approx(dice, rel=1e-3)
+    assert load_config(None, ["student.name=dpt", "student.crop=14"]).unlabeled_loss == "ce"
 
 
 def test_dropout_is_for_the_strong_views_alone(hand_made, generator):

@@ -105,12 +105,14 @@ class SemiConfig:
 
     vessa_gate: 'own' gates VESSA's term with its own confidence >= `vessa_threshold`, 'teacher' with the
     teacher's confidence as Eq. 8 of the paper has it. alpha_v_floor: VESSA's weight never falls below it.
-    lambda_u_dice: weight of an additional Dice term on confident pixels, as UniMatch v1 has for medical data.
+    unlabeled_loss: 'ce' is Eq. 5 and UniMatch V2; 'dice' is UniMatch v1's recipe for medical images. None
+    takes 'dice' for a U-Net, which starts from noise and would call everything background before it knows
+    better, and 'ce' for a DPT, which starts from DINOv2.
     """
 
     method: Literal["supervised", "unimatch_v2", "vessa"] = "unimatch_v2"
     lambda_u: float = 1.0
-    lambda_u_dice: float = 0.0
+    unlabeled_loss: Literal["ce", "dice"] | None = None
     conf_threshold: float = 0.95
     ema_decay: float = 0.996
     vessa_gate: Literal["own", "teacher"] = "own"
@@ -184,6 +186,11 @@ class Config:
     def __post_init__(self) -> None:
         """Check the ranges that no type can express."""
         _check(self)
+
+    @property
+    def unlabeled_loss(self) -> str:
+        """The loss of unlabeled images, "ce" or "dice", with the default that suits the student."""
+        return self.semi.unlabeled_loss or ("dice" if self.student.name == "unet" else "ce")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -282,7 +289,7 @@ def _nearest(key: str) -> str:
 def _convert(kind: Any, value: Any, name: str) -> Any:
     """Check one value against its annotated type; lists become tuples, whole numbers become floats."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
         return _convert(next(item for item in arguments if item is not type(None)), value, name)
@@ -341,7 +348,6 @@ def _check(config: Config) -> None:
         "optim.lambda_ce": config.optim.lambda_ce,
         "optim.lambda_dice": config.optim.lambda_dice,
         "semi.lambda_u": semi.lambda_u,
-        "semi.lambda_u_dice": semi.lambda_u_dice,
     }
     shares = {
         "semi.conf_threshold": semi.conf_threshold,

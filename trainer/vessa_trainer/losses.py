@@ -37,20 +37,23 @@ def consistency_loss(
     confidence: Tensor,
     valid: Tensor,
     threshold: float,
-    lambda_dice: float = 0.0,
+    kind: str = "ce",
 ) -> Tensor:
     """Match one strong view to hard pseudo-labels (Eq. 5).
 
     logits: (B, C, H, W) float, student, unnormalised
     target: (B, H, W) int64 class ids; confidence: (B, H, W) float in [0, 1]
-    valid: (B, H, W) bool, False on padding; lambda_dice: weight of the confident pixels' Dice, 0 in Eq. 5
+    valid: (B, H, W) bool, False on padding
+    kind: "ce" as in Eq. 5, or "dice", UniMatch v1's recipe for medical images: Dice of the confident pixels,
+    to which a batch that is background everywhere gives no gradient
     Returns a scalar. As in UniMatch V2 the sum over confident pixels is divided by all valid
     pixels, so that few confident pixels make a small loss; without valid pixels it is 0.
     """
-    per_pixel = F.cross_entropy(logits, target, reduction="none")
     keep = valid & (confidence >= threshold)
-    loss = (per_pixel * keep).sum() / valid.sum().clamp(min=1)
-    return loss + lambda_dice * dice_loss(logits, target, keep) if lambda_dice else loss
+    if kind == "dice":
+        return dice_loss(logits, target, keep)
+    per_pixel = F.cross_entropy(logits, target, reduction="none")
+    return (per_pixel * keep).sum() / valid.sum().clamp(min=1)
 
 
 def joint_loss(
@@ -64,7 +67,7 @@ def joint_loss(
     conf_threshold: float,
     vessa_threshold: float,
     gate: str,
-    lambda_dice: float = 0.0,
+    kind: str = "ce",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Teach both strong views by the EMA teacher and by VESSA (Eq. 7 and 8).
 
@@ -79,7 +82,7 @@ def joint_loss(
     for view in range(2):
         labels, confidence = teacher[view]
         teacher_term = teacher_term + consistency_loss(
-            strong[view], labels, confidence, valid[view], conf_threshold, lambda_dice
+            strong[view], labels, confidence, valid[view], conf_threshold, kind
         )
         vessa_labels, vessa_confidence = vessa[view]
         gated, threshold = (
@@ -88,7 +91,7 @@ def joint_loss(
         # Confidence 0 means that there is no label (not come yet, or failed): no gate lets it pass.
         gated = torch.where(vessa_confidence > 0, gated, -1.0)
         vessa_term = vessa_term + consistency_loss(
-            strong[view], vessa_labels, gated, valid[view], threshold, lambda_dice
+            strong[view], vessa_labels, gated, valid[view], threshold, kind
         )
     teacher_term, vessa_term = teacher_term / 2, vessa_term / 2
     return alpha_t * teacher_term + alpha_v * vessa_term, teacher_term, vessa_term

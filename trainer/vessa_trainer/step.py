@@ -141,9 +141,10 @@ def compute_loss(
         views.paste(unlabeled.valid, unlabeled.boxes[1]),
     )
     figures: dict[str, float] = {}
+    kind = config.unlabeled_loss
     if unlabeled.vessa is None:
         terms = [
-            losses.consistency_loss(s, *t, v, semi.conf_threshold, semi.lambda_u_dice)
+            losses.consistency_loss(s, *t, v, semi.conf_threshold, kind)
             for s, t, v in zip(strong, teacher_views, valid_views, strict=True)
         ]
         unsupervised = (terms[0] + terms[1]) / 2
@@ -159,7 +160,7 @@ def compute_loss(
             conf_threshold=semi.conf_threshold,
             vessa_threshold=semi.vessa_threshold,
             gate=semi.vessa_gate,
-            lambda_dice=semi.lambda_u_dice,
+            kind=kind,
         )
         figures |= {"loss_teacher": teacher_term.item(), "loss_vessa": vessa_term.item(), "eta": alpha_t}
         figures |= _agreement(weak_labels, unlabeled.vessa, unlabeled.valid, semi.vessa_threshold)
