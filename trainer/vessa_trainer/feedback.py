@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from vessa.annotation import box_and_point
 from vessa.client import Prompts
 from vessa_trainer.config import Config, FeedbackConfig
 
@@ -44,11 +45,8 @@ def prompts_from(probabilities: Tensor, class_ids: list[int], config: FeedbackCo
         )
         if component is None:
             continue
-        rows, columns = np.nonzero(component)
-        boxes[index] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-        inside = ndimage.distance_transform_edt(np.pad(component, 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(int(inside.argmax()), inside.shape)
-        points[index, 0], point_labels[index, 0], present[index] = (x + 0.5, y + 0.5), 1, 1
+        boxes[index], points[index, 0] = box_and_point(component)
+        point_labels[index, 0] = present[index] = 1
     chosen = set(config.prompts)
     return Prompts(
         boxes=boxes if "boxes" in chosen else None,
