@@ -6,10 +6,11 @@ import inspect
 from dataclasses import FrozenInstanceError
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from vessa import protocol
-from vessa.annotation import Annotation, Prompts, SegmentOptions
+from vessa.annotation import Annotation, Prompts, SegmentOptions, box_and_point
 
 
 def test_an_annotation_without_arrays_and_prompts_without_anything_are_possible():
@@ -30,3 +31,14 @@ def test_an_answer_and_its_prompts_cannot_be_exchanged_in_part():
 def test_the_options_are_those_that_the_protocol_takes():
     parameters = set(inspect.signature(protocol.segment).parameters)
     assert set(get_type_hints(SegmentOptions)) == parameters - {"images", "bank", "image_ids"}
+
+
+def test_box_and_point_of_a_mask():
+    mask = np.zeros((9, 12), bool)
+    mask[2:7, 3:8] = True
+    mask[4, 8:11] = True  # a thin arm widens the box and leaves the deepest point where it was
+    box, point = box_and_point(mask)
+    assert box.tolist() == [3, 2, 11, 7]
+    assert point.tolist() == [5.5, 4.5]
+    with pytest.raises(ValueError, match="at least one pixel"):
+        box_and_point(np.zeros((3, 3), bool))
