@@ -1,4 +1,4 @@
-"""`vessa-server serve|pretrain|evaluate|phantoms`: the annotator's command line."""
+"""`vessa-server serve|pretrain|evaluate|weights|phantoms`: the annotator's command line."""
 
 import json
 import shlex
@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 
 from vessa.errors import InvalidRequest, VessaError
+from vessa_server.weights_cli import weights as weights_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app.add_typer(weights_app, name="weights")
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
 
 
@@ -153,5 +155,7 @@ def main() -> None:
     try:
         app()
     except VessaError as error:
-        Console(stderr=True).print(f"vessa-server: {error.code}: {error}", style="red", highlight=False)
+        Console(stderr=True).print(
+            f"vessa-server: {error.code}: {error}", style="red", highlight=False, soft_wrap=True
+        )
         raise SystemExit(1) from error

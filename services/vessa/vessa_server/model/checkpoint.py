@@ -1,9 +1,11 @@
 """The weights directory: what is in it, written whole or not at all, read strictly."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vessa.errors import InvalidWeights
 from vessa_server.model.language import LanguageModel, stored_state
@@ -33,26 +35,37 @@ def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool 
     provenance: command, data, licences and figures, kept in `vessa.json` as they are.
     half: store float16 (what nano ships as). An existing directory is replaced at the very end.
     """
+    with fresh_folder(folder, model.preset, provenance) as fresh:
+        for part in _PARTS:
+            module = getattr(model, part)
+            if module is not None:
+                save_file(stored_state(module, half), fresh / f"{part}.safetensors")
+        if model.language is not None:
+            model.language.write(fresh / "language", half=half)
+    return digest(folder)
+
+
+@contextlib.contextmanager
+def fresh_folder(folder: Path, preset: Preset, provenance: dict[str, Any]) -> Iterator[Path]:
+    """Give a new directory to write weights into; afterwards it gets its manifest and takes its place."""
     folder = Path(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for part in _PARTS:
-        module = getattr(model, part)
-        if module is not None:
-            save_file(stored_state(module, half), fresh / f"{part}.safetensors")
-    if model.language is not None:
-        model.language.write(fresh / "language", half=half)
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     files = {
         str(p.relative_to(fresh)): _sha256(p)
         for p in sorted(fresh.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
-    manifest = {"format": 1, "preset": model.preset.to_dict(), "files": files, "provenance": provenance}
+    manifest = {"format": 1, "preset": preset.to_dict(), "files": files, "provenance": provenance}
     (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
-    return digest(folder)
 
 
 def find(weights: str | Path) -> Path:
@@ -101,6 +114,11 @@ def read(weights: str | Path, device: str | torch.device = "cpu") -> tuple[Vessa
     folder = find(weights)
     verify(folder)
     preset = Preset.from_dict(manifest(folder)["preset"])
+    if preset.language is not None and not (folder / "projector.safetensors").is_file():
+        raise InvalidWeights(
+            f"the language model in '{folder}' has not been through Stage 1: "
+            "there is no projector.safetensors; build them without --qwen to use the official files alone"
+        )
     language = None
     if preset.language is not None:
         language = LanguageModel.read(folder / "language", preset.language.image_size)
@@ -118,12 +136,20 @@ def load_strictly(module: nn.Module, path: Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InvalidWeights(f"{path.name} is not a readable safetensors file") from error
+    fit(module, state, path.name)
+
+
+def fit(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Give a module all of its tensors; every key and shape must fit. Raises InvalidWeights with the keys.
+
+    name: of the file that the tensors are from, for the error
+    """
     own = module.state_dict()
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or unknown or shapes:
         raise InvalidWeights(
-            f"{path.name} does not fit: missing {missing[:5]}, unknown {unknown[:5]}, "
+            f"{name} does not fit: missing {missing[:5]}, unknown {unknown[:5]}, "
             f"wrong shape {shapes[:5]} ({len(missing)}, {len(unknown)} and {len(shapes)} keys)"
         )
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+from vessa.errors import InvalidWeights
 from vessa_server.model.geometry import resize
 from vessa_server.model.instructions import INSTRUCTIONS, answer, ask
 from vessa_server.model.presets import LanguagePreset
@@ -74,10 +75,18 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def read(cls, folder: Path, image_size: int) -> "LanguageModel":
-        """Read a Hugging Face directory; nothing is fetched from a hub."""
-        model = Qwen3VLForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32
+        """Read a Hugging Face directory; nothing is fetched from a hub.
+
+        Raises InvalidWeights when a tensor is missing: transformers would draw it at random.
+        """
+        loaded: Any = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
+        model, found = loaded
+        if lost := sorted([*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]):
+            raise InvalidWeights(
+                f"{folder.name}/ does not fit its config.json: {lost[:5]} ({len(lost)} keys)"
+            )
         processor = Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
         return cls(model, processor, image_size)
 

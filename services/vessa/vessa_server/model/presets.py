@@ -74,11 +74,17 @@ class Preset:
 _OFFICIAL = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 
 
-def _full(name: str, sam: str, dino: str) -> Preset:
+def full(name: str, sam: str, dino: str, image_size: int = 1024, *, language: bool = False) -> Preset:
+    """Sizes of a preset made of official parts.
+
+    sam: tiny, small, base_plus or large; dino: timm's name; image_size: px, a multiple of 32, below
+    1024 for small machines; language: whether a Qwen3-VL is among the parts. DINOv2 and Qwen3-VL see
+    no more px than the segmenter.
+    """
     return Preset(
         name=name,
         segmenter=SegmenterPreset(
-            image_size=1024,
+            image_size=image_size,
             stride=16,
             dim=256,
             attention_layers=4,
@@ -86,13 +92,13 @@ def _full(name: str, sam: str, dino: str) -> Preset:
             config=f"configs/sam2.1/sam2.1_hiera_{_OFFICIAL[sam]}.yaml",
             per_image_normalization=False,
         ),
-        language=None,
-        retriever=RetrieverPreset(name=dino, image_size=518, options={}),
+        language=LanguagePreset(image_size=min(448, image_size)) if language else None,
+        retriever=RetrieverPreset(name=dino, image_size=min(518, image_size // 14 * 14), options={}),
     )
 
 
 PRESETS: dict[str, Preset] = {
     "nano": Preset(),
-    "base": _full("base", "tiny", "vit_small_patch14_dinov2"),
-    "large": _full("large", "large", "vit_base_patch14_dinov2"),
+    "base": full("base", "tiny", "vit_small_patch14_dinov2"),
+    "large": full("large", "large", "vit_base_patch14_dinov2"),
 }

@@ -1,0 +1,72 @@
+"""`vessa-server weights build|fetch|show|verify`: weights directories, and how official files become one."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+weights = typer.Typer(no_args_is_help=True, help="Weights directories: build, fetch, show, verify.")
+Weights = Annotated[str, typer.Argument(help="Weights directory, or the name of shipped ones.")]
+
+
+def _say(line: str) -> None:
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@weights.command()
+def build(
+    out: Annotated[Path, typer.Argument(help="Weights directory to write.")],
+    preset: Annotated[str, typer.Option(help="base or large.")],
+    sam: Annotated[Path, typer.Option(help="Official sam2.1_hiera_*.pt.")],
+    dino: Annotated[Path, typer.Option(help="model.safetensors of timm's DINOv2 S or B.")],
+    qwen: Annotated[Path | None, typer.Option(help="Qwen3-VL directory; needs Stage 1 to be used.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the segmenter's input, px.")] = 1024,
+    license: Annotated[str, typer.Option(help="Licence to note down.")] = "Apache-2.0",
+) -> None:
+    """Make a weights directory of official files. Without --qwen it works at once, from templates alone."""
+    from vessa_server.model.official import build as run
+
+    command = "vessa-server " + shlex.join(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])
+    provenance = {"command": command, "licence": license}
+    _say(f"{out}: {run(out, preset, sam, dino, qwen, image_size=image_size, provenance=provenance)}")
+
+
+@weights.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="sam2.1-tiny, sam2.1-small, sam2.1-base-plus or sam2.1-large.")],
+    folder: Annotated[Path, typer.Argument(help="Where to put the file.")],
+) -> None:
+    """Download an official file and check it; one that is there already is only checked."""
+    from vessa_server.model.hub import fetch as run
+
+    _say(f"{run(name, folder)}: checked")
+
+
+@weights.command()
+def show(folder: Weights) -> None:
+    """Say what a weights directory holds, its checksums, where it is from and its licence."""
+    from vessa_server.model import checkpoint
+
+    place = checkpoint.find(folder)
+    manifest = checkpoint.manifest(place)
+    preset = manifest["preset"]
+    _say(f"preset: {preset['name']}, {preset['segmenter']['image_size']} px")
+    _say(f"language: {'none' if preset['language'] is None else 'Qwen3-VL'}")
+    _say(f"digest: {checkpoint.digest(place)}")
+    for key, value in manifest["provenance"].items():
+        _say(f"{key}: {value}")
+    for name, sha256 in manifest["files"].items():
+        _say(f"{sha256}  {name}")
+
+
+@weights.command()
+def verify(folder: Weights) -> None:
+    """Compare every file of a weights directory with its checksum."""
+    from vessa_server.model import checkpoint
+
+    place = checkpoint.find(folder)
+    checkpoint.verify(place)
+    _say(f"{place}: {len(checkpoint.manifest(place)['files'])} files as vessa.json states")
