@@ -114,6 +114,12 @@ def test_the_crop_fits_the_student():
         load_config(None, ["student.name=dpt"])
 
 
+def test_the_teacher_of_a_short_run_averages_over_less():
+    decays = [load_config(None, [f"steps={n}"]).ema_decay for n in (10, 400, 5000, 100_000)]
+    assert decays == pytest.approx([0, 0.95, 0.996, 0.996])
+    assert load_config(None, ["steps=400", "semi.ema_decay=0.996"]).ema_decay == 0.996
+
+
 def test_feedback_needs_something_to_send():
     with pytest.raises(InvalidConfig, match="feedback.prompts must name at least one"):
         load_config(None, ["feedback.prompts=[]"])

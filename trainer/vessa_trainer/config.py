@@ -105,6 +105,8 @@ class SemiConfig:
 
     vessa_gate: 'own' gates VESSA's term with its own confidence >= `vessa_threshold`, 'teacher' with the
     teacher's confidence as Eq. 8 of the paper has it. alpha_v_floor: VESSA's weight never falls below it.
+    ema_decay: None is UniMatch V2's 0.996, or less in a short run, where the teacher would still average over
+    the student's first steps when it has to teach.
     unlabeled_loss: 'ce' is Eq. 5 and UniMatch V2; 'dice' is UniMatch v1's recipe for medical images. None
     takes 'dice' for a U-Net, which starts from noise and would call everything background before it knows
     better, and 'ce' for a DPT, which starts from DINOv2.
@@ -114,7 +116,7 @@ class SemiConfig:
     lambda_u: float = 1.0
     unlabeled_loss: Literal["ce", "dice"] | None = None
     conf_threshold: float = 0.95
-    ema_decay: float = 0.996
+    ema_decay: float | None = None
     vessa_gate: Literal["own", "teacher"] = "own"
     vessa_threshold: float = 0.8
     alpha_v_floor: float = 0.0
@@ -186,6 +188,12 @@ class Config:
     def __post_init__(self) -> None:
         """Check the ranges that no type can express."""
         _check(self)
+
+    @property
+    def ema_decay(self) -> float:
+        """Limit of the teacher's decay; by default it averages over a twentieth of the run at most."""
+        given = self.semi.ema_decay
+        return min(0.996, max(0.0, 1 - 20 / max(self.steps, 1))) if given is None else given
 
     @property
     def unlabeled_loss(self) -> str:
@@ -352,7 +360,7 @@ def _check(config: Config) -> None:
     shares = {
         "semi.conf_threshold": semi.conf_threshold,
         "semi.vessa_threshold": semi.vessa_threshold,
-        "semi.ema_decay": semi.ema_decay,
+        "semi.ema_decay": config.ema_decay,
         "semi.alpha_v_floor": semi.alpha_v_floor,
         "feedback.start": feedback.start,
         "feedback.min_confidence": feedback.min_confidence,

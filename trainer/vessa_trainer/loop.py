@@ -257,7 +257,7 @@ class Run:
         self.optimizer.step()
         self.step += 1
         self._drawn_from = None
-        update_teacher(self.teacher, self.student, ema_decay(self.step, self.config.semi.ema_decay))
+        update_teacher(self.teacher, self.student, ema_decay(self.step, self.config.ema_decay))
         return figures
 
     def _look_ahead(self, rows: list[int]) -> None:
