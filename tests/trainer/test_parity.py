@@ -112,7 +112,9 @@ def apart(ours, theirs):
 
 
 def test_our_steps_are_those_of_unimatch_v2(tiny, dataset, given):
-    config = tiny("semi.method=unimatch_v2", "semi.unlabeled_loss=ce", *OVERRIDES, steps=STEPS)
+    config = tiny(
+        "semi.method=unimatch_v2", "semi.unlabeled_loss=ce", "semi.ema_decay=0.996", *OVERRIDES, steps=STEPS
+    )
     run = Run(config, dataset, None, "")
     run.student.double()
     run.teacher.double()
