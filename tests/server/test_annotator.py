@@ -139,6 +139,17 @@ def test_the_budget_counts_what_was_kept_of_each_class(model, annotator):
     assert tight._held.nbytes == 0
 
 
+def test_an_image_is_not_lost_to_its_neighbors_in_a_batch(model, annotator):
+    first = query(1)
+    size = Annotator(model[0], annotator.banks, 1 << 30, model[1])
+    size.segment([first])
+    tight = Annotator(model[0], annotator.banks, size._held.nbytes, model[1])  # room for one image
+    the_only(tight.segment([first]))
+    assert tight.holds(first.image_id)
+    answers = tight.segment([query(2), SegmentItem(first.image_id, None, "abdomen"), first])
+    assert all(isinstance(a, SegmentResult) for a in answers), answers
+
+
 def test_what_does_not_fit_the_budget_is_not_kept(model, annotator):
     small = Annotator(model[0], annotator.banks, 1, model[1])
     item = query()

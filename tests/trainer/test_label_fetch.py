@@ -78,6 +78,15 @@ def test_known_images_are_asked_by_their_id(fetcher, wire, dataset, unlabeled):
     assert wire.asked[2] == ids_of(dataset, unlabeled[2:3])
 
 
+def test_ids_of_images_of_different_sizes_go_in_requests_of_their_own(fetcher, wire, dataset, unlabeled):
+    wide = np.pad(dataset.image(unlabeled[1]), ((0, 0), (0, 8)))
+    fetcher.fetch([Wanted(unlabeled[0]), Wanted(unlabeled[1], image=wide)])
+    fetched = fetcher.fetch([Wanted(unlabeled[0], BOX), Wanted(unlabeled[1], BOX, image=wide)])
+    assert wire.by_id == [False, False, True, True]
+    assert sorted(label.labels.shape for _, label in fetched.labels) == [(32, 32), (32, 40)]
+    assert fetcher.failed_items == 0
+
+
 def test_ids_that_the_annotator_forgot_are_sent_again_as_pixels(wired, wire, cache, client, tiny, tmp_path):
     write_phantoms(tmp_path, patients=6, slices=1, size=32, seed=77)  # images it has never seen
     dataset = open_dataset(tmp_path / "heart")
@@ -85,7 +94,7 @@ def test_ids_that_the_annotator_forgot_are_sent_again_as_pixels(wired, wire, cac
     fetcher = LabelFetcher(wired, dataset, seed_labeled(client, dataset, config), cache, config.annotator, 0)
     one, other = slices_of(dataset, read_splits(dataset, config.data).unlabeled)[:2]
     fetcher.fetch([Wanted(one)])
-    fetcher._sent.add(other.name)  # as if sent before the annotator was restarted
+    fetcher._sent[other.name] = (32, 32)  # as if sent before the annotator was restarted
     fetched = fetcher.fetch([Wanted(one, BOX), Wanted(other, BOX)])
     assert [w.item for w, _ in fetched.labels] == [one, other]
     assert all(label.confidence.any() for _, label in fetched.labels)

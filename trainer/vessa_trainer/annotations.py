@@ -88,9 +88,11 @@ class AnnotationFeed:
         """
         started = time.monotonic()
         with self._changed:
-            while missing := [n for n in names if n not in self._labels]:
-                if self._broken is not None:
+            while True:
+                if self._broken is not None:  # also when all labels are here: nothing new would ever come
                     raise self._broken
+                if not (missing := [n for n in names if n not in self._labels]):
+                    break
                 self._urge(missing)
                 waited = time.monotonic() - max(started, self._arrived)
                 if waited > self._config.patience_s:

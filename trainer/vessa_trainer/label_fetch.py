@@ -80,7 +80,7 @@ class LabelFetcher:
         self.class_ids = sorted(bank.classes)
         self._classes = [bank.classes[c] for c in self.class_ids]
         self._image_ids: dict[str, str] = {}
-        self._sent: set[str] = set()  # names whose pixels the annotator has seen
+        self._sent: dict[str, tuple[int, ...]] = {}  # size of the images that the annotator has seen
         self._faults: Counter[str] = Counter()  # names to how often the annotator failed on that item alone
         self.requests = self.images = self.cache_hits = self.failed_items = 0
 
@@ -128,8 +128,9 @@ class LabelFetcher:
     def _ask(self, batch: list[Wanted]) -> list[Annotation]:
         """Ask the annotator; images it has seen go by their id alone."""
         answers: dict[str, Annotation] = {}
-        known = [w for w in batch if w.item.name in self._sent]
-        if known:
+        for size in {self._sent[w.item.name] for w in batch if w.item.name in self._sent}:
+            # the ids of one request are of images of one size
+            known = [w for w in batch if self._sent.get(w.item.name) == size]
             try:
                 replies = self._request(known, image_ids=[self._image_id(w) for w in known])
             except UnknownImage:
@@ -141,7 +142,7 @@ class LabelFetcher:
         if rest:
             replies = self._request(rest, images=[self._image(w) for w in rest])
             answers |= {w.item.name: reply for w, reply in zip(rest, replies, strict=True)}
-            self._sent.update(w.item.name for w in rest)
+            self._sent |= {w.item.name: self._image(w).shape[:2] for w in rest}
         return [answers[w.item.name] for w in batch]
 
     def _request(self, batch: list[Wanted], **what: Any) -> list[Annotation]:

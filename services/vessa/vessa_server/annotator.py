@@ -177,16 +177,17 @@ class Annotator:
     def segment(self, items: list[SegmentItem]) -> list[SegmentResult | VessaError]:
         """Segment query images; one item's error does not touch the others."""
         banks = {name: _or_error(self.banks.get, name) for name in {i.bank for i in items}}
-        fresh = {i.image_id: i.image for i in items if i.image is not None and i.image_id not in self._held}
-        self.hits += sum(i.image_id in self._held for i in items)
+        # Taken before new images come in, which may push them out of the cache.
+        looked = {i.image_id: seen for i in items if (seen := self._held.get(i.image_id)) is not None}
+        fresh = {i.image_id: i.image for i in items if i.image is not None and i.image_id not in looked}
+        self.hits += sum(i.image_id in looked for i in items)
         self.misses += len(fresh)
         with self._stage("encode"):
-            looked = dict(zip(fresh, self._look([(k, v) for k, v in fresh.items()]), strict=True))
+            looked |= zip(fresh, self._look([(k, v) for k, v in fresh.items()]), strict=True)
         plans: list[list[_Pass] | VessaError] = []
         with self._stage("retrieve"):
             for item in items:
-                seen = looked.get(item.image_id) or self._held.get(item.image_id)
-                plans.append(_or_error(self._plan, item, banks[item.bank], seen))
+                plans.append(_or_error(self._plan, item, banks[item.bank], looked.get(item.image_id)))
         flat = [p for plan in plans if not isinstance(plan, VessaError) for p in plan]
         outputs: list[tuple[Tensor, float]] = []
         for start in range(0, len(flat), _CONCURRENT_MASKS):
