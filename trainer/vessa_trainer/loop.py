@@ -79,26 +79,17 @@ def _channels(image: np.ndarray, channels: int) -> Tensor:
     return pixels.expand(channels, -1, -1)
 
 
-def predict_volumes(
-    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
-) -> Iterator[tuple[Case, list[Tensor]]]:
-    """Predict case by case: the probabilities (C, H, W) of its slices, each at its own size."""
-    for case in cases:
-        slices: list[Tensor] = []
-        for start in range(0, len(case.slices), config.batch_eval):
-            images = [dataset.image(s) for s in case.slices[start : start + config.batch_eval]]
-            slices += predict_slice(model, images, config, channels)
-        yield case, slices
-
-
 def predict_labels(
     model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
 ) -> dict[str, list[np.ndarray]]:
-    """Class ids uint8 (H, W) of every slice of some cases, by the case's name."""
-    return {
-        case.name: [p.argmax(0).byte().numpy() for p in slices]
-        for case, slices in predict_volumes(model, dataset, cases, config, channels)
-    }
+    """Class ids uint8 (H, W) of every slice of some cases, each at its own size, by the case's name."""
+    labels: dict[str, list[np.ndarray]] = {}
+    for case in cases:
+        found = labels[case.name] = []
+        for start in range(0, len(case.slices), config.batch_eval):
+            images = [dataset.image(s) for s in case.slices[start : start + config.batch_eval]]
+            found += [p.argmax(0).byte().numpy() for p in predict_slice(model, images, config, channels)]
+    return labels
 
 
 def evaluate(

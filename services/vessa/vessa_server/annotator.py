@@ -117,7 +117,6 @@ class Annotator:
         self._size = model.preset.segmenter.image_size
         self._held = FeatureCache(feature_cache_bytes)
         self._overlays: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
-        self.hits = self.misses = 0
         self.leave_out(without)
 
     def leave_out(self, parts: frozenset[str]) -> None:
@@ -180,8 +179,6 @@ class Annotator:
         # Taken before new images come in, which may push them out of the cache.
         looked = {i.image_id: seen for i in items if (seen := self._held.get(i.image_id)) is not None}
         fresh = {i.image_id: i.image for i in items if i.image is not None and i.image_id not in looked}
-        self.hits += sum(i.image_id in looked for i in items)
-        self.misses += len(fresh)
         with self._stage("encode"):
             looked |= zip(fresh, self._look([(k, v) for k, v in fresh.items()]), strict=True)
         plans: list[list[_Pass] | VessaError] = []
