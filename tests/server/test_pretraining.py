@@ -12,7 +12,14 @@ from scipy import ndimage
 from vessa.datasets import open_dataset
 from vessa_server.model.presets import PRESETS
 from vessa_server.model.vessa import Vessa
-from vessa_server.pretraining.augment import rough_boxes, rough_logits, shade, warp
+from vessa_server.pretraining.augment import (
+    rough_boxes,
+    rough_logits,
+    rough_points,
+    shade,
+    warp,
+    windows_around,
+)
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.losses import (
     LossWeights,
@@ -20,9 +27,10 @@ from vessa_server.pretraining.losses import (
     quality_loss,
     retrieval_loss,
     soft_dice,
+    whereabouts_loss,
 )
 from vessa_server.pretraining.phantoms import write_phantoms
-from vessa_server.pretraining.step import prepare, training_loss
+from vessa_server.pretraining.step import prepare, prepare_layouts, training_loss
 from vessa_server.pretraining.synthetic import phantom_study, random_study
 from vessa_server.pretraining.tasks import (
     Pool,
@@ -57,9 +65,34 @@ def test_quality_loss_scores_present_masks_only():
     assert loss.item() == pytest.approx(math.log(2))
 
 
-def test_retrieval_loss_prefers_the_same_image():
-    vectors = torch.eye(3)
-    assert retrieval_loss(vectors, vectors) < retrieval_loss(vectors, vectors.roll(1, 0))
+def test_retrieval_loss_prefers_the_same_layout():
+    layouts = torch.tensor([[0.1, 0.3], [0.1, 0.3], [0.4, 0.0], [0.4, 0.0]])
+    kinds = torch.zeros(4, dtype=torch.int64)
+    one, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    alike = retrieval_loss(torch.stack([one, one, other, other]), layouts, kinds)
+    mixed = retrieval_loss(torch.stack([one, other, one, other]), layouts, kinds)
+    assert alike < 0.01 < 1 < mixed
+    apart = torch.tensor([0, 0, 1, 1])  # of two kinds: what looks alike across them counts against
+    assert retrieval_loss(torch.stack([one] * 4), layouts, apart) == pytest.approx(math.log(3))
+
+
+def test_whereabouts_are_the_share_of_each_cell():
+    target = torch.zeros(1, 1, 4, 4)
+    target[..., :2, :2] = 1
+    sure = torch.tensor([[30.0, -30.0, -30.0, -30.0]])
+    assert whereabouts_loss(sure, target).item() == pytest.approx(0, abs=1e-6)
+    assert whereabouts_loss(torch.zeros(1, 4), target).item() == pytest.approx(math.log(2))
+
+
+def test_layouts_are_of_slices_that_show_a_class():
+    pools = synthetic_pools(3, 4, 96)
+    images, masks = Tasks([], pools, 1.0).layouts(np.random.default_rng(0), 5)
+    assert images.shape == masks.shape == (10, 96, 96)
+    assert masks.any((1, 2)).all()
+    batch = prepare_layouts(images, masks, 2, torch.Generator().manual_seed(0), 56)
+    assert batch.views.shape == (20, 3, 56, 56)
+    assert batch.kinds.tolist() == ([0] * 5 + [1] * 5) * 2
+    assert batch.layouts.shape[0] == 20
 
 
 def test_template_and_target_are_never_of_one_group():
@@ -121,11 +154,12 @@ def test_the_classes_of_a_pair_share_its_images():
     pool, rng = synthetic_pools(3, 4, 96)[1], np.random.default_rng(0)
     pool.redraw_bank(rng)
     pair = next(p for _ in range(50) if (p := pool.draw(rng)) is not None and len(p.classes) == 2)
-    batch = prepare([pair, pair], None, torch.device("cpu"))
-    assert batch.targets.shape[0] == 2
+    batch = prepare([pair, pair], torch.Generator().manual_seed(1), torch.device("cpu"), 64)
+    assert batch.targets.shape == (2, 3, 64, 64)
     assert batch.rows.tolist() == [0, 0, 1, 1]
-    for row, class_id in enumerate([*pair.classes, *pair.classes]):
-        assert np.array_equal(batch.target_masks[row, 0].numpy() > 0, pair.target_mask == class_id)
+    assert batch.target_masks.shape == (4, 1, 64, 64)
+    assert not (batch.target_masks[0] * batch.target_masks[1]).any()  # classes do not overlap
+    assert not torch.equal(batch.target_masks[0], batch.target_masks[2])  # each pair moves on its own
 
 
 def test_bfloat16_changes_the_loss_little():
@@ -133,11 +167,16 @@ def test_bfloat16_changes_the_loss_little():
     model = Vessa(PRESETS["nano"])
     pools = synthetic_pools(3, 2, 160)
     tasks = Tasks([], pools, 1.0)
-    batch = prepare(tasks.batch(np.random.default_rng(0), 2), None, torch.device("cpu"))
-    plain, half = (
-        training_loss(model, batch, LossWeights(), torch.Generator().manual_seed(1), bf16=bf16)[0].item()
-        for bf16 in (False, True)
-    )
+    generator = torch.Generator().manual_seed(1)
+    batch = prepare(tasks.batch(np.random.default_rng(0), 2), generator, torch.device("cpu"), 160)
+    layouts = prepare_layouts(*tasks.layouts(np.random.default_rng(0), 4), 2, generator, 112)
+    head = torch.nn.Linear(128, 64)
+
+    def loss(bf16):
+        draws = torch.Generator().manual_seed(1)
+        return training_loss(model, head, batch, layouts, LossWeights(), draws, bf16=bf16)[0].item()
+
+    plain, half = loss(False), loss(True)
     assert half == pytest.approx(plain, rel=0.02)
     assert half != plain
 
@@ -205,6 +244,30 @@ def test_image_and_mask_move_together():
     assert shaded.max() <= 1
 
 
+def test_windows_lie_around_what_is_to_be_drawn():
+    inside = torch.zeros(2, 1, 100, 100, dtype=torch.bool)
+    inside[0, :, 60:80, 10:20] = True
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        windows = windows_around(inside, torch.tensor([1.5, 1.5]), generator)
+        assert windows[1].tolist() == [0, 0, 1]  # nothing to look at: the whole image
+        x, y, half = windows[0].tolist()
+        assert x == pytest.approx(-0.7, abs=0.031)
+        assert y == pytest.approx(0.4, abs=0.031)
+        assert half == pytest.approx(0.3, rel=0.16)
+
+
+def test_a_window_fills_the_view():
+    masks = torch.zeros(1, 1, 96, 96)
+    masks[..., 60:80, 10:30] = 1
+    window = torch.tensor([[20 / 48 - 1, 70 / 48 - 1, 20 / 96]])
+    generator = torch.Generator().manual_seed(3)
+    whole = warp(masks, masks, generator, strength=0.0)[1].mean()
+    close = warp(masks, masks, generator, strength=0.0, windows=window, size=48)[1]
+    assert close.shape == (1, 1, 48, 48)
+    assert close.mean() / whole == pytest.approx(1 / window[0, 2].item() ** 2, rel=0.15)
+
+
 def test_simulated_prompts_lie_on_the_mask():
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(2, 1, 64, 64)
@@ -212,6 +275,9 @@ def test_simulated_prompts_lie_on_the_mask():
     boxes, labels = rough_boxes(masks, generator, jitter=0.0)
     assert boxes[0].tolist() == [[8.0, 16.0], [24.0, 32.0]]
     assert labels.tolist() == [[2, 3], [-1, -1]]
+    points, labels = rough_points(masks, generator)
+    assert labels.tolist() == [[1, 1], [-1, -1]]
+    assert all(masks[0, 0, int(y), int(x)] == 1 for x, y in points[0])
     logits = rough_logits(masks, 32, generator)
     assert logits.shape == (2, 1, 32, 32)
     assert logits[0, 0, 10:14, 6:10].mean() > logits[0, 0, 24:, 24:].mean() + 2

@@ -50,6 +50,9 @@ def serve(
 def pretrain(
     out: Annotated[Path, typer.Option(help="Run directory; a run found there is resumed.")],
     data: Annotated[list[Path] | None, typer.Option(help="Data folder; may be given several times.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Weights to start from: a directory, or the name of shipped ones.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this much training.")] = None,
     steps: Annotated[int, typer.Option(help="Stop after this many steps.")] = 20000,
     batch: Annotated[int, typer.Option(help="Pairs a step.")] = 8,
@@ -81,9 +84,13 @@ def pretrain(
         validate_every=validate_every,
         weights=LossWeights(dice=dice_weight),
     )
-    folders = {str(p) for p in (out, *(data or []))}  # where they lay is nobody's business
+    folders = {
+        str(p) for p in (out, *(data or []), *([start] if start else []))
+    }  # where they lay is nobody's business
     command = "vessa-server " + shlex.join(Path(a).name if a in folders else a for a in sys.argv[1:])
-    _finish(run(data or [], out, config, studies=studies, command=command, device=device), as_json)
+    _finish(
+        run(data or [], out, config, start=start, studies=studies, command=command, device=device), as_json
+    )
 
 
 @app.command()

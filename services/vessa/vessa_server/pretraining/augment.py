@@ -15,17 +15,49 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return torch.rand(count, generator=generator) * (high - low) + low
 
 
+def windows_around(inside: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw square windows around structures, as rough as those of a first look.
+
+    inside: (B, 1, S, S) bool; factor: (B,) side of a window over the structure's longer side
+    Returns (B, 3): center (x, y) in [-1, 1] and half side, 1 for the whole image, which an empty
+    mask also gets.
+    """
+    count, size = inside.shape[0], inside.shape[-1]
+    windows = torch.tensor([0.0, 0.0, 1.0]).repeat(count, 1)
+    ends = []
+    for reduce in (1, 2):  # columns, then rows
+        line = inside[:, 0].any(reduce).float()
+        ends.append((line.argmax(1).float(), size - line.flip(1).argmax(1).float()))
+    jitter = torch.rand(count, 3, generator=generator) - 0.5
+    extent = torch.maximum(ends[0][1] - ends[0][0], ends[1][1] - ends[1][0]) / size
+    half = (extent * factor * (1 + 0.3 * jitter[:, 2])).clamp(0.15, 1.0)
+    middle = torch.stack([(low + high) / size - 1 for low, high in ends], 1)
+    found = torch.cat([middle + 0.3 * extent[:, None] * jitter[:, :2], half[:, None]], 1)
+    return torch.where(inside.flatten(1).any(1)[:, None], found, windows)
+
+
 def warp(
-    images: Tensor, masks: Tensor, generator: torch.Generator, *, strength: float
+    images: Tensor,
+    masks: Tensor,
+    generator: torch.Generator,
+    *,
+    strength: float,
+    windows: Tensor | None = None,
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move images and masks by the same random flip, rotation, crop and deformation.
 
-    images: (B, 1, S, S) float; masks: (B, 1, S, S) float class ids; strength: 1 for templates
+    images: (B, 1, S, S) float; masks: (B, 1, S, S) float class ids; strength: 1 for templates;
+    windows: (B, 3) of `windows_around`, None for the whole images; size: px of the results, S unless
+    given
     """
-    count, _, size, _ = images.shape
+    count, _, side, _ = images.shape
+    size = size or side
+    windows = torch.tensor([[0.0, 0.0, 1.0]]).expand(count, -1) if windows is None else windows
     angle = _uniform(count, -0.5, 0.5, generator) * strength
     scale = _uniform(count, 1 - 0.3 * strength, 1 + 0.15 * strength, generator)
     shift = _uniform(2 * count, -0.12, 0.12, generator).view(count, 2) * strength
+    scale, shift = scale * windows[:, 2], shift * windows[:, 2:] + windows[:, :2]
     flip_x = 1 - 2 * (torch.rand(count, generator=generator) < 0.12).float()
     flip_y = 1 - 2 * (torch.rand(count, generator=generator) < 0.06).float()
     cosine, sine = angle.cos() * scale, angle.sin() * scale
@@ -35,7 +67,8 @@ def warp(
     bend = torch.randn(count, 2, 5, 5, generator=generator) * _uniform(count, 0, 0.03, generator).view(
         -1, 1, 1, 1
     )
-    grid = grid + F.interpolate(bend, (size, size), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    bend = F.interpolate(bend, (size, size), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    grid = grid + bend * windows[:, 2].view(-1, 1, 1, 1)
     moved = F.grid_sample(images, grid, align_corners=False)
     return moved, F.grid_sample(masks, grid, mode="nearest", align_corners=False)
 
@@ -73,7 +106,8 @@ def rough_logits(masks: Tensor, side: int, generator: torch.Generator) -> Tensor
     masks: (B, 1, S, S) float 0/1. Returns (B, 1, side, side) logits: blurred, displaced, uncertain.
     """
     moved, _ = warp(masks, masks, generator, strength=0.12)
-    coarse = resize(moved, (side // 4, side // 4))
+    cells = side // (1, 2, 4)[int(torch.randint(3, (), generator=generator))]
+    coarse = resize(resize(moved, (side, side)), (cells, cells))
     soft = resize(coarse, (side, side)).clamp(0.03, 0.97)
     noise = F.interpolate(
         torch.randn(masks.shape[0], 1, 8, 8, generator=generator),
@@ -82,6 +116,22 @@ def rough_logits(masks: Tensor, side: int, generator: torch.Generator) -> Tensor
         align_corners=False,
     )
     return torch.logit(soft) + noise * 0.8
+
+
+def rough_points(masks: Tensor, generator: torch.Generator, count: int = 2) -> tuple[Tensor, Tensor]:
+    """Points drawn inside true masks, as SAM's point prompt.
+
+    masks: (B, 1, S, S). Returns points (B, count, 2) (x, y) px and labels (B, count): 1, or -1 where
+    the mask is empty.
+    """
+    inside = masks[:, 0].flatten(1) > 0.5
+    empty = ~inside.any(1)
+    chance = (inside | empty[:, None]).float()
+    drawn = torch.multinomial(chance, count, replacement=True, generator=generator)
+    size = masks.shape[-1]
+    points = torch.stack([drawn % size, drawn // size], -1).float() + 0.5
+    labels = torch.where(empty, -1, 1)[:, None].expand(-1, count).clone()
+    return points, labels
 
 
 def rough_boxes(masks: Tensor, generator: torch.Generator, jitter: float = 0.05) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,18 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vessa_server.model import checkpoint
 from vessa_server.model.presets import Preset
 from vessa_server.model.vessa import Vessa
 from vessa_server.pretraining.losses import LossWeights
-from vessa_server.pretraining.step import prepare, training_loss, validation_dice
+from vessa_server.pretraining.step import prepare, prepare_layouts, training_loss, validation_dice
 from vessa_server.pretraining.tasks import Pair, Pool, Tasks
 
 EMA_DECAY = 0.998
+WHEREABOUTS = 8  # cells a side of the coarse map that the state at <SEG> must hold
+LAYOUTS, KINDS = 16, 2  # slices of each of two pools for the retriever, two views of each
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,17 @@ class Pretraining:
         out: Path,
         provenance: dict[str, Any],
         device: torch.device | None = None,
+        start: Path | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.tasks, self.validation, self.out = config, tasks, validation, Path(out)
         self.device = device or torch.device("cpu")
         self.provenance = provenance
-        self.model = Vessa(preset).to(self.device).train()
+        self.model = (Vessa(preset) if start is None else checkpoint.read(start)[0]).to(self.device).train()
+        self.whereabouts = nn.Linear(preset.segmenter.dim, WHEREABOUTS**2).to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [*self.model.parameters(), *self.whereabouts.parameters()],
             lr=config.lr,
             betas=(0.9, 0.98),
             weight_decay=config.weight_decay,
@@ -118,11 +122,24 @@ class Pretraining:
         return self.out / "weights"
 
     def _step(self) -> dict[str, float]:
-        batch = prepare(self.tasks.batch(self.rng, self.config.batch), self.generator, self.device)
+        size = self.model.preset.segmenter.image_size
+        batch = prepare(self.tasks.batch(self.rng, self.config.batch), self.generator, self.device, size)
+        layouts = prepare_layouts(
+            *self.tasks.layouts(self.rng, LAYOUTS, KINDS),
+            KINDS,
+            self.generator,
+            self.model.preset.retriever.image_size,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss, figures = training_loss(
-            self.model, batch, self.config.weights, self.generator, bf16=self.config.bf16
+            self.model,
+            self.whereabouts,
+            batch,
+            layouts,
+            self.config.weights,
+            self.generator,
+            bf16=self.config.bf16,
         )
         if not math.isfinite(figures["loss"]):
             raise FloatingPointError(
@@ -164,6 +181,7 @@ class Pretraining:
     def save(self) -> None:
         """Write all that `resume` needs, atomically."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"whereabouts.{k}": v for k, v in self.whereabouts.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
@@ -191,6 +209,9 @@ class Pretraining:
             metadata = file.metadata()
             tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.whereabouts.load_state_dict(
+            {k[12:]: v for k, v in tensors.items() if k.startswith("whereabouts.")}
+        )
         self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():

@@ -16,6 +16,7 @@ class LossWeights:
     dice: float = 0.5
     quality: float = 0.1
     retrieval: float = 0.2
+    whereabouts: float = 1.0
 
 
 def soft_dice(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
@@ -47,11 +48,27 @@ def quality_loss(iou: Tensor, presence: Tensor, logits: Tensor, target: Tensor) 
     return score + F.binary_cross_entropy_with_logits(presence, there)
 
 
-def retrieval_loss(one: Tensor, other: Tensor, temperature: float = 0.2) -> Tensor:
-    """InfoNCE between two augmented views of the same images.
+def retrieval_loss(vectors: Tensor, layouts: Tensor, kinds: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy between what looks alike and what is alike: the best template shows the same layout.
 
-    one, other: (B, D) unit vectors. Only nano's retriever is taught; DINOv2's is kept as published.
+    vectors: (B, D) unit vectors; layouts: (B, K) root of each class's share of the image; kinds: (B,)
+    int, images of different kinds are never alike; temperature: that of Eq. 1
+    Only nano's retriever is taught; DINOv2's is kept as published.
     """
-    similarity = one @ other.T / temperature
-    same = torch.arange(one.shape[0], device=one.device)
-    return (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
+    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    distance = torch.cdist(layouts, layouts)
+    related = (kinds[:, None] == kinds) & ~itself
+    width = 0.15 * distance[related].mean().clamp(min=1e-4)
+    alike = (-distance / width).masked_fill(~related, -torch.inf).softmax(1)
+    log_found = (vectors @ vectors.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
+    return -(alike * log_found.masked_fill(itself, 0)).sum(1).mean()
+
+
+def whereabouts_loss(maps: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the coarse maps that are read off the states at <SEG>.
+
+    maps: (N, c * c) logits; target: (N, 1, h, w) in [0, 1]
+    """
+    cells = round(maps.shape[1] ** 0.5)
+    coarse = F.adaptive_avg_pool2d(target, cells).flatten(1)
+    return F.binary_cross_entropy_with_logits(maps, coarse)

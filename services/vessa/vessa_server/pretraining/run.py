@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vessa.datasets import Dataset, open_dataset
+from vessa_server.model import checkpoint
 from vessa_server.model.presets import PRESETS
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.synthetic import phantom_study
@@ -21,6 +22,7 @@ from vessa_server.pretraining.tasks import (
 )
 
 VALIDATION_SHARE = 0.1
+POOL_SCALE = 1.5  # pools are finer than what the network sees, so that a second look finds more
 
 
 def pretrain(
@@ -29,6 +31,7 @@ def pretrain(
     config: PretrainConfig,
     *,
     preset: str = "nano",
+    start: str | None = None,
     studies: int = 400,
     command: str,
     device: str = "cpu",
@@ -40,7 +43,7 @@ def pretrain(
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset '{preset}'; expected one of {sorted(PRESETS)}")
-    size = PRESETS[preset].segmenter.image_size
+    size = int(POOL_SCALE * PRESETS[preset].segmenter.image_size)
     datasets = [open_dataset(folder) for folder in folders]
     real, held_out = [], []
     for dataset in datasets:
@@ -48,7 +51,7 @@ def pretrain(
         real.append(pool_of_dataset(dataset, train, size))
         held_out.append(pool_of_dataset(dataset, validation, size))
     synthetic = synthetic_pools(config.seed + 1, studies, size)
-    synthetic += composite_pools(real, config.seed + 1, studies // 3)
+    synthetic += composite_pools(real, config.seed + 1, studies // 2)
     tasks = Tasks(real, synthetic, config.synthetic_share, config.region_share)
     pairs = validation_pairs([*held_out, *_synthetic_validation(size)], 96, config.seed)
     provenance = {
@@ -56,7 +59,10 @@ def pretrain(
         "data": [{"name": d.name, "licence": d.licence, "groups": len(d.groups())} for d in datasets]
         + [{"name": "vessa-server synthetic studies", "licence": "Apache-2.0", "groups": studies}],
     }
-    run = Pretraining(PRESETS[preset], config, tasks, pairs, out, provenance, torch.device(device))
+    begin = None if start is None else checkpoint.find(start)
+    if begin is not None:
+        provenance["start"] = checkpoint.manifest(begin)["provenance"]
+    run = Pretraining(PRESETS[preset], config, tasks, pairs, out, provenance, torch.device(device), begin)
     run.resume()
     return run.run()
 

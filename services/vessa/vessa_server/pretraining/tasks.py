@@ -32,6 +32,7 @@ MIN_AREA = 0.0015  # of the square; a structure of fewer pixels teaches nothing 
 BANK_SHARE = 0.05
 CLASSES_A_PAIR = 2  # the image encoder costs most: what it says is used twice
 TAU = 0.1
+SHAPES = "shapes"  # name of the pools of random shapes, whose slices all show one layout
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Pool:
         if not len(templates) or not len(others):
             return None
         target = int(rng.choice(others))
-        if rng.random() < 0.08:  # the structure may be absent: the network must be able to say so
+        if rng.random() < 0.12:  # the structure may be absent: the network must be able to say so
             target = int(rng.choice(np.flatnonzero(~np.isin(self.group_of, self.bank))))
         template = int(rng.choice(templates))
         if rng.random() < 0.5:
@@ -102,6 +103,13 @@ class Pool:
             self.masks[target],
             {c: self.classes[c] for c in (class_id, *further)},
         )
+
+    def draw_layouts(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw slices that show a class: images (count, S, S) uint8 and masks of the pool's classes."""
+        showing = np.unique(np.concatenate([self.showing[c] for c in self.classes]))
+        rows = rng.choice(showing, count, replace=len(showing) < count)
+        masks = self.masks[rows]
+        return self.images[rows], np.where(np.isin(masks, list(self.classes)), masks, 0)
 
     def draw_region(self, rng: np.random.Generator) -> Pair | None:
         """Draw a region and the ring around it in one image; None when the region is too small or large."""
@@ -149,7 +157,7 @@ def synthetic_pools(seed: int, count: int, size: int) -> list[Pool]:
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         if index % 2:
-            pools.append(pool_of_study(random_study(rng, patients=6, size=size), "shapes"))
+            pools.append(pool_of_study(random_study(rng, patients=6, size=size), SHAPES))
             continue
         kind = "heart" if index % 4 else "abdomen"
         protocols = {"heart": ("cine MR", "cine MR", None), "abdomen": ("MR T2", "CT", None)}[kind]
@@ -194,6 +202,14 @@ class Tasks:
         self.share, self.region_share = synthetic_share if real else 1.0, region_share
         self.redraw = redraw
         self.drawn = 0
+
+    def layouts(self, rng: np.random.Generator, count: int, kinds: int = 2) -> tuple[np.ndarray, np.ndarray]:
+        """Draw `count` slices of each of `kinds` pools, one pool after the other: images and masks."""
+        pools = [p for p in [*self.real, *self.synthetic] if p.classes]
+        usable = [p for p in pools if p.name != SHAPES] or pools
+        drawn = [usable[i].draw_layouts(rng, count) for i in rng.integers(len(usable), size=kinds)]
+        images, masks = zip(*drawn, strict=True)
+        return np.concatenate(images), np.concatenate(masks)
 
     def batch(self, rng: np.random.Generator, size: int) -> list[Pair]:
         """Draw `size` pairs."""
