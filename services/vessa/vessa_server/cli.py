@@ -1,4 +1,4 @@
-"""`vessa-server serve|pretrain|evaluate|weights|phantoms`: the annotator's command line."""
+"""`vessa-server serve|pretrain|evaluate|weights|data|phantoms`: the annotator's command line."""
 
 import json
 import shlex
@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 
 from vessa.errors import InvalidRequest, VessaError
+from vessa_server.data_cli import data as data_app
 from vessa_server.weights_cli import weights as weights_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.add_typer(weights_app, name="weights")
+app.add_typer(data_app, name="data")
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
 
 

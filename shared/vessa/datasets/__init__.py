@@ -6,20 +6,26 @@ from vessa.datasets.base import Case, Dataset, Slice
 from vessa.datasets.biomedparse import BiomedParse
 from vessa.datasets.nnunet import NnUnet
 from vessa.datasets.png_folder import PngFolder
+from vessa.datasets.registry import COLLECTIONS, Collection, collection, recognize
 from vessa.datasets.ssl4mis import Ssl4mis, slices_folder, volumes_folder
-from vessa.datasets.verify import Finding, verify
+from vessa.datasets.verify import Finding, require_sound, verify
 from vessa.errors import InvalidDataset
 
 __all__ = [
+    "COLLECTIONS",
     "BiomedParse",
     "Case",
+    "Collection",
     "Dataset",
     "Finding",
     "NnUnet",
     "PngFolder",
     "Slice",
     "Ssl4mis",
+    "collection",
     "open_dataset",
+    "recognize",
+    "require_sound",
     "verify",
 ]
 

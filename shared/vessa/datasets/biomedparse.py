@@ -10,6 +10,7 @@ import numpy as np
 
 from vessa.datasets.base import Case, Dataset, Slice
 from vessa.datasets.png_folder import read_png
+from vessa.datasets.registry import recognize
 from vessa.errors import InvalidDataset
 
 _PARTS = ("train", "test")
@@ -37,7 +38,8 @@ class BiomedParse(Dataset):
     Targets are joined by "+" where they have several words. Class ids are the targets' places in the
     alphabet. The group follows from the id by `group_of`; where that does not fit a collection, a file
     `groups.json` {image name without .png: group} says otherwise. Where masks overlap the smaller one
-    wins, since a part lies within its whole. Splits are "train" and "test", or split files.
+    wins, since a part lies within its whole. Splits are "train" and "test", or split files. The
+    licence is that of the registered collection whose folder name this one has.
     """
 
     def __init__(self, root: Path) -> None:
@@ -47,6 +49,8 @@ class BiomedParse(Dataset):
             raise InvalidDataset(f"{self.root} holds no PNG files in train/ or test/")
         sample = next(iter(self._images))
         self.modality = " ".join(sample.split("_")[-2:])
+        entry = recognize(self.root)
+        self.licence = "" if entry is None else entry.licence
         targets = sorted({t for targets in self._targets.values() for t in targets})
         if len(targets) > 254:
             raise InvalidDataset(f"{self.root} holds {len(targets)} targets; a label map has room for 254")

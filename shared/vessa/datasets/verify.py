@@ -1,6 +1,8 @@
 """Find what would spoil training before it starts."""
 
 import itertools
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,16 +10,33 @@ import numpy as np
 
 from vessa.codec import image_digest
 from vessa.datasets.base import Dataset
-from vessa.errors import VessaError
+from vessa.datasets.registry import LAYOUTS, Collection, fits_patient, recognize
+from vessa.errors import InvalidDataset, VessaError
+
+_log = logging.getLogger(__name__)
+ADVICE = {  # what to do about each kind of finding
+    "unreadable": "export the file again, or take it out together with its mask",
+    "size_mismatch": "put the mask of this very image there, or resize it by nearest neighbor",
+    "unknown_class": "name the class in the data set's description, or set its pixels to 0",
+    "empty_mask": "delete the mask if nobody annotated the image; leave it if the structures are not in it",
+    "absent_class": "take the class out of the description, or look for masks that did not come along",
+    "duplicate_image": "take one of the two out, or give both the same patient's name",
+    "no_masks": "put at least one patient's masks there: they are the templates",
+    "unknown_group": "correct the name in the split file, or take it out",
+    "split_overlap": "leave each patient in one split only",
+    "few_groups": "add patients, or leave this data set out",
+    "other_layout": "check classes and patients yourself: they are compared in the expected layout only",
+    "class_names": "see that this is the collection that its folder's name says, and all of it",
+    "patient_names": "see that patients are told apart; groups.json may state them (BiomedParse)",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing to look at.
 
-    kind: unreadable, size_mismatch, unknown_class, empty_mask, absent_class, duplicate_image,
-    no_masks, unknown_group or split_overlap; where: the slice, pair of slices, class, group or splits;
-    severity: "error" must be mended, "warning" may be meant
+    kind: a key of ADVICE; where: the slice, pair of slices, class, group, splits or data set; message: what
+    was found and what was expected; severity: "error" must be mended, "warning" may be meant
     """
 
     kind: str
@@ -25,11 +44,45 @@ class Finding:
     message: str
     severity: str = "error"
 
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return ADVICE[self.kind]
 
-def verify(dataset: Dataset, splits: Mapping[str, tuple[str, ...]] | None = None) -> list[Finding]:
+
+def require_sound(dataset: Dataset, *, min_groups: int) -> None:
+    """Check a data set before something is trained on it; warnings go to the log, one line a kind.
+
+    min_groups: patients that the training cannot do without. Raises InvalidDataset that names the first
+    errors and what to do about them.
+    """
+    findings = verify(dataset, entry=recognize(dataset.root))
+    groups = len(dataset.groups())
+    if groups < min_groups:
+        text = f"{groups} patients, expected at least {min_groups}"
+        findings.append(Finding("few_groups", dataset.name, text))
+    warnings = [f for f in findings if f.severity == "warning"]
+    for kind, count in Counter(f.kind for f in warnings).items():
+        first = next(f for f in warnings if f.kind == kind)
+        _log.warning(
+            "%s: %d x %s, the first is %s: %s", dataset.name, count, kind, first.where, first.message
+        )
+    errors = [f for f in findings if f.severity == "error"]
+    if errors:
+        shown = "; ".join(f"{f.where}: {f.message} ({f.kind}: {f.advice})" for f in errors[:3])
+        rest = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise InvalidDataset(f"'{dataset.name}' would spoil the training: {shown}{rest}")
+
+
+def verify(
+    dataset: Dataset,
+    splits: Mapping[str, tuple[str, ...]] | None = None,
+    entry: Collection | None = None,
+) -> list[Finding]:
     """Check every image and mask of a data set, and that no patient is in two splits.
 
-    splits: name to groups, of those that must not overlap.
+    splits: name to groups, of those that must not overlap; entry: the registered collection that the data
+    set is, to compare its layout, its classes and the names of its patients with.
     """
     findings: list[Finding] = []
     first_seen: dict[str, tuple[str, str]] = {}
@@ -52,22 +105,43 @@ def verify(dataset: Dataset, splits: Mapping[str, tuple[str, ...]] | None = None
             continue
         annotated = True
         if mask.shape != image.shape[:2]:
-            text = f"image has size {image.shape[:2]}, its mask {mask.shape}"
+            text = f"image has size {image.shape[:2]}, its mask {mask.shape}; expected one size"
             findings.append(Finding("size_mismatch", item.name, text))
         present = set(np.unique(mask).tolist())
         shown |= present
         unknown = sorted(present - set(dataset.classes) - {0})
         if unknown:
-            text = f"mask holds class ids {unknown[:5]}; the data set names {sorted(dataset.classes)}"
+            text = f"mask holds class ids {unknown[:5]}; expected 0 or one of {sorted(dataset.classes)}"
             findings.append(Finding("unknown_class", item.name, text))
         if not mask.any():
             findings.append(Finding("empty_mask", item.name, "the mask is all background", "warning"))
     if not annotated:
-        findings.append(Finding("no_masks", dataset.name, "no image has a mask", "warning"))
+        findings.append(Finding("no_masks", dataset.name, "no image has a mask; expected some", "warning"))
     for class_id in sorted(set(dataset.classes) - shown) if annotated else ():
         text = f"no mask shows class {class_id}"
         findings.append(Finding("absent_class", dataset.classes[class_id], text, "warning"))
-    return findings + _split_findings(dataset, splits or {})
+    findings += _split_findings(dataset, splits or {})
+    return findings if entry is None else findings + _registry_findings(dataset, entry)
+
+
+def _registry_findings(dataset: Dataset, entry: Collection) -> list[Finding]:
+    layout = type(dataset).__name__
+    if layout != entry.layout:
+        text = f"layout {layout}; expected {entry.layout} for {entry.name}: {LAYOUTS[entry.layout]}"
+        return [Finding("other_layout", dataset.name, text, "warning")]
+    findings = []
+    ours, theirs = set(dataset.classes.values()), set(entry.classes)
+    if ours - theirs:
+        text = f"classes {sorted(ours - theirs)[:5]}; {entry.name} has {sorted(theirs)}"
+        findings.append(Finding("class_names", dataset.name, text, "warning"))
+    strange = [g for g in dataset.groups() if not fits_patient(entry, g)]
+    if strange:
+        text = (
+            f"{len(strange)} patients such as {strange[:3]}; expected names like {entry.patient} as in "
+            f"{entry.example}"
+        )
+        findings.append(Finding("patient_names", dataset.name, text, "warning"))
+    return findings
 
 
 def _split_findings(dataset: Dataset, splits: Mapping[str, tuple[str, ...]]) -> list[Finding]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vessa.datasets import Dataset, open_dataset
+from vessa.datasets import Dataset, open_dataset, require_sound
 from vessa_server.model import checkpoint
 from vessa_server.model.presets import PRESETS
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
@@ -22,6 +22,7 @@ from vessa_server.pretraining.tasks import (
 )
 
 VALIDATION_SHARE = 0.1
+MIN_GROUPS = 4  # two for validation; one whose slices are templates and one whose slices are targets
 POOL_SCALE = 1.5  # pools are finer than what the network sees, so that a second look finds more
 
 
@@ -39,12 +40,15 @@ def pretrain(
     """Train the annotator on data folders and `studies` synthetic studies; resumes what is in `out`.
 
     A tenth of each data set's groups and separate synthetic studies are kept for validation.
-    Raises InvalidDataset for a folder that is none, ValueError for an unknown preset.
+    Raises InvalidDataset for a folder that is none or that would spoil the training, ValueError for an
+    unknown preset.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset '{preset}'; expected one of {sorted(PRESETS)}")
     size = int(POOL_SCALE * PRESETS[preset].segmenter.image_size)
     datasets = [open_dataset(folder) for folder in folders]
+    for dataset in datasets:
+        require_sound(dataset, min_groups=MIN_GROUPS)
     real, held_out = [], []
     for dataset in datasets:
         train, validation = _split(dataset, config.seed)
