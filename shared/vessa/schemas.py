@@ -95,7 +95,12 @@ class ItemInfo(_Frozen):
 
 
 class ServiceInfo(_Frozen):
-    """What is running. model: digest of the weights; labels_version: of pre- and post-processing."""
+    """What is running.
+
+    model: digest of the weights; labels_version: of pre- and post-processing; parts: "language" and
+    "memory", as far as they take part in the answers; trained_on: what Stage 1 saw, None where the
+    weights are official ones that went through no Stage 1
+    """
 
     version: str
     preset: str
@@ -104,3 +109,5 @@ class ServiceInfo(_Frozen):
     limits: dict[str, int]
     banks: list[BankInfo]
     labels_version: str
+    parts: list[str]
+    trained_on: list[str] | None

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessa.codec import encode
+from vessa.codec import TensorSpec, decode, encode
 from vessa.errors import InvalidWeights
 from vessa_server.app import load
 from vessa_server.settings import Settings
 
 NAMES = {1: "ventricle", 2: "wall"}
+LABELS = {name: TensorSpec(("U8",), ((None,) * 3,)) for name in ("labels", "confidence")}
 
 
 def form(file_of: Any, image: Any, mask: Any, **changes: Any) -> dict[str, Any]:
@@ -119,6 +120,24 @@ def test_info_says_what_runs(server: Any) -> None:
     assert info["labels_version"]
     assert info["limits"]["max_body_bytes"] == server.settings.max_body_bytes
     assert info["model"] == server.app.state.service.loaded().annotator.model_digest
+
+
+def test_info_tells_an_annotator_without_a_part_from_a_whole_one(
+    server: Any, server_of: Any, bank: str
+) -> None:
+    whole = server.http.get("/info").json()
+    assert whole["parts"] == ["language", "memory"]
+    assert whole["trained_on"] is None  # the tests' weights went through no Stage 1
+    settings = server.settings.model_copy(update={"without": frozenset({"language"})})
+    less = server_of(settings)
+    assert less.http.get("/info").json()["parts"] == ["memory"]
+    # Labels of the one are never taken for those of the other.
+    assert whole["labels_version"] != less.http.get("/info").json()["labels_version"]
+    less.seed(bank, 1)
+    wanted = {"images": np.zeros((1, 32, 32), np.uint8)}
+    tensors, metadata = decode(less.segment(wanted, bank=bank).content, LABELS, max_bytes=1 << 20)
+    assert tensors["labels"].shape == (1, 32, 32)
+    assert metadata["labels_version"].endswith("nolanguage")
 
 
 def test_metrics_count_requests_by_route_and_not_by_path(server: Any, bank: str) -> None:

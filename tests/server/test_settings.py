@@ -12,7 +12,7 @@ from vessa_server.settings import Settings
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("API_KEY", "INSECURE", "PORT", "HOST", "WEIGHTS", "STORE", "DEVICE"):
+    for name in ("API_KEY", "INSECURE", "PORT", "HOST", "WEIGHTS", "STORE", "DEVICE", "WITHOUT"):
         monkeypatch.delenv(f"VESSA_{name}", raising=False)
 
 
@@ -31,6 +31,20 @@ def test_environment_is_read_and_arguments_go_before(monkeypatch: pytest.MonkeyP
     assert Settings().port == 9000
     assert Settings(port=9001).port == 9001
     assert not Settings().loopback
+
+
+def test_parts_are_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().without == frozenset()
+    for text, parts in (
+        ("language", {"language"}),
+        ("language, memory", {"language", "memory"}),
+        ("", set()),
+    ):
+        monkeypatch.setenv("VESSA_WITHOUT", text)
+        assert Settings().without == parts
+    monkeypatch.setenv("VESSA_WITHOUT", "eyes")
+    with pytest.raises(InvalidConfig, match="without"):
+        Settings()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from vessa.errors import (
 BANK = {"name": "b", "version": 3, "templates": 1, "groups": ["p"], "classes": {"1": "liver"}}
 INFO = {
     "version": "1", "preset": "nano", "model": "m", "device": "cpu", "limits": {}, "banks": [BANK],
-    "labels_version": "1",
+    "labels_version": "1", "parts": ["language", "memory"], "trained_on": ["phantoms"],
 }  # fmt: skip
 TEMPLATE = {"id": "t", "bank": "b", "group": "p", "classes": {"1": "liver"}, "height": 2, "width": 3}
 

@@ -43,7 +43,8 @@ def load(settings: Settings, banks: TemplateBanks) -> "Annotator":
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # torch reads it once, when it is imported
     from vessa_server.annotator import load_annotator
 
-    return load_annotator(settings.weights, settings.device, banks, settings.feature_cache_bytes)
+    budget, without = settings.feature_cache_bytes, frozenset[str](settings.without)
+    return load_annotator(settings.weights, settings.device, banks, budget, without)
 
 
 def create_app(settings: Settings | None = None, annotator_factory: Factory = load) -> FastAPI:

@@ -85,10 +85,9 @@ async def openapi(request: Request) -> dict[str, Any]:
 
 @api.get("/info")
 def info(loaded: LoadedDep) -> ServiceInfo:
-    """What runs here: version, weights, device, limits and banks."""
-    from vessa_server.annotator import LABELS_VERSION
-
+    """What runs here: version, weights, device, limits, banks, and which parts of the annotator are in use."""
     annotator = loaded.annotator
+    stage1 = annotator.model.provenance.get("data")
     return ServiceInfo(
         version=__version__,
         preset=annotator.preset,
@@ -96,7 +95,9 @@ def info(loaded: LoadedDep) -> ServiceInfo:
         device=annotator.device,
         limits=loaded.settings.limits(),
         banks=loaded.banks.list(),
-        labels_version=LABELS_VERSION,
+        labels_version=loaded.labels_version,
+        parts=loaded.parts,
+        trained_on=None if stage1 is None else [entry["name"] for entry in stage1],
     )
 
 
@@ -192,9 +193,8 @@ async def segment(
         results = await unless_gone(request, loaded.segment(wanted))
         model = loaded.annotator.model_digest
         if answer_type == SAFETENSORS:
-            from vessa_server.annotator import LABELS_VERSION
-
-            answer = await run_in_threadpool(tensor_answer, wanted, results, model, LABELS_VERSION)
+            version = loaded.labels_version
+            answer = await run_in_threadpool(tensor_answer, wanted, results, model, version)
         elif isinstance(results[0], VessaError):
             raise results[0]
         elif answer_type == PNG:

@@ -61,6 +61,19 @@ class Loaded:
                 results[place] = answer
         return results
 
+    @property
+    def parts(self) -> list[str]:
+        """What takes part in the answers, of "language" and "memory"."""
+        there = {"memory"} | ({"language"} if self.annotator.model.language is not None else set())
+        return sorted(there - self.settings.without)
+
+    @property
+    def labels_version(self) -> str:
+        """Tell labels of the same weights apart: by pre- and post-processing, and by the parts left out."""
+        from vessa_server.annotator import LABELS_VERSION
+
+        return "-".join([LABELS_VERSION, *(f"no{part}" for part in sorted(self.settings.without))])
+
     async def segment(self, request: SegmentRequest) -> list[Any]:
         """Return a SegmentResult or VessaError for each image of the request."""
         places = [i for i, item in enumerate(request.items) if not isinstance(item, VessaError)]

@@ -2,10 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vessa.errors import InvalidConfig
 
@@ -28,7 +28,8 @@ class Settings(BaseSettings):
     host: address to bind, loopback unless told otherwise; api_key: when empty, one is generated and kept in
     the key file; insecure: serve without a key. weights: `nano` or a weights directory; device: cpu, cuda,
     cuda:N or auto. store: folder:PATH or redis://...; threads: CPU threads of the device thread, 0 = torch's
-    choice.
+    choice. without: parts of the annotator to leave out, as in the paper's ablations (Table 4):
+    VESSA_WITHOUT=language, memory or language,memory.
     """
 
     model_config = SettingsConfigDict(env_prefix="VESSA_", extra="ignore", hide_input_in_errors=True)
@@ -44,6 +45,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     store: str = Field(default_factory=default_store)
     threads: int = Field(0, ge=0)
+    without: Annotated[frozenset[Literal["language", "memory"]], NoDecode] = frozenset()
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
 
     max_body_bytes: Positive = Field(64 * MEGABYTE, description="size of one request body")
@@ -69,6 +71,13 @@ class Settings(BaseSettings):
         except ValidationError as error:
             parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
             raise InvalidConfig("; ".join(parts)) from error
+
+    @field_validator("without", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return frozenset(part for part in (p.strip() for p in value.split(",")) if part)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

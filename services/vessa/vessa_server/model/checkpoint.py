@@ -109,23 +109,37 @@ def verify(folder: Path) -> None:
             )
 
 
-def read(weights: str | Path, device: str | torch.device = "cpu") -> tuple[Vessa, str]:
-    """Read weights strictly and return the model in eval mode (float32) with its digest."""
+def read(
+    weights: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    language_dtype: torch.dtype | None = None,
+    fresh_projector: bool = False,
+) -> tuple[Vessa, str]:
+    """Read weights strictly and return the model in eval mode with its digest.
+
+    language_dtype: of the language model in memory; unless given, an official one on a GPU stays as it
+    is stored (bfloat16), and all else is float32
+    fresh_projector: give a language model that has not been through Stage 1 a new projector, to train
+    """
     folder = find(weights)
     verify(folder)
     preset = Preset.from_dict(manifest(folder)["preset"])
-    if preset.language is not None and not (folder / "projector.safetensors").is_file():
+    fresh = preset.language is not None and not (folder / "projector.safetensors").is_file()
+    if fresh and not fresh_projector:
         raise InvalidWeights(
             f"the language model in '{folder}' has not been through Stage 1: "
             "there is no projector.safetensors; build them without --qwen to use the official files alone"
         )
     language = None
     if preset.language is not None:
-        language = LanguageModel.read(folder / "language", preset.language.image_size)
+        stored = preset.segmenter.config is not None and torch.device(device).type == "cuda"
+        dtype = language_dtype or ("auto" if stored else torch.float32)
+        language = LanguageModel.read(folder / "language", preset.language.image_size, dtype)
     model = Vessa(preset, language)
     for part in _PARTS:
         module = getattr(model, part)
-        if module is not None:
+        if module is not None and not (fresh and part == "projector"):
             load_strictly(module, folder / f"{part}.safetensors")
     return model.eval().to(device), digest(folder)
 

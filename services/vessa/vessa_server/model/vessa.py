@@ -1,5 +1,7 @@
 """VESSA's network: retriever, language model, projector and segmenter in one module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,11 +14,15 @@ GREEN = (0.0, 1.0, 0.0)
 
 
 class Vessa(nn.Module):
-    """The annotator's network. A new instance has fresh weights; `checkpoint.read` fills them."""
+    """The annotator's network. A new instance has fresh weights; `checkpoint.read` fills them.
+
+    provenance: where the weights are from, as `vessa.json` says it; "data" in it lists what Stage 1 saw
+    """
 
     def __init__(self, preset: Preset, language: LanguageModel | None = None) -> None:
         super().__init__()
         self.preset = preset
+        self.provenance: dict[str, Any] = {}
         self.retriever = Retriever(preset.retriever)
         self.segmenter = Segmenter(preset.segmenter)
         if language is None and preset.language is not None:
