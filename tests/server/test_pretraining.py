@@ -23,14 +23,16 @@ from vessa_server.pretraining.augment import (
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.losses import (
     LossWeights,
+    iou_loss,
     mask_loss,
-    quality_loss,
+    presence_loss,
     retrieval_loss,
     soft_dice,
     whereabouts_loss,
 )
 from vessa_server.pretraining.phantoms import write_phantoms
-from vessa_server.pretraining.step import prepare, prepare_layouts, training_loss
+from vessa_server.pretraining.processes import Processes
+from vessa_server.pretraining.step import Shares, prepare, prepare_layouts, training_loss
 from vessa_server.pretraining.synthetic import phantom_study, random_study
 from vessa_server.pretraining.tasks import (
     Pool,
@@ -57,12 +59,13 @@ def test_dice_of_a_perfect_and_of_a_missed_mask():
     assert soft_dice(torch.full((1, 1, 4, 4), -30.0), target, 1e-6).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_quality_loss_scores_present_masks_only():
+def test_iou_is_taught_on_present_masks_only():
     logits = torch.tensor([[[[5.0, -5.0]]], [[[5.0, -5.0]]]])
     target = torch.tensor([[[[1.0, 1.0]]], [[[0.0, 0.0]]]])  # IoU 0.5; absent
-    presence = torch.tensor([0.0, 0.0])
-    loss = quality_loss(torch.tensor([0.5, 0.9]), presence, logits, target)
-    assert loss.item() == pytest.approx(math.log(2))
+    assert iou_loss(torch.tensor([0.75, 0.9]), logits, target).item() == pytest.approx(0.25**2)
+    assert iou_loss(torch.tensor([0.9]), logits[1:], target[1:]).item() == 0
+    assert presence_loss(torch.zeros(2), target).item() == pytest.approx(math.log(2))
+    assert presence_loss(torch.tensor([30.0, -30.0]), target).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_retrieval_loss_prefers_the_same_layout():
@@ -154,12 +157,17 @@ def test_the_classes_of_a_pair_share_its_images():
     pool, rng = synthetic_pools(3, 4, 96)[1], np.random.default_rng(0)
     pool.redraw_bank(rng)
     pair = next(p for _ in range(50) if (p := pool.draw(rng)) is not None and len(p.classes) == 2)
-    batch = prepare([pair, pair], torch.Generator().manual_seed(1), torch.device("cpu"), 64)
+    batch = prepare([pair, pair], torch.tensor([1, 2]), 64, 32)
     assert batch.targets.shape == (2, 3, 64, 64)
     assert batch.rows.tolist() == [0, 0, 1, 1]
     assert batch.target_masks.shape == (4, 1, 64, 64)
     assert not (batch.target_masks[0] * batch.target_masks[1]).any()  # classes do not overlap
     assert not torch.equal(batch.target_masks[0], batch.target_masks[2])  # each pair moves on its own
+    alone = prepare([pair], torch.tensor([2]), 64, 32)  # and the same in whatever batch it is
+    assert torch.equal(batch.targets[1:], alone.targets)
+    assert torch.equal(batch.truth[2:], alone.truth)
+    assert torch.equal(batch.prompts.mask_logits[2:], alone.prompts.mask_logits)
+    assert batch.spoken[2:] == alone.spoken
 
 
 def test_bfloat16_changes_the_loss_little():
@@ -167,14 +175,13 @@ def test_bfloat16_changes_the_loss_little():
     model = Vessa(PRESETS["nano"])
     pools = synthetic_pools(3, 2, 160)
     tasks = Tasks([], pools, 1.0)
-    generator = torch.Generator().manual_seed(1)
-    batch = prepare(tasks.batch(np.random.default_rng(0), 2), generator, torch.device("cpu"), 160)
-    layouts = prepare_layouts(*tasks.layouts(np.random.default_rng(0), 4), 2, generator, 112)
+    batch = prepare(tasks.batch(np.random.default_rng(0), 2), torch.tensor([1, 2]), 160, 80)
+    drawn = tasks.layouts(np.random.default_rng(0), 4)
+    layouts = prepare_layouts(*drawn, 2, torch.Generator().manual_seed(1), 112)
     head = torch.nn.Linear(128, 64)
 
     def loss(bf16):
-        draws = torch.Generator().manual_seed(1)
-        return training_loss(model, head, batch, layouts, LossWeights(), draws, bf16=bf16)[0].item()
+        return training_loss(model, head, batch, layouts, LossWeights(), Shares(), bf16=bf16)[0].item()
 
     plain, half = loss(False), loss(True)
     assert half == pytest.approx(plain, rel=0.02)
@@ -287,9 +294,10 @@ def _run(tmp_path, steps, name):
     pools = synthetic_pools(7, 4, 160)
     config = PretrainConfig(steps=steps, batch=2, warmup=2, validate_every=2)
     pairs = validation_pairs(pools, 2, 0)
-    return Pretraining(
-        PRESETS["nano"], config, Tasks([], pools, 1.0), pairs, tmp_path / name, {"command": "test"}
-    )
+    torch.manual_seed(0)
+    model, processes = Vessa(PRESETS["nano"]), Processes(torch.device("cpu"))
+    provenance = {"command": "test"}
+    return Pretraining(model, config, Tasks([], pools, 1.0), pairs, tmp_path / name, provenance, processes)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):

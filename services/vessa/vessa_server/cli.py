@@ -1,6 +1,7 @@
 """`vessa-server serve|pretrain|evaluate|weights|data|phantoms`: the annotator's command line."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -55,24 +56,44 @@ def pretrain(
     start: Annotated[
         str | None, typer.Option(help="Weights to start from: a directory, or the name of shipped ones.")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="nano, which needs no --start, or that of the weights in --start.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this much training.")] = None,
     steps: Annotated[int, typer.Option(help="Stop after this many steps.")] = 20000,
     batch: Annotated[int, typer.Option(help="Pairs a step.")] = 8,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 8e-4,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; 8e-4 for nano, 4e-5 for official graphs.")
+    ] = None,
     dice_weight: Annotated[float, typer.Option(help="Weight of the Dice term in Eq. 3.")] = 0.5,
     synthetic_share: Annotated[float, typer.Option(help="Share of pairs from synthetic studies.")] = 0.6,
     region_share: Annotated[float, typer.Option(help="Share of the real pairs that are region tasks.")] = 0.4,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = False,
+    lora_rank: Annotated[int, typer.Option(help="LoRA of an official language model.", min=1)] = 128,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before LoRA.", min=0, max=0.9)] = 0.05,
+    accumulate: Annotated[int, typer.Option(help="Passes a step, to save memory.", min=1)] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Under torchrun: divide the weights among processes.")
+    ] = False,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Compute activations twice, to save memory.")
+    ] = False,
     studies: Annotated[int, typer.Option(help="Number of synthetic studies.")] = 400,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 400,
+    validation: Annotated[int, typer.Option(help="Pairs of a validation.", min=1)] = 96,
+    log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N; under torchrun cuda is one GPU a process.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Stage 1: pretrain the annotator on data folders and synthetic studies."""
+    """Stage 1: pretrain the annotator on data folders and synthetic studies; under torchrun on many GPUs."""
     from vessa_server.pretraining.loop import PretrainConfig
     from vessa_server.pretraining.losses import LossWeights
+    from vessa_server.pretraining.processes import Scale
     from vessa_server.pretraining.run import pretrain as run
+    from vessa_server.pretraining.trainable import Lora
 
     config = PretrainConfig(
         steps=steps,
@@ -84,15 +105,28 @@ def pretrain(
         region_share=region_share,
         bf16=bf16,
         validate_every=validate_every,
+        log_every=log_every,
         weights=LossWeights(dice=dice_weight),
+        lora=Lora(lora_rank, lora_dropout),
     )
     folders = {
         str(p) for p in (out, *(data or []), *([start] if start else []))
     }  # where they lay is nobody's business
     command = "vessa-server " + shlex.join(Path(a).name if a in folders else a for a in sys.argv[1:])
-    _finish(
-        run(data or [], out, config, start=start, studies=studies, command=command, device=device), as_json
+    figures = run(
+        data or [],
+        out,
+        config,
+        preset=preset,
+        start=start,
+        scale=Scale(accumulate, fsdp, checkpoint_activations),
+        studies=studies,
+        validation=validation,
+        command=command,
+        device=device,
     )
+    if int(os.environ.get("RANK", "0")) == 0:  # of the processes that torchrun started, one answers
+        _finish(figures, as_json)
 
 
 @app.command()

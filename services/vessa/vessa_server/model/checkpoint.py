@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -134,7 +134,7 @@ def read(
     language = None
     if preset.language is not None:
         stored = preset.segmenter.config is not None and torch.device(device).type == "cuda"
-        dtype = language_dtype or ("auto" if stored else torch.float32)
+        dtype: torch.dtype | Literal["auto"] = language_dtype or ("auto" if stored else torch.float32)
         language = LanguageModel.read(folder / "language", preset.language.image_size, dtype)
     model = Vessa(preset, language)
     for part in _PARTS:

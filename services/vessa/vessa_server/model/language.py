@@ -5,7 +5,7 @@ The template and the text come first, so that a prefix cache can serve every tar
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +74,16 @@ class LanguageModel(nn.Module):
         return cls(_nano_model(preset, processor), processor, preset.image_size)
 
     @classmethod
-    def read(cls, folder: Path, image_size: int) -> "LanguageModel":
+    def read(
+        cls, folder: Path, image_size: int, dtype: torch.dtype | Literal["auto"] = torch.float32
+    ) -> "LanguageModel":
         """Read a Hugging Face directory; nothing is fetched from a hub.
 
+        dtype: that of the weights in memory; "auto" takes them as they are stored
         Raises InvalidWeights when a tensor is missing: transformers would draw it at random.
         """
         loaded: Any = Qwen3VLForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
         model, found = loaded
         if lost := sorted([*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]):
@@ -107,8 +110,8 @@ class LanguageModel(nn.Module):
         """Read N pairs of template overlay and target.
 
         overlays, targets: (N, 3, S, S) float in [0, 1]
-        Returns the final-layer states at <SEG> (N, hidden) and the mean cross-entropy over the
-        answer's tokens (Eq. 2).
+        Returns the final-layer states at <SEG> (N, hidden) float32 and the mean cross-entropy over
+        the answer's tokens (Eq. 2).
         """
         encoded = [self._encode(i, c) for i, c in zip(instructions, class_names, strict=True)]
         length = max(len(ids) for ids, _ in encoded)
@@ -134,8 +137,13 @@ class LanguageModel(nn.Module):
         states = output.last_hidden_state
         longest = max(answer_length for _, answer_length in encoded)
         logits = self.model.lm_head(states[:, -longest - 1 : -1])
-        text_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, -longest:].flatten().to(device))
-        return states[:, -1], text_loss
+        answers = labels[:, -longest:].flatten().to(device)
+        text_loss = F.cross_entropy(logits.flatten(0, 1).float(), answers)
+        return states[:, -1].float(), text_loss
+
+    def answer_tokens(self, class_names: list[str], instructions: list[str]) -> int:
+        """Count the tokens that the text loss of `forward` is a mean over."""
+        return sum(self._encode(i, c)[1] for i, c in zip(instructions, class_names, strict=True))
 
     def _encode(self, instruction: str, class_name: str) -> tuple[list[int], int]:
         """Token ids of one conversation that ends in <SEG>, and how many of them are the answer."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,30 +10,47 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vessa.errors import InvalidRequest
 from vessa_server.model import checkpoint
-from vessa_server.model.presets import Preset
 from vessa_server.model.vessa import Vessa
+from vessa_server.pretraining import saving
 from vessa_server.pretraining.losses import LossWeights
-from vessa_server.pretraining.step import prepare, prepare_layouts, training_loss, validation_dice
+from vessa_server.pretraining.processes import Processes, Scale, Stage1, local, sharded_like, whole
+from vessa_server.pretraining.step import (
+    LayoutBatch,
+    Shares,
+    TaskBatch,
+    counted,
+    prepare,
+    prepare_layouts,
+    training_loss,
+    validation_scores,
+)
 from vessa_server.pretraining.tasks import Pair, Pool, Tasks
+from vessa_server.pretraining.trainable import Lora, changing, choose, is_nano, training_mode
 
 EMA_DECAY = 0.998
 WHEREABOUTS = 8  # cells a side of the coarse map that the state at <SEG> must hold
 LAYOUTS, KINDS = 16, 2  # slices of each of two pools for the retriever, two views of each
+NO_LANGUAGE_SHARE, NO_MEMORY_SHARE = 0.1, 0.15  # of the steps
+VALIDATION_BATCH = 8
+NANO_LR, OFFICIAL_LR = 8e-4, 4e-5
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How long and how fast. The run ends at `steps` or, when given, after `minutes` of training."""
+    """How long and how fast. The run ends at `steps` or, when given, after `minutes` of training.
+
+    batch: pairs a step, over all processes; lr: peak, None for 8e-4 (nano) or 4e-5 (official graphs, as
+    Sa2VA); lora: of an official language model
+    """
 
     steps: int = 20000
     minutes: float | None = None
     batch: int = 8
-    lr: float = 8e-4
+    lr: float | None = None
     weight_decay: float = 0.02
     warmup: int = 200
     clip: float = 1.0
@@ -43,33 +59,54 @@ class PretrainConfig:
     region_share: float = 0.4
     bf16: bool = False
     validate_every: int = 400
+    log_every: int = 20
     weights: LossWeights = field(default_factory=LossWeights)
+    lora: Lora = field(default_factory=Lora)
 
 
 class Pretraining:
-    """The state of one Stage-1 run; `run` trains to the end, wherever it was stopped."""
+    """The state of one Stage-1 run; `run` trains to the end, wherever it was stopped.
+
+    model: with the weights to start from; it is changed in place. Raises InvalidRequest when the batch
+    cannot be divided as `scale` and the number of processes want it.
+    """
 
     def __init__(
         self,
-        preset: Preset,
+        model: Vessa,
         config: PretrainConfig,
         tasks: Tasks,
         validation: list[Pair],
         out: Path,
         provenance: dict[str, Any],
-        device: torch.device | None = None,
-        start: Path | None = None,
+        processes: Processes,
+        scale: Scale | None = None,
     ) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.tasks, self.validation, self.out = config, tasks, validation, Path(out)
-        self.device = device or torch.device("cpu")
-        self.provenance = provenance
-        self.model = (Vessa(preset) if start is None else checkpoint.read(start)[0]).to(self.device).train()
-        self.whereabouts = nn.Linear(preset.segmenter.dim, WHEREABOUTS**2).to(self.device)
-        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model, self.config, self.tasks, self.validation = model, config, tasks, validation
+        self.out, self.provenance = Path(out), provenance
+        self.processes, self.scale = processes, scale or Scale()
+        parts = processes.count * self.scale.accumulate
+        if config.batch % parts:
+            raise InvalidRequest(
+                f"a batch of {config.batch} pairs cannot be divided among {processes.count} processes with "
+                f"{self.scale.accumulate} passes each: expected a multiple of {parts}"
+            )
+        if self.scale.shard and is_nano(model):
+            raise InvalidRequest("nano is not worth dividing among processes: leave out --fsdp")
+        self.peak = config.lr or (NANO_LR if is_nano(model) else OFFICIAL_LR)
+        torch.manual_seed(config.seed)  # the same new weights in all processes
+        self.adapter = choose(model, config.lora)
+        if self.scale.checkpoint_activations:
+            if model.language is None:
+                raise InvalidRequest("there is no language model whose activations could be computed again")
+            model.language.model.activation_checkpointing_enable()
+        self.whereabouts = nn.Linear(model.preset.segmenter.dim, WHEREABOUTS**2)
+        self.stage = processes.spread(Stage1(model, self.whereabouts), shard=self.scale.shard)
+        training_mode(model)
+        self.average = {k: v.detach().clone() for k, v in changing(model).items()}
         self.optimizer = torch.optim.AdamW(
-            [*self.model.parameters(), *self.whereabouts.parameters()],
-            lr=config.lr,
+            [p for p in [*model.parameters(), *self.whereabouts.parameters()] if p.requires_grad],
+            lr=self.peak,
             betas=(0.9, 0.98),
             weight_decay=config.weight_decay,
             fused=True,
@@ -90,21 +127,23 @@ class Pretraining:
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine to 2 % of the peak."""
         warm = min(1.0, (self.step + 1) / self.config.warmup)
-        return self.config.lr * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * self.progress)) / 2)
+        return self.peak * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * self.progress)) / 2)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, write weights to `out/weights` and return the run's figures."""
+        """Train to the end and return the run's figures.
+
+        The best weights by validation Dice are in `out`: nano's as a weights directory, of an official
+        graph what was trained alone, for `vessa-server weights export`.
+        """
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns) as bar:
+        with Progress(*columns, disable=not self.processes.first) as bar:
             task = bar.add_task("Stage 1", total=1.0)
             while self.progress < 1:
-                started = time.perf_counter()
                 figures = self._step()
-                self.seconds += time.perf_counter() - started
                 line = f"step {self.step} loss {figures['loss']:.2f} Dice {figures['dice']:.2f}"
                 line += f" val {max(self.best, 0):.3f}"
                 bar.update(task, completed=self.progress, description=line)
-                if self.step % 20 == 0:
+                if self.step % self.config.log_every == 0:
                     self._log(figures)
                 if self.step % self.config.validate_every == 0 or self.progress >= 1:
                     self._validate()
@@ -119,118 +158,182 @@ class Pretraining:
     @property
     def weights(self) -> Path:
         """Where the best weights by validation Dice are."""
-        return self.out / "weights"
+        return self.out / ("weights" if is_nano(self.model) else saving.BEST)
 
     def _step(self) -> dict[str, float]:
-        size = self.model.preset.segmenter.image_size
-        batch = prepare(self.tasks.batch(self.rng, self.config.batch), self.generator, self.device, size)
-        layouts = prepare_layouts(
-            *self.tasks.layouts(self.rng, LAYOUTS, KINDS),
-            KINDS,
-            self.generator,
-            self.model.preset.retriever.image_size,
-        )
+        started = time.perf_counter()
+        parts, layouts, dropped = self._draw()
+        counts = torch.stack([counted(self.model, part) for part in parts])
+        shares = (counts / self.processes.sum(counts.sum(0)).clamp(min=1)).tolist()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss, figures = training_loss(
-            self.model,
-            self.whereabouts,
-            batch,
-            layouts,
-            self.config.weights,
-            self.generator,
-            bf16=self.config.bf16,
-        )
-        if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(
-                f"the loss is {figures['loss']} at step {self.step}; lower the learning rate"
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        figures: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with self.processes.exchanging(self.stage, last):
+                tokens, masks, present = shares[index]
+                loss, found = self.stage(
+                    training_loss,
+                    part.to(self.processes.device),
+                    layouts if last else None,
+                    self.config.weights,
+                    Shares(tokens, masks, present, 1 / self.processes.count),
+                    memory=not dropped[0],
+                    language=not dropped[1],
+                    bf16=self.config.bf16,
+                )
+                self.processes.backward(loss)
+            figures = {k: v + figures[k] if figures else v for k, v in found.items()}
+        summed = self.processes.sum(torch.stack(list(figures.values()))).tolist()
+        means = dict(zip(figures, summed, strict=True))
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss is {means['loss']} at step {self.step}; lower the learning rate"
+            )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.step += 1
         self._update_average(min(EMA_DECAY, self.step / (self.step + 20)))
-        return figures
+        # All processes must agree on when the run ends: the clock is their mean.
+        spent = self.processes.sum(torch.tensor([time.perf_counter() - started], dtype=torch.float64))
+        self.seconds += spent.item() / self.processes.count
+        return means
+
+    def _draw(self) -> tuple[list[TaskBatch], LayoutBatch | None, tuple[bool, bool]]:
+        """Draw a step's batch; all processes draw the same, each augments its own parts of it alone.
+
+        Returns this process's parts, layouts, and whether the step does without memory or language.
+        """
+        pairs = self.tasks.batch(self.rng, self.config.batch)
+        seeds = torch.randint(2**62, (len(pairs),), generator=self.generator)
+        no_memory, no_language = torch.rand(2, generator=self.generator).tolist()
+        layouts = None
+        if is_nano(self.model):
+            size = self.model.preset.retriever.image_size
+            drawn = self.tasks.layouts(self.rng, LAYOUTS, KINDS)
+            layouts = prepare_layouts(*drawn, KINDS, self.generator, size).to(self.processes.device)
+        size, side = self.model.preset.segmenter.image_size, 4 * self.model.segmenter.side
+        count = len(pairs) // (self.processes.count * self.scale.accumulate)
+        first = self.processes.rank * self.scale.accumulate * count
+        starts = range(first, first + self.scale.accumulate * count, count)
+        parts = [prepare(pairs[i : i + count], seeds[i : i + count], size, side) for i in starts]
+        # What dropout draws depends on the step and the process alone, so a checkpoint need not hold it.
+        state = np.random.SeedSequence([self.config.seed, self.step, self.processes.rank])
+        torch.manual_seed(int(state.generate_state(1)[0]))
+        return parts, layouts, (no_memory < NO_MEMORY_SHARE, no_language < NO_LANGUAGE_SHARE)
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:
-        own, average = self.model.state_dict(), self.average
+        own = {k: local(v) for k, v in changing(self.model).items()}
+        average = {k: local(v) for k, v in self.average.items()}
         floats = [k for k, v in own.items() if v.is_floating_point()]
         torch._foreach_lerp_([average[k] for k in floats], [own[k] for k in floats], 1 - decay)
         for key in own.keys() - set(floats):
             average[key].copy_(own[key])
 
     def _log(self, figures: dict[str, Any]) -> None:
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(
-                json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 2), **figures}) + "\n"
-            )
+        if self.processes.first:
+            line = {"step": self.step, "minutes": round(self.seconds / 60, 2), **figures}
+            with (self.out / saving.METRICS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
+    @torch.no_grad()
     def _validate(self) -> None:
-        current = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average)
-        dice = validation_dice(self.model, self.validation, self.device)
+        """Score the average of the weights, which is what is kept."""
+        trained = {k: v.detach().clone() for k, v in changing(self.model).items()}
+        self._put(self.average)
+        dice = self._validation_dice()
         self._log({"val_dice": dice})
         if dice > self.best:
             self.best = dice
-            figures = {"val_dice": round(dice, 4), "steps": self.step, "config": asdict(self.config)}
-            checkpoint.write(self.model, self.weights, {**self.provenance, **figures})
-        self.model.load_state_dict(current)
+            self._keep({"val_dice": round(dice, 4), "steps": self.step, "config": asdict(self.config)})
+        self._put(trained)
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        for key, value in changing(self.model).items():
+            local(value).copy_(local(tensors[key]))
+
+    def _keep(self, figures: dict[str, Any]) -> None:
+        provenance = {**self.provenance, **figures}
+        if is_nano(self.model):
+            if self.processes.first:
+                checkpoint.write(self.model, self.weights, provenance)
+            return
+        tensors = {k: whole(v) for k, v in changing(self.model).items()}
+        if self.processes.first:
+            saving.save_tensors(self.weights, tensors, {"provenance": json.dumps(provenance)})
+
+    def _validation_dice(self) -> float:
+        """Mean Dice over pairs whose target shows the class, augmented the same each time."""
+        self.model.eval()
+        size, side = self.model.preset.segmenter.image_size, 4 * self.model.segmenter.side
+        starts = range(0, len(self.validation), VALIDATION_BATCH)
+        total = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(starts), self.processes.count):
+            # With FSDP all processes must take part in every pass: who has no batch left repeats the last.
+            mine = first + self.processes.rank
+            start = starts[min(mine, len(starts) - 1)]
+            pairs = self.validation[start : start + VALIDATION_BATCH]
+            batch = prepare(pairs, torch.arange(start, start + len(pairs)), size, side)
+            scores = self.stage(validation_scores, batch.to(self.processes.device))
+            if mine < len(starts):
+                total += torch.tensor([scores.sum().item(), len(scores)], dtype=torch.float64)
+        dice, count = self.processes.sum(total).tolist()
+        training_mode(self.model)
+        return dice / count
 
     def save(self) -> None:
         """Write all that `resume` needs, atomically."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {f"model.{k}": v for k, v in changing(self.model).items()}
         tensors |= {f"whereabouts.{k}": v for k, v in self.whereabouts.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
         tensors["generator"] = self.generator.get_state()
-        tensors["torch_rng"] = torch.get_rng_state()
-        scalars = {"step": self.step, "seconds": self.seconds, "best": self.best, "drawn": self.tasks.drawn}
-        banks = [p.bank.tolist() for p in [*self.tasks.real, *self.tasks.synthetic]]
-        metadata = {
-            "scalars": json.dumps(scalars),
-            "rng": json.dumps(self.rng.bit_generator.state),
-            "banks": json.dumps(banks),
+        facts = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "drawn": self.tasks.drawn,
+            "rng": self.rng.bit_generator.state,
+            "banks": [p.bank.tolist() for p in self._pools],
         }
-        fresh = self.out / ".checkpoint.safetensors"
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh, metadata)
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        fresh.replace(self.out / "checkpoint.safetensors")
+        saving.save_checkpoint(self.out, tensors, facts, self.processes)
 
     def resume(self) -> bool:
         """Take up the checkpoint in `out`; False when there is none."""
-        path = self.out / "checkpoint.safetensors"
-        if not path.is_file():
+        found = saving.load_checkpoint(self.out)
+        self.processes.wait()
+        if self.processes.first:
+            saving.cut_metrics(self.out, 0 if found is None else found[1]["metrics_bytes"])
+        if found is None:
             return False
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        self.whereabouts.load_state_dict(
-            {k[12:]: v for k, v in tensors.items() if k.startswith("whereabouts.")}
-        )
-        self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = value
+        tensors, facts = found
+        for key, value in changing(self.model).items():
+            local(value).copy_(local(sharded_like(tensors[f"model.{key}"], value)))
+            local(self.average[key]).copy_(local(sharded_like(tensors[f"average.{key}"], value)))
+        for key, value in self.whereabouts.state_dict().items():
+            local(value).copy_(local(sharded_like(tensors[f"whereabouts.{key}"], value)))
         groups = self.optimizer.state_dict()["param_groups"]
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
+            prefix = f"optimizer.{index}."
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if own:  # a parameter that had no gradient yet has no state
+                state[index] = {k: v if k == "step" else sharded_like(v, parameter) for k, v in own.items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["generator"])
-        torch.set_rng_state(tensors["torch_rng"])
-        scalars = json.loads(metadata["scalars"])
-        self.step, self.seconds, self.best = scalars["step"], scalars["seconds"], scalars["best"]
-        self.tasks.drawn = scalars["drawn"]
-        self.rng.bit_generator.state = json.loads(metadata["rng"])
-        for pool, bank in zip(
-            [*self.tasks.real, *self.tasks.synthetic], json.loads(metadata["banks"]), strict=True
-        ):
+        self.step, self.seconds, self.best = facts["step"], facts["seconds"], facts["best"]
+        self.tasks.drawn = facts["drawn"]
+        self.rng.bit_generator.state = facts["rng"]
+        for pool, bank in zip(self._pools, facts["banks"], strict=True):
             pool.bank = np.array(bank, dtype=int)
         return True
+
+    @property
+    def _pools(self) -> list[Pool]:
+        return [*self.tasks.real, *self.tasks.synthetic]
 
 
 def validation_pairs(pools: list[Pool], count: int, seed: int) -> list[Pair]:

@@ -35,17 +35,25 @@ def mask_loss(logits: Tensor, target: Tensor, weights: LossWeights) -> Tensor:
     return weights.bce * bce + weights.dice * (1 - soft_dice(logits, target)).mean()
 
 
-def quality_loss(iou: Tensor, presence: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """Teach the predicted IoU and the presence score what the mask was worth.
+def shown(target: Tensor) -> Tensor:
+    """Whether a mask shows anything: (N, 1, h, w) in [0, 1] to (N,) bool."""
+    return (target > 0.5).flatten(1).any(1)
 
-    iou: (N,) in [0, 1]; presence: (N,) logits; logits, target: (N, 1, h, w)
+
+def iou_loss(iou: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """Teach the predicted IoU what the mask was worth; a mean over the masks that are present.
+
+    iou: (N,) in [0, 1]; logits, target: (N, 1, h, w)
     """
-    drawn, true = logits.detach() > 0, target > 0.5
+    drawn, true, there = logits.detach() > 0, target > 0.5, shown(target)
     union = (drawn | true).flatten(1).sum(1)
     actual = (drawn & true).flatten(1).sum(1) / union.clamp(min=1)
-    there = true.flatten(1).any(1).float()
-    score = F.mse_loss(iou[there > 0], actual[there > 0]) if there.any() else iou.sum() * 0
-    return score + F.binary_cross_entropy_with_logits(presence, there)
+    return F.mse_loss(iou[there], actual[there]) if there.any() else iou.sum() * 0
+
+
+def presence_loss(presence: Tensor, target: Tensor) -> Tensor:
+    """Teach the presence score whether there is anything to draw. presence: (N,) logits."""
+    return F.binary_cross_entropy_with_logits(presence, shown(target).float())
 
 
 def retrieval_loss(vectors: Tensor, layouts: Tensor, kinds: Tensor, temperature: float = 0.1) -> Tensor:

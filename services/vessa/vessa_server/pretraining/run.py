@@ -1,16 +1,21 @@
 """`vessa-server pretrain`: from data folders and settings to a finished Stage-1 run."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vessa.datasets import Dataset, open_dataset, require_sound
+from vessa.datasets import Dataset, open_dataset
+from vessa.errors import InvalidRequest
 from vessa_server.model import checkpoint
 from vessa_server.model.presets import PRESETS
+from vessa_server.model.vessa import Vessa
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
+from vessa_server.pretraining.processes import Processes, Scale
+from vessa_server.pretraining.saving import hold_to_settings
 from vessa_server.pretraining.synthetic import phantom_study
 from vessa_server.pretraining.tasks import (
     Pool,
@@ -22,8 +27,8 @@ from vessa_server.pretraining.tasks import (
 )
 
 VALIDATION_SHARE = 0.1
-MIN_GROUPS = 4  # two for validation; one whose slices are templates and one whose slices are targets
 POOL_SCALE = 1.5  # pools are finer than what the network sees, so that a second look finds more
+POOL_LIMIT = 512  # px; few medical slices are finer, and all of them are held in memory
 
 
 def pretrain(
@@ -31,44 +36,79 @@ def pretrain(
     out: Path,
     config: PretrainConfig,
     *,
-    preset: str = "nano",
+    preset: str | None = None,
     start: str | None = None,
+    scale: Scale | None = None,
     studies: int = 400,
+    validation: int = 96,
     command: str,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Train the annotator on data folders and `studies` synthetic studies; resumes what is in `out`.
 
+    preset: from scratch nano alone, else that of the weights to start from; validation: pairs
     A tenth of each data set's groups and separate synthetic studies are kept for validation.
-    Raises InvalidDataset for a folder that is none or that would spoil the training, ValueError for an
-    unknown preset.
+    Raises InvalidDataset for a folder that is none, InvalidRequest for a preset without weights to start
+    from and for a run that was started with other settings.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset '{preset}'; expected one of {sorted(PRESETS)}")
-    size = int(POOL_SCALE * PRESETS[preset].segmenter.image_size)
+    processes = Processes(torch.device(device))
+    torch.manual_seed(config.seed)
+    model, origin = starting_model(preset, start, config)
+    size = min(POOL_LIMIT, int(POOL_SCALE * model.preset.segmenter.image_size))
     datasets = [open_dataset(folder) for folder in folders]
-    for dataset in datasets:
-        require_sound(dataset, min_groups=MIN_GROUPS)
+    data = [{"name": d.name, "licence": d.licence, "groups": len(d.groups())} for d in datasets]
+    settings = {
+        "preset": model.preset.to_dict(),
+        "start": origin.get("digest"),
+        "config": asdict(config),
+        "data": data,
+        "studies": studies,
+        "validation": validation,
+        "where": {"start": None if start is None else str(checkpoint.find(start).resolve())},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    hold_to_settings(out, settings, write=processes.first)
     real, held_out = [], []
     for dataset in datasets:
-        train, validation = _split(dataset, config.seed)
+        train, held = _split(dataset, config.seed)
         real.append(pool_of_dataset(dataset, train, size))
-        held_out.append(pool_of_dataset(dataset, validation, size))
+        held_out.append(pool_of_dataset(dataset, held, size))
     synthetic = synthetic_pools(config.seed + 1, studies, size)
     synthetic += composite_pools(real, config.seed + 1, studies // 2)
     tasks = Tasks(real, synthetic, config.synthetic_share, config.region_share)
-    pairs = validation_pairs([*held_out, *_synthetic_validation(size)], 96, config.seed)
-    provenance = {
-        "command": command,
-        "data": [{"name": d.name, "licence": d.licence, "groups": len(d.groups())} for d in datasets]
-        + [{"name": "vessa-server synthetic studies", "licence": "Apache-2.0", "groups": studies}],
-    }
-    begin = None if start is None else checkpoint.find(start)
-    if begin is not None:
-        provenance["start"] = checkpoint.manifest(begin)["provenance"]
-    run = Pretraining(PRESETS[preset], config, tasks, pairs, out, provenance, torch.device(device), begin)
+    pairs = validation_pairs([*held_out, *_synthetic_validation(size)], validation, config.seed)
+    synthetic_data = {"name": "vessa-server synthetic studies", "licence": "Apache-2.0", "groups": studies}
+    provenance: dict[str, Any] = {"command": command, "data": [*data, synthetic_data]}
+    if origin:
+        provenance["start"] = origin
+    run = Pretraining(model, config, tasks, pairs, out, provenance, processes, scale)
     run.resume()
     return run.run()
+
+
+def starting_model(
+    preset: str | None, start: str | None, config: PretrainConfig
+) -> tuple[Vessa, dict[str, Any]]:
+    """Return the model to train, on the CPU, and where its weights are from; nothing when they are new.
+
+    Raises InvalidRequest where a graph other than nano's would begin with random weights.
+    """
+    if start is None:
+        if preset not in (None, "nano"):
+            raise InvalidRequest(
+                f"preset '{preset}' is trained from official weights alone: make them with "
+                "`vessa-server weights build` and give them with --start"
+            )
+        return Vessa(PRESETS["nano"]), {}
+    folder = checkpoint.find(start)
+    manifest = checkpoint.manifest(folder)
+    name = manifest["preset"]["name"]
+    if preset not in (None, name):
+        raise InvalidRequest(f"the weights in '{folder.name}' are of preset '{name}', not '{preset}'")
+    # The frozen weights of an official language model are held in bfloat16 when it computes in it.
+    half = torch.bfloat16 if config.bf16 and name != "nano" else None
+    model, digest = checkpoint.read(folder, fresh_projector=True, language_dtype=half)
+    return model, {"digest": digest, **manifest["provenance"]}
 
 
 def _split(dataset: Dataset, seed: int) -> tuple[list[str], list[str]]:

@@ -1,6 +1,7 @@
 """One Stage-1 step: from pairs to a loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +22,29 @@ from vessa_server.pretraining.augment import (
 )
 from vessa_server.pretraining.losses import (
     LossWeights,
+    iou_loss,
     mask_loss,
-    quality_loss,
+    presence_loss,
     retrieval_loss,
+    shown,
     soft_dice,
     whereabouts_loss,
 )
 from vessa_server.pretraining.tasks import Pair
 
 BOX_SHARE, POINTS_SHARE, LOGITS_SHARE = 0.25, 0.15, 0.25
-NO_LANGUAGE_SHARE, NO_MEMORY_SHARE = 0.1, 0.15
 CLOSE_SHARE = 0.5  # of the pairs are seen as in a second look: in a window around what is to be drawn
 ANONYMOUS_SHARE = 0.4  # of the pairs name no structure: a lab's class names are not those of Stage 1
 ANONYMOUS = "structure"
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a dataclass, and of those in it, to a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if not is_dataclass(batch) or isinstance(batch, type):
+        return batch
+    return replace(batch, **{f.name: _moved(getattr(batch, f.name), device) for f in fields(batch)})
 
 
 @dataclass(frozen=True)
@@ -41,15 +52,24 @@ class TaskBatch:
     """B augmented pairs of images and the N masks to draw on them.
 
     templates, targets: (B, 3, S, S) float in [0, 1]; template_masks, target_masks: (N, 1, S, S) 0/1;
-    rows: (N,) int64, the pair that each mask belongs to; class_names: N
+    truth: (N, 1, 4h, 4w) the target masks at the size of the logits; rows: (N,) int64, the pair that
+    each mask belongs to; class_names, instructions: N, of which some names are hidden in `spoken`
     """
 
     templates: Tensor
     template_masks: Tensor
     targets: Tensor
     target_masks: Tensor
+    truth: Tensor
     rows: Tensor
+    prompts: PromptBatch
     class_names: list[str]
+    spoken: list[str]
+    instructions: list[str]
+
+    def to(self, device: torch.device) -> "TaskBatch":
+        """Return the batch on a device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -60,42 +80,71 @@ class LayoutBatch:
     layouts: Tensor
     kinds: Tensor
 
+    def to(self, device: torch.device) -> "LayoutBatch":
+        """Return the batch on a device."""
+        return _moved(self, device)
 
-def prepare(pairs: list[Pair], generator: torch.Generator, device: torch.device, size: int) -> TaskBatch:
-    """Stack and augment pairs as squares of `size` px."""
 
-    def stack(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays)[:, None]).to(device).float()
+def prepare(pairs: list[Pair], seeds: Tensor, size: int, side: int) -> TaskBatch:
+    """Augment pairs as squares of `size` px, each by its own seed, and stack them.
 
-    templates, targets = stack([p.template for p in pairs]) / 255, stack([p.target for p in pairs]) / 255
-    template_masks = stack([p.template_mask for p in pairs])
-    target_masks = stack([p.target_mask for p in pairs])
-    ids = [torch.tensor([float(c) for c in p.classes], device=device) for p in pairs]
-    close = torch.rand(len(pairs), generator=generator) < CLOSE_SHARE
-    factor = torch.rand(len(pairs), generator=generator) * 1.3 + 1.2
+    seeds: (B,) int64; side: 4h, px of the logits. A pair looks the same in whatever batch it is, so that
+    the processes of one run can share a batch.
+    """
+    parts = [_prepare_one(p, s, size, side) for p, s in zip(pairs, seeds.tolist(), strict=True)]
+    counts = torch.tensor([len(p.classes) for p in pairs])
 
-    def windows(masks: Tensor) -> Tensor:
-        inside = torch.stack([torch.isin(m, i) for m, i in zip(masks, ids, strict=True)])
-        return windows_around(inside & close.view(-1, 1, 1, 1), factor, generator)
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(p, name) for p in parts])
 
-    templates, template_masks = warp(
-        templates, template_masks, generator, strength=1.0, windows=windows(template_masks), size=size
-    )
-    targets, target_masks = warp(
-        targets, target_masks, generator, strength=0.7, windows=windows(target_masks), size=size
-    )
-    templates, targets = shade(templates, generator), shade(targets, generator)
-    templates, targets = invert_together(templates, targets, generator)
-    tasks = [(row, c, name) for row, p in enumerate(pairs) for c, name in p.classes.items()]
-    rows = torch.tensor([row for row, _, _ in tasks], device=device)
-    wanted = torch.tensor([float(c) for _, c, _ in tasks], device=device).view(-1, 1, 1, 1)
+    def listed(name: str) -> list[str]:
+        return [text for p in parts for text in getattr(p, name)]
+
+    prompts = [[getattr(p.prompts, f.name) for p in parts] for f in fields(PromptBatch)]
     return TaskBatch(
-        templates.expand(-1, 3, -1, -1),
-        (template_masks[rows] == wanted).float(),
-        targets.expand(-1, 3, -1, -1),
-        (target_masks[rows] == wanted).float(),
-        rows,
-        [name for _, _, name in tasks],
+        joined("templates").expand(-1, 3, -1, -1),
+        joined("template_masks"),
+        joined("targets").expand(-1, 3, -1, -1),
+        joined("target_masks"),
+        joined("truth"),
+        torch.arange(len(pairs)).repeat_interleave(counts),
+        PromptBatch(*(torch.cat(p) for p in prompts)),
+        listed("class_names"),
+        listed("spoken"),
+        listed("instructions"),
+    )
+
+
+def _prepare_one(pair: Pair, seed: int, size: int, side: int) -> TaskBatch:
+    """One pair; its images have one channel."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.tensor([float(c) for c in pair.classes])
+    close = torch.rand((), generator=generator) < CLOSE_SHARE
+    factor = torch.rand(1, generator=generator) * 1.3 + 1.2
+
+    def move(image: np.ndarray, mask: np.ndarray, strength: float) -> tuple[Tensor, Tensor]:
+        images, masks = (torch.from_numpy(a)[None, None].float() for a in (image, mask))
+        windows = windows_around(torch.isin(masks, classes) & close, factor, generator)
+        images, masks = warp(images / 255, masks, generator, strength=strength, windows=windows, size=size)
+        return shade(images, generator), (masks == classes.view(-1, 1, 1, 1)).float()
+
+    template, template_masks = move(pair.template, pair.template_mask, 1.0)
+    target, target_masks = move(pair.target, pair.target_mask, 0.7)
+    template, target = invert_together(template, target, generator)
+    names = list(pair.classes.values())
+    hidden = (torch.rand(len(names), generator=generator) < ANONYMOUS_SHARE).tolist()
+    chosen = torch.randint(len(INSTRUCTIONS), (len(names),), generator=generator).tolist()
+    return TaskBatch(
+        template,
+        template_masks,
+        target,
+        target_masks,
+        resize(target_masks, (side, side)),
+        torch.zeros(len(names), dtype=torch.int64),
+        simulate_prompts(target_masks, side, generator),
+        names,
+        [ANONYMOUS if hide else name for hide, name in zip(hidden, names, strict=True)],
+        [INSTRUCTIONS[i] for i in chosen],
     )
 
 
@@ -131,77 +180,95 @@ def prepare_layouts(
     return LayoutBatch(shade(views, generator).expand(-1, 3, -1, -1), torch.stack(shares, 1), kind)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What a part of a step's batch counts for: its share of all answer tokens, masks and present masks.
+
+    Losses are means over the whole batch, whichever way it is divided over processes and passes.
+    retrieval: the share of the retriever's loss, which is not divided
+    """
+
+    tokens: float = 1.0
+    masks: float = 1.0
+    present: float = 1.0
+    retrieval: float = 1.0
+
+
+def counted(model: Vessa, batch: TaskBatch) -> Tensor:
+    """Count answer tokens, masks and present masks of a batch: (3,) float64, for `Shares`."""
+    tokens = 0 if model.language is None else model.language.answer_tokens(batch.spoken, batch.instructions)
+    present = int(shown(batch.truth).sum())
+    return torch.tensor([tokens, len(batch.rows), present], dtype=torch.float64)
+
+
 def training_loss(
     model: Vessa,
     whereabouts: nn.Module,
     batch: TaskBatch,
-    layouts: LayoutBatch,
+    layouts: LayoutBatch | None,
     weights: LossWeights,
-    generator: torch.Generator,
+    shares: Shares,
     *,
+    memory: bool = True,
+    language: bool = True,
     bf16: bool = False,
-) -> tuple[Tensor, dict[str, float]]:
-    """The whole loss of one batch and the figures worth logging.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, or of a part of one, and the figures worth logging.
 
     whereabouts: reads a coarse map of the target's mask off the state at <SEG>, in training alone
+    layouts: None where the retriever is not taught; memory, language: False leaves that input out
     bf16: run the network in bfloat16 where autocast holds it safe; the losses stay in float32
     """
     segmenter, pairs, rows = model.segmenter, batch.targets.shape[0], batch.rows
-    count, side, device = len(rows), 4 * segmenter.side, batch.targets.device
-    prompts = simulate_prompts(batch.target_masks, side, generator)
-    target = resize(batch.target_masks, (side, side))
-    text_loss = place_loss = batch.targets.new_zeros(())
+    truth, device = batch.truth, batch.targets.device
+    text_loss = place_loss = retrieval = batch.targets.new_zeros(())
+    vectors = None
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         features = segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
-        memories: Tensor | None = segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
-        if torch.rand((), generator=generator) < NO_MEMORY_SHARE:
-            memories = None
+        memories = segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
         h_seg = None
         if model.language is not None:
-            chosen = torch.randint(len(INSTRUCTIONS), (count,), generator=generator).tolist()
-            hidden = torch.rand(count, generator=generator) < ANONYMOUS_SHARE
-            names = [
-                ANONYMOUS if hide else n for hide, n in zip(hidden.tolist(), batch.class_names, strict=True)
-            ]
             seen = overlay(batch.templates[rows], batch.template_masks)
-            h_seg, text_loss = model.see(seen, batch.targets[rows], names, [INSTRUCTIONS[i] for i in chosen])
-            place_loss = whereabouts_loss(whereabouts(h_seg).float(), target)
-            if memories is not None and torch.rand((), generator=generator) < NO_LANGUAGE_SHARE:
-                h_seg = None
-        logits, iou, presence = model.draw(features[pairs + rows], memories, h_seg, prompts)
-        vectors = model.retriever(layouts.views.to(device))
+            h_seg, text_loss = model.see(seen, batch.targets[rows], batch.spoken, batch.instructions)
+            place_loss = whereabouts_loss(whereabouts(h_seg).float(), truth)
+        logits, iou, presence = model.draw(
+            features[pairs + rows],
+            memories if memory else None,
+            h_seg if language or not memory else None,
+            batch.prompts,
+        )
+        if layouts is not None:
+            vectors = model.retriever(layouts.views)
     logits, iou, presence = logits.float(), iou.float(), presence.float()
-    masks = mask_loss(logits, target, weights)
-    quality = quality_loss(iou, presence, logits, target)
-    retrieval = retrieval_loss(vectors.float(), layouts.layouts.to(device), layouts.kinds.to(device))
-    loss = weights.text * text_loss.float() + masks + weights.whereabouts * place_loss
-    loss = loss + weights.quality * quality + weights.retrieval * retrieval
+    masks = mask_loss(logits, truth, weights)
+    quality = shares.present * iou_loss(iou, logits, truth)
+    quality = quality + shares.masks * presence_loss(presence, truth)
+    if layouts is not None and vectors is not None:
+        retrieval = retrieval_loss(vectors.float(), layouts.layouts, layouts.kinds)
     with torch.no_grad():
-        dice = soft_dice((logits > 0).float() * 40 - 20, target).mean()
-    figures = {"loss": loss, "text": text_loss, "whereabouts": place_loss, "mask": masks}
-    figures |= {"retrieval": retrieval, "dice": dice}
-    return loss, {k: v.item() for k, v in figures.items()}
+        dice = soft_dice((logits > 0).float() * 40 - 20, truth).mean()
+    figures = {
+        "text": shares.tokens * text_loss.float(),
+        "whereabouts": shares.masks * place_loss,
+        "mask": shares.masks * masks,
+        "retrieval": shares.retrieval * retrieval,
+    }
+    loss = weights.text * figures["text"] + figures["mask"] + weights.whereabouts * figures["whereabouts"]
+    loss = loss + weights.quality * quality + weights.retrieval * figures["retrieval"]
+    figures = {"loss": loss, **figures, "dice": shares.masks * dice}
+    return loss, {k: v.detach() for k, v in figures.items()}
 
 
-@torch.inference_mode()
-def validation_dice(model: Vessa, pairs: list[Pair], device: torch.device, batch_size: int = 8) -> float:
-    """Mean Dice over pairs whose target shows the class, without prompts, augmented the same each time."""
-    model.eval()
-    scores = []
-    size = model.preset.segmenter.image_size
-    for start in range(0, len(pairs), batch_size):
-        generator = torch.Generator().manual_seed(start)
-        batch = prepare(pairs[start : start + batch_size], generator, device, size)
-        features = model.segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
-        count, rows = batch.targets.shape[0], batch.rows
-        memories = model.segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
-        h_seg = None
-        if model.language is not None:
-            seen = overlay(batch.templates[rows], batch.template_masks)
-            instructions = [INSTRUCTIONS[0]] * len(rows)
-            h_seg, _ = model.see(seen, batch.targets[rows], batch.class_names, instructions)
-        logits, _, _ = model.draw(features[count + rows], memories, h_seg)
-        logits = resize(logits, (batch.target_masks.shape[-2], batch.target_masks.shape[-1]))
-        scores.append(soft_dice((logits > 0).float() * 40 - 20, batch.target_masks, 1e-3))
-    model.train()
-    return float(torch.cat(scores).mean())
+def validation_scores(model: Vessa, _: nn.Module, batch: TaskBatch) -> Tensor:
+    """Dice of each mask (N,), drawn without prompts."""
+    features = model.segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
+    pairs, rows = batch.targets.shape[0], batch.rows
+    memories = model.segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
+    h_seg = None
+    if model.language is not None:
+        seen = overlay(batch.templates[rows], batch.template_masks)
+        instructions = [INSTRUCTIONS[0]] * len(rows)
+        h_seg, _text_loss = model.see(seen, batch.targets[rows], batch.class_names, instructions)
+    logits, _iou, _presence = model.draw(features[pairs + rows], memories, h_seg)
+    logits = resize(logits, (batch.target_masks.shape[-2], batch.target_masks.shape[-1]))
+    return soft_dice((logits > 0).float() * 40 - 20, batch.target_masks, 1e-3)

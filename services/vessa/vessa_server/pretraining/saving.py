@@ -1,0 +1,136 @@
+"""What a Stage-1 run keeps in its directory, so that it goes on after a kill as if nothing had been.
+
+run.json            the settings it was started with; a run is resumed with the same or not at all
+checkpoint.json     step, generators, template banks and which state files belong to it; replaced last
+state-*.safetensors model, average and optimizer; one file, or one a process when they are sharded
+metrics.jsonl       cut back on resume to where the checkpoint was written
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from vessa.errors import InvalidRequest, InvalidWeights
+from vessa_server.pretraining.processes import Processes, local
+
+SETTINGS, CHECKPOINT, METRICS, BEST = "run.json", "checkpoint.json", "metrics.jsonl", "best.safetensors"
+
+
+def hold_to_settings(out: Path, settings: dict[str, Any], *, write: bool) -> None:
+    """Note a new run's settings; refuse a run that was started with others.
+
+    settings: plain data; under "where" is what may change between starts, such as folders
+    Raises InvalidRequest naming each setting that differs.
+    """
+    path = out / SETTINGS
+    settings = json.loads(json.dumps(settings))
+    if path.is_file():
+        before, now = flatten(load_settings(out)), flatten(settings)
+        names = [n for n in sorted(before | now) if not n.startswith("where.")]
+        changed = [n for n in names if before.get(n) != now.get(n)]
+        if changed:
+            what = "; ".join(f"{n} was {before.get(n)} and is now {now.get(n)}" for n in changed[:5])
+            raise InvalidRequest(
+                f"the run in '{out.name}' was started with other settings: {what} ({len(changed)} in all); "
+                "give the same ones to resume it, or another --out to start anew"
+            )
+    elif (out / METRICS).exists():
+        raise InvalidRequest(f"'{out.name}' holds a run of another version of this program: no {SETTINGS}")
+    elif write:
+        replace_file(path, json.dumps(settings, indent=1) + "\n")
+
+
+def load_settings(out: Path) -> dict[str, Any]:
+    """Read the settings of a run. Raises InvalidWeights when there are none."""
+    try:
+        settings: dict[str, Any] = json.loads((out / SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidWeights(f"'{out.name}' is no Stage-1 run: {error}") from error
+    return settings
+
+
+def flatten(data: Any, name: str = "") -> dict[str, Any]:
+    """Name every leaf of plain data by its path: {"a": [{"b": 1}]} to {"a.0.b": 1}."""
+    if isinstance(data, Mapping):
+        items = [(str(k), v) for k, v in data.items()]
+    elif isinstance(data, list):
+        items = [(str(i), v) for i, v in enumerate(data)]
+    else:
+        return {name: data}
+    return {k: v for key, value in items for k, v in flatten(value, f"{name}.{key}" if name else key).items()}
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    fresh = path.with_name(f".{path.name}")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    fresh = path.with_name(f".{path.name}")
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh, metadata)
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def save_checkpoint(
+    out: Path, tensors: dict[str, Tensor], facts: dict[str, Any], processes: Processes
+) -> None:
+    """Write a checkpoint, atomically: `checkpoint.json` names state files that are complete.
+
+    tensors: of this process; facts: plain data, with the step under "step"
+    """
+    sharded = sorted(k for k, v in tensors.items() if isinstance(v, DTensor))
+    count = processes.count if sharded else 1
+    names = [f"state-{facts['step']:08d}-{rank + 1}-of-{count}.safetensors" for rank in range(count)]
+    if processes.rank < count:
+        save_tensors(out / names[processes.rank], {k: local(v) for k, v in tensors.items()})
+    processes.wait()
+    if processes.first:
+        metrics = out / METRICS
+        size = metrics.stat().st_size if metrics.is_file() else 0
+        whole = {**facts, "sharded": sharded, "states": names, "metrics_bytes": size}
+        replace_file(out / CHECKPOINT, json.dumps(whole))
+        for path in out.glob("state-*.safetensors"):
+            if path.name not in names:
+                path.unlink()
+
+
+def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Read the checkpoint of a run, its tensors whole however many processes wrote them; None without one.
+
+    Raises InvalidWeights when a state file is missing.
+    """
+    if not (out / CHECKPOINT).is_file():
+        return None
+    facts = json.loads((out / CHECKPOINT).read_text())
+    tensors: dict[str, list[Tensor]] = {}
+    for name in facts["states"]:
+        if not (out / name).is_file():
+            raise InvalidWeights(f"the checkpoint in '{out.name}' is incomplete: {name} is missing")
+        with safe_open(out / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensors.setdefault(key, []).append(file.get_tensor(key))
+    sharded = set(facts["sharded"])
+    return {k: torch.cat(v) if k in sharded else v[0] for k, v in tensors.items()}, facts
+
+
+def cut_metrics(out: Path, size: int) -> None:
+    """Drop what was logged after the checkpoint that a run goes on from; those steps are taken again."""
+    path = out / METRICS
+    if path.is_file():
+        os.truncate(path, size)
