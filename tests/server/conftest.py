@@ -18,8 +18,8 @@ from PIL import Image
 
 from vessa.codec import MEDIA_TYPE, encode
 from vessa_server.app import create_app
-from vessa_server.bank import Template, template_id
 from vessa_server.settings import Settings
+from vessa_server.template import Template, View, template_id
 
 KEY = "a-key-for-tests-0123456789"
 CLASSES = {1: "ventricle", 2: "wall"}
@@ -51,15 +51,17 @@ def make_template(seed: int = 0, group: str = "p1", model: str = "m", **changes:
     image, mask = draw_example(seed)
     classes = changes.pop("classes", CLASSES)
     mask[~np.isin(mask, list(classes))] = 0
-    feature = rng.normal(size=8).astype(np.float32)
+    feature = changes.pop("feature", rng.normal(size=8).astype(np.float32))
     given: dict[str, Any] = {
         "id": template_id(image, mask, classes, group),
         "group": group,
         "classes": classes,
         "image": image,
         "mask": mask,
-        "feature": feature / np.linalg.norm(feature),
-        "memories": {key: rng.normal(size=(4, 3)).astype(np.float16) for key in classes},
+        "whole": View(
+            feature / np.linalg.norm(feature),
+            {key: rng.normal(size=(4, 3)).astype(np.float16) for key in classes},
+        ),
         "model": model,
     }
     return Template(**{**given, **changes})

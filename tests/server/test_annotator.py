@@ -5,8 +5,9 @@ import pytest
 
 from vessa.codec import image_digest
 from vessa.errors import InvalidImage, NoTemplate, UnknownBank, UnknownClass, UnknownImage
-from vessa_server.annotator import Annotator, SegmentItem, SegmentResult, TemplateItem
+from vessa_server.annotator import Annotator
 from vessa_server.bank import TemplateBanks
+from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
 from vessa_server.model import checkpoint
 from vessa_server.store import FolderStore
 
@@ -111,18 +112,18 @@ def test_an_image_seen_before_needs_no_pixels(annotator):
 def test_a_request_with_prompts_alone_only_decodes(annotator):
     item = query()
     first = the_only(annotator.segment([item]))
-    spent = dict(annotator.stage_seconds)
+    spent = dict(annotator.clock.seconds)
     box = np.full((2, 4), -1, np.float32)
     box[0] = 5, 5, 40, 30
     prompted = SegmentItem(item.image_id, None, "abdomen", boxes=box)
     answers = [the_only([a]) for a in annotator.segment([prompted, prompted])]
-    assert annotator.stage_seconds["language"] == spent["language"]
-    assert annotator.stage_seconds["attend"] == spent["attend"]
+    assert annotator.clock.seconds["language"] == spent["language"]
+    assert annotator.clock.seconds["attend"] == spent["attend"]
     assert np.array_equal(answers[0].labels, answers[1].labels)
     assert answers[0].scores != first.scores
     # another class, or another template, is another look
     annotator.segment([SegmentItem(item.image_id, None, "abdomen", template_choice="top3")])
-    assert annotator.stage_seconds["attend"] > spent["attend"]
+    assert annotator.clock.seconds["attend"] > spent["attend"]
 
 
 def test_the_budget_counts_what_was_kept_of_each_class(model, annotator):
@@ -204,7 +205,7 @@ def test_a_template_holds_the_classes_it_shows_and_their_memories(annotator):
     mask[mask == 4] = 0
     template = annotator.encode_templates([TemplateItem(image, mask, CLASSES, "p")])[0]
     assert template.classes == {1: "liver"}
-    assert template.memories[1].dtype == np.float16
-    assert np.linalg.norm(template.feature) == pytest.approx(1, abs=1e-5)
+    assert template.whole.memories[1].dtype == np.float16
+    assert np.linalg.norm(template.whole.feature) == pytest.approx(1, abs=1e-5)
     empty = annotator.encode_templates([TemplateItem(image, mask * 0, CLASSES, "p")])[0]
     assert isinstance(empty, InvalidImage)

@@ -20,8 +20,9 @@ from vessa.errors import (
     UnknownTemplate,
     VessaError,
 )
-from vessa_server.bank import Bank, Template, TemplateBanks, check_name, sample_template, template_id
+from vessa_server.bank import Bank, TemplateBanks, check_name, sample_template
 from vessa_server.store import FolderStore, blob_digest
+from vessa_server.template import Template, View, template_id
 
 
 def unit(*values: float) -> np.ndarray[Any, Any]:
@@ -43,11 +44,11 @@ def test_a_template_survives_its_blob(template: Any) -> None:
     one: Template = template(3)
     blob = one.to_blob()
     back = Template.from_blob(one.id, one.entry(blob), blob)
-    for name in ("image", "mask", "feature"):
+    for name in ("image", "mask"):
         assert np.array_equal(getattr(back, name), getattr(one, name))
         assert getattr(back, name).dtype == getattr(one, name).dtype
-    assert {key: value.tolist() for key, value in back.memories.items()} == {
-        key: value.tolist() for key, value in one.memories.items()
+    assert {key: value.tolist() for key, value in back.whole.memories.items()} == {
+        key: value.tolist() for key, value in one.whole.memories.items()
     }
     assert (back.id, back.group, back.classes, back.model) == (one.id, one.group, one.classes, one.model)
 
@@ -210,7 +211,9 @@ def test_refresh_encodes_what_other_weights_encoded(banks: TemplateBanks, templa
     seen: list[tuple[int, int]] = []
 
     def encode(stale: list[Template]) -> list[Template | VessaError]:
-        fresh: list[Template | VessaError] = [replace(t, feature=-t.feature, model="new") for t in stale]
+        fresh: list[Template | VessaError] = [
+            replace(t, whole=View(-t.whole.feature, {}), model="new") for t in stale
+        ]
         if len(stale) < 16:
             fresh[0] = InvalidImage("no")
         return fresh
@@ -219,8 +222,8 @@ def test_refresh_encodes_what_other_weights_encoded(banks: TemplateBanks, templa
     assert seen == [(16, 18), (18, 18)]
     models = [t.model for t in banks.get("a").templates]
     assert (models.count("new"), models.count("old")) == (17, 1)
-    assert np.array_equal(banks.get("a").templates[0].feature, -template(0).feature)
-    assert len(banks.get("a").retrieve(template(0).feature, 1, exclude_group=None, top=99)) == 17
+    assert np.array_equal(banks.get("a").templates[0].whole.feature, -template(0).whole.feature)
+    assert len(banks.get("a").retrieve(template(0).whole.feature, 1, exclude_group=None, top=99)) == 17
     assert banks.get("b").version == 1
 
 

@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidDataset
-from vessa_server.annotator import STAGES, SegmentItem, load_annotator
+from vessa_server.annotator import load_annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.cli import app
+from vessa_server.drawing import STAGES
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
+from vessa_server.items import SegmentItem
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_server.store import FolderStore
 

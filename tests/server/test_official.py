@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest, InvalidWeights
-from vessa_server.annotator import SegmentItem, TemplateItem, load_annotator
+from vessa_server.annotator import load_annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.cli import app
+from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model import checkpoint, hub
 from vessa_server.model.language import LanguageModel
 from vessa_server.model.official import build, place_language

@@ -1,8 +1,6 @@
 """Template banks: annotated examples, found by the similarity of their features (Eq. 1 of the paper)."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import re
 import threading
@@ -12,13 +10,11 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from vessa.errors import ClassConflict, InvalidRequest, TooLarge, UnknownBank, UnknownTemplate, VessaError
 from vessa.schemas import BankInfo, TemplateInfo
 from vessa_server.store import Entry, Index, Store, blob_digest
+from vessa_server.template import Template
 
 log = logging.getLogger(__name__)
 
@@ -28,90 +24,6 @@ REENCODE_BATCH = 16
 
 Matches = list[tuple["Template", float]]
 TemplateInfos = list[TemplateInfo]
-
-
-@dataclass(frozen=True, eq=False)
-class Template:
-    """One annotated example with everything retrieval and the segmenter need of it.
-
-    image: (H, W) or (H, W, 3) uint8; mask: (H, W) uint8 class ids, 0 background
-    classes: {id: name} of the classes in the mask; group: whose image it is (a patient)
-    feature: (D,) float32 of unit norm; memories: class id -> (M, C) float16; model: digest of the weights of
-    both
-    """
-
-    id: str
-    group: str
-    classes: dict[int, str]
-    image: NDArray[np.uint8]
-    mask: NDArray[np.uint8]
-    feature: NDArray[np.float32]
-    memories: dict[int, NDArray[np.float16]]
-    model: str
-
-    def to_blob(self) -> bytes:
-        """Return the template as safetensors bytes."""
-        tensors = {"image": self.image, "mask": self.mask, "feature": self.feature}
-        tensors |= {f"memory.{key}": value for key, value in self.memories.items()}
-        # One entry: several would be written in any order, and equal templates must give equal bytes.
-        about = {"id": self.id, "group": self.group, "model": self.model, "classes": self.classes}
-        return save_tensors(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"template": json.dumps(about)}
-        )
-
-    @classmethod
-    def from_blob(cls, identity: str, entry: Entry, data: bytes) -> "Template":
-        """Read what `to_blob` wrote; ValueError when it is something else."""
-        try:
-            tensors = load_tensors(data)
-            memories = {
-                int(k.removeprefix("memory.")): v for k, v in tensors.items() if k.startswith("memory.")
-            }
-            return cls(
-                identity,
-                entry.group,
-                entry.classes,
-                tensors["image"],
-                tensors["mask"],
-                tensors["feature"],
-                memories,
-                entry.model,
-            )
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"blob of template {identity} is not a template") from error
-
-    def entry(self, blob: bytes) -> Entry:
-        """Return what the index says about this template."""
-        height, width = self.mask.shape
-        return Entry(blob_digest(blob), self.group, self.classes, height, width, self.model)
-
-    def info(self, bank: str, *, created: bool = False) -> TemplateInfo:
-        """Return the public description."""
-        height, width = self.mask.shape
-        return TemplateInfo(
-            id=self.id,
-            bank=bank,
-            group=self.group,
-            classes=self.classes,
-            height=height,
-            width=width,
-            created=created,
-        )
-
-
-def template_id(
-    image: NDArray[np.uint8], mask: NDArray[np.uint8], classes: Mapping[int, str], group: str
-) -> str:
-    """Return the id of an annotated example: a digest of its content, so that adding it twice adds it once.
-
-    image: (H, W) or (H, W, 3) uint8; mask: (H, W) uint8. Only the classes that the mask holds count.
-    """
-    present = {int(key): classes[int(key)] for key in np.unique(mask) if key}
-    header = {"image": image.shape, "mask": mask.shape, "classes": sorted(present.items()), "group": group}
-    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
-    digest.update(np.ascontiguousarray(image).data)
-    digest.update(np.ascontiguousarray(mask).data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +49,19 @@ class Bank:
         return {template.id: template for template in self.templates}
 
     @cached_property
-    def _by_class(self) -> dict[int, tuple[list[Template], NDArray[np.float32]]]:
+    def _by_class(self) -> dict[int, tuple[list[Template], NDArray[np.float32], NDArray[np.float32]]]:
+        """Templates that show a class, their features, and those of a closer look where one was taken."""
         usable = [t for t in self.templates if self.model is None or t.model == self.model]
         chosen = {key: [t for t in usable if key in t.classes] for key in self.classes}
-        return {key: (found, np.stack([t.feature for t in found])) for key, found in chosen.items() if found}
+        return {
+            key: (
+                found,
+                np.stack([t.whole.feature for t in found]),
+                np.stack([(t.close or t.whole).feature for t in found]),
+            )
+            for key, found in chosen.items()
+            if found
+        }
 
     def template(self, identity: str) -> Template:
         """Return one template; UnknownTemplate when there is none of this id."""
@@ -150,18 +71,28 @@ class Bank:
             raise UnknownTemplate(f"bank {self.name!r} has no template {identity!r}") from None
 
     def retrieve(
-        self, feature: NDArray[np.float32], class_id: int, *, exclude_group: str | None, top: int = 3
+        self,
+        feature: NDArray[np.float32],
+        class_id: int,
+        *,
+        exclude_group: str | None,
+        top: int = 3,
+        close: NDArray[np.float32] | None = None,
     ) -> Matches:
         """Return the `top` most similar templates that show the class, best first, with their cosine.
 
-        feature: (D,) float32 of unit norm. exclude_group: the query's own patient, never retrieved (None:
-        unknown). Equal similarities are ordered by id. An empty list means there is no template of another
-        group.
+        feature: (D,) float32 of unit norm, of the whole image; close: that of a closer look at it, where
+        one was taken: then the mean of both cosines counts. exclude_group: the query's own patient, never
+        retrieved (None: unknown). Equal similarities are ordered by id. An empty list means there is no
+        template of another group.
         """
-        found, features = self._by_class.get(class_id, ([], None))
-        if features is None:
+        if class_id not in self._by_class:
             return []
-        scores = np.clip(features @ feature, -1.0, 1.0)
+        found, whole, closer = self._by_class[class_id]
+        scores = whole @ feature
+        if close is not None:
+            scores = (scores + closer @ close) / 2
+        scores = np.clip(scores, -1.0, 1.0)
         allowed = [i for i, t in enumerate(found) if exclude_group is None or t.group != exclude_group]
         best = sorted(allowed, key=lambda i: (-scores[i], found[i].id))[:top]
         return [(found[i], float(scores[i])) for i in best]

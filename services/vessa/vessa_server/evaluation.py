@@ -21,9 +21,11 @@ from vessa.errors import InvalidDataset, VessaError
 from vessa.report.cases import annotated, best_median_worst, score_labels
 from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, table
-from vessa_server.annotator import Annotator, SegmentItem, SegmentResult, TemplateItem, load_annotator
-from vessa_server.bank import Template, TemplateBanks
+from vessa_server.annotator import Annotator, load_annotator
+from vessa_server.bank import TemplateBanks
+from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
 from vessa_server.store import FolderStore
+from vessa_server.template import Template
 
 _Answer = TypeVar("_Answer", SegmentResult, Template)
 
@@ -97,7 +99,7 @@ def evaluate(
                     rows[name].seeds.append(score_labels(dataset, cases, found))
                     labels.setdefault(variant.name, found)
                 if draw == 0 and name == variants[0]:
-                    stages = dict(annotator.stage_seconds)
+                    stages = dict(annotator.clock.seconds)
     cases = _cases(dataset, banks[0], test)
     images = sum(len(c.slices) for c in cases)
     figures = _figures(list(rows.items())) | {

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from vessa_server.model.geometry import Square
+from vessa_server.model.geometry import Square, Window
 from vessa_server.model.segmenter import ImageFeatures
+
+_WINDOWS = 4  # closer looks kept of an image: prompts that wander do not fill the memory
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,34 @@ class Attended:
 
 @dataclass
 class Seen:
-    """An image as the network saw it. pixels: (1, 3, S, S) in [0, 1]; vector: for the retrieval (D,)."""
+    """A square of an image as the network saw it.
 
+    image: uint8 (H, W[, 3]); pixels: (1, 3, S, S) in [0, 1]; vector: for the retrieval (D,);
+    found: by what a first look depends on, the box where it has found something; closer: by window, a
+    closer look at part of the image
+    """
+
+    image: np.ndarray
     square: Square
     pixels: Tensor
     features: ImageFeatures
     vector: np.ndarray
     attended: dict[Hashable, Attended] = field(default_factory=dict)
+    found: dict[Hashable, tuple[float, float, float, float] | None] = field(default_factory=dict)
+    closer: "OrderedDict[Window, Seen]" = field(default_factory=OrderedDict)
+
+    def keep_closer(self, window: Window, seen: "Seen") -> None:
+        """Keep a closer look; the oldest of too many goes."""
+        self.closer[window] = seen
+        if len(self.closer) > _WINDOWS:
+            self.closer.popitem(last=False)
+
+    def forget_attended(self) -> None:
+        """Keep what does not depend on any template."""
+        self.attended.clear()
+        self.found.clear()
+        for seen in self.closer.values():
+            seen.forget_attended()
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +62,8 @@ class Seen:
         tensors = [self.pixels, self.features.embedding, self.features.fine, self.features.finer]
         for state in self.attended.values():
             tensors += [state.embedding] if state.h_seg is None else [state.embedding, state.h_seg]
-        return sum(t.nbytes for t in tensors)
+        closer = sum(seen.nbytes - seen.image.nbytes for seen in self.closer.values())
+        return self.image.nbytes + closer + sum(t.nbytes for t in tensors)
 
 
 class FeatureCache:
@@ -60,7 +84,7 @@ class FeatureCache:
     def forget_attended(self) -> None:
         """Keep the images' features alone."""
         for image_id, seen in list(self._held.items()):
-            seen.attended.clear()
+            seen.forget_attended()
             self.put(image_id, seen)
 
     def get(self, image_id: str) -> Seen | None:

@@ -18,11 +18,12 @@ from vessa.errors import (
     VessaError,
 )
 from vessa.schemas import TemplateInfo
-from vessa_server.bank import Template, TemplateBanks, merge_classes, template_id
+from vessa_server.bank import TemplateBanks, merge_classes
 from vessa_server.batching import DeviceQueue
 from vessa_server.settings import Settings
 from vessa_server.store import open_store
 from vessa_server.telemetry import Metrics
+from vessa_server.template import Template, template_id
 from vessa_server.wire.reading import Reader, SeenSizes, SegmentRequest, TemplateRequest
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Loaded:
 
     def _process(self, items: list[Any]) -> list[Any]:
         """Run a batch in the device thread: templates and query images may be mixed in it."""
-        from vessa_server.annotator import TemplateItem
+        from vessa_server.items import TemplateItem
 
         results: list[Any] = [None] * len(items)
         for wanted, run in ((True, self.annotator.encode_templates), (False, self.annotator.segment)):
@@ -206,7 +207,7 @@ class Service:
         return Loaded(self.settings, self.metrics, banks, annotator)
 
     def _refresh(self, banks: TemplateBanks, annotator: "Annotator") -> None:
-        from vessa_server.annotator import TemplateItem
+        from vessa_server.items import TemplateItem
 
         def encode(templates: list[Template]) -> Sequence[Template | VessaError]:
             items = [TemplateItem(t.image, t.mask, t.classes, t.group) for t in templates]

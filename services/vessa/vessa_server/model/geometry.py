@@ -1,7 +1,7 @@
 """Between an image as it came and the square the networks see.
 
-Every network sees the image centered on a black square and resized. Prompts travel into that
-square, logits travel back out of it.
+Every network sees a square of the image, resized: the black square around the whole image, or a
+window of it. Prompts travel into that square, logits travel back out of it.
 """
 
 from dataclasses import dataclass
@@ -13,45 +13,59 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Window:
+    """A square part of an image, in px of the image; it may reach over the image's edges."""
+
+    top: int
+    left: int
+    side: int
+
+
+@dataclass(frozen=True)
 class Square:
-    """The square around an image of `height` x `width` px; its side is the longer of the two."""
+    """How an image of `height` x `width` px meets the networks: whole, or the part in `window`."""
 
     height: int
     width: int
+    window: Window | None = None
+
+    @property
+    def whole(self) -> Window:
+        """The square around the image; its side is the longer of the two."""
+        side = max(self.height, self.width)
+        return Window(-((side - self.height) // 2), -((side - self.width) // 2), side)
+
+    @property
+    def shown(self) -> Window:
+        """What is seen of the image."""
+        return self.window or self.whole
 
     @property
     def side(self) -> int:
         """Side of the square in native px."""
-        return max(self.height, self.width)
-
-    @property
-    def top(self) -> int:
-        """Rows above the image."""
-        return (self.side - self.height) // 2
-
-    @property
-    def left(self) -> int:
-        """Columns left of the image."""
-        return (self.side - self.width) // 2
+        return self.shown.side
 
     def pad(self, array: Tensor) -> Tensor:
-        """Pad (..., height, width) with zeros to (..., side, side)."""
-        right, bottom = self.side - self.width - self.left, self.side - self.height - self.top
-        return F.pad(array, (self.left, right, self.top, bottom))
+        """Cut (..., height, width) to (..., side, side), with zeros where there is no image."""
+        shown = self.shown
+        right, bottom = shown.left + shown.side - self.width, shown.top + shown.side - self.height
+        return F.pad(array, (-shown.left, right, -shown.top, bottom))
 
     def enter(self, array: Tensor, size: int, mode: str = "bilinear") -> Tensor:
         """Move (N, C, height, width) float onto the square, resized to (N, C, size, size)."""
         return resize(self.pad(array), (size, size), mode)
 
-    def leave(self, logits: Tensor) -> Tensor:
-        """Move (N, C, s, s) float back to (N, C, height, width)."""
-        square = resize(logits, (self.side, self.side))
-        return square[..., self.top : self.top + self.height, self.left : self.left + self.width]
+    def leave(self, logits: Tensor, outside: float = 0.0) -> Tensor:
+        """Move (N, C, s, s) float back to (N, C, height, width); `outside` where nothing was seen."""
+        shown = self.shown
+        right, bottom = shown.left + shown.side - self.width, shown.top + shown.side - self.height
+        square = resize(logits, (shown.side, shown.side))
+        return F.pad(square, (shown.left, -right, shown.top, -bottom), value=outside)
 
     def points(self, xy: Tensor, size: int) -> Tensor:
         """Move (..., 2) points (x, y) in native px to px of the resized square."""
-        offset = torch.tensor([self.left, self.top], dtype=xy.dtype, device=xy.device)
-        return (xy + offset) * (size / self.side)
+        offset = torch.tensor([self.shown.left, self.shown.top], dtype=xy.dtype, device=xy.device)
+        return (xy - offset) * (size / self.side)
 
 
 def resize(array: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:

@@ -43,9 +43,14 @@ class RetrieverPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """All sizes of one annotator. `language` None means DINOv2 retrieval and SAM 2.1 memory alone."""
+    """All sizes of one annotator.
+
+    language None: DINOv2 retrieval and SAM 2.1 memory alone; closer: whether a second look is taken at
+    the part of the image where the first has found something (see `vessa_server.closer`)
+    """
 
     name: str = "nano"
+    closer: bool = True
     segmenter: SegmenterPreset = field(default_factory=SegmenterPreset)
     language: LanguagePreset | None = field(default_factory=LanguagePreset)
     retriever: RetrieverPreset = field(default_factory=RetrieverPreset)
@@ -61,6 +66,9 @@ class Preset:
             language = data["language"]
             return cls(
                 name=data["name"],
+                closer=data.get(
+                    "closer", False
+                ),  # weights older than the second look were not trained for it
                 segmenter=SegmenterPreset(**data["segmenter"]),
                 language=None if language is None else LanguagePreset(**language),
                 retriever=RetrieverPreset(**data["retriever"]),
@@ -83,6 +91,7 @@ def full(name: str, sam: str, dino: str, image_size: int = 1024, *, language: bo
     """
     return Preset(
         name=name,
+        closer=False,
         segmenter=SegmenterPreset(
             image_size=image_size,
             stride=16,

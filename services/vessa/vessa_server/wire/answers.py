@@ -14,7 +14,7 @@ from vessa_server.wire.images import label_png, overlay_png
 from vessa_server.wire.reading import SegmentRequest
 
 if TYPE_CHECKING:
-    from vessa_server.annotator import SegmentResult
+    from vessa_server.items import SegmentResult
 
 JSON, PNG, SAFETENSORS = "application/json", "image/png", "application/vnd.safetensors"
 

@@ -40,7 +40,7 @@ from vessa_server.wire.prompts import Prompts
 
 if TYPE_CHECKING:
     # The annotator brings torch, which takes seconds to import; /livez must not wait for it.
-    from vessa_server.annotator import SegmentItem, TemplateItem
+    from vessa_server.items import SegmentItem, TemplateItem
 
 DEFAULT_BANK = "default"
 _IMAGES = TensorSpec(("U8",), ((None, None, None), (None, None, None, 3)))
@@ -145,7 +145,7 @@ class Reader:
     def _template_request(
         self, bank: str, images: NDArray[Any], masks: NDArray[Any], classes: dict[int, str], groups: list[str]
     ) -> TemplateRequest:
-        from vessa_server.annotator import TemplateItem
+        from vessa_server.items import TemplateItem
 
         items = []
         for i, (image, mask, group) in enumerate(zip(images, masks, groups, strict=True)):
@@ -231,7 +231,7 @@ class Reader:
             sizes = [self.sizes.get(identity) if self.holds(identity) else None for identity in ids]
         size = _common_size(sizes)
         self._check_answer(len(ids), len(classes), size, probabilities)
-        from vessa_server.annotator import SegmentItem
+        from vessa_server.items import SegmentItem
 
         names = tuple(classes.values())
         items: list[SegmentItem | VessaError] = []

@@ -1,0 +1,84 @@
+"""Where to look closer.
+
+A structure that fills a tenth of an image is a few positions wide to the networks. So the annotator
+looks twice: at the whole image, and then at the square around what it has found, where the same
+networks see it several times larger. Templates are looked at in the same two ways.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy import ndimage
+from torch import Tensor
+
+from vessa_server.items import SegmentItem
+from vessa_server.model.geometry import Square, Window
+
+MARGIN = 1.5  # side of the window over the longer side of what it shows
+LEAST = 0.2  # of the whole square's side: a speck is not looked at any closer
+FILLED = 0.8  # of the whole square's side: what takes up more has been seen well enough
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in px of the image
+
+
+def window_around(box: Box | None, height: int, width: int) -> Window | None:
+    """Return the window to look at closer in an image of height x width px; None to leave it at the whole."""
+    if box is None:
+        return None
+    whole = max(height, width)
+    x0, y0, x1, y1 = box
+    side = round(max(MARGIN * max(x1 - x0, y1 - y0), LEAST * whole))
+    if side > FILLED * whole:
+        return None
+    return Window(round((y0 + y1 - side) / 2), round((x0 + x1 - side) / 2), side)
+
+
+def union(boxes: Iterable[Box | None]) -> Box | None:
+    """Return the box around boxes; None when there is none."""
+    there = np.array([b for b in boxes if b is not None])
+    if not len(there):
+        return None
+    low, high = there[:, :2].min(0), there[:, 2:].max(0)
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+
+
+def box_of(mask: np.ndarray) -> Box | None:
+    """Return the box around a mask, bool (H, W)."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def found_box(logits: Tensor, square: Square) -> Box | None:
+    """Return the box around the largest piece of what a first look has drawn.
+
+    logits: (1, 1, s, s) on the square, inside above 0
+    """
+    pieces, count = ndimage.label(logits[0, 0].cpu().numpy() > 0)
+    if not count:
+        return None
+    largest = int(np.bincount(pieces.ravel())[1:].argmax()) + 1
+    box = box_of(pieces == largest)
+    assert box is not None
+    scale, shown = square.side / logits.shape[-1], square.shown
+    x0, y0, x1, y1 = (scale * v for v in box)
+    return x0 + shown.left, y0 + shown.top, x1 + shown.left, y1 + shown.top
+
+
+def prompted_box(item: SegmentItem, height: int, width: int) -> Box | None:
+    """Return the box around all that an item's prompts point at in its image of height x width px."""
+    boxes: list[Box | None] = []
+    if item.boxes is not None:
+        boxes += [tuple(b.tolist()) for b in item.boxes if not (b == -1).all()]
+    if item.points is not None and item.point_labels is not None:
+        inside = item.points[item.point_labels == 1]
+        boxes += [(float(x), float(y), float(x), float(y)) for x, y in inside]
+    if item.mask_logits is not None:
+        rows, columns = item.mask_logits.shape[-2:]
+        scale = np.array([width / columns, height / rows] * 2)
+        for index, logits in enumerate(item.mask_logits):
+            there = item.mask_present is None or item.mask_present[index]
+            box = box_of(logits > 0) if there else None
+            boxes.append(None if box is None else tuple((np.array(box) * scale).tolist()))
+    return union(boxes)

@@ -1,0 +1,176 @@
+"""From templates and image to mask logits: the language model looks, memory attention looks, SAM draws."""
+
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vessa_server.features import Attended, Seen
+from vessa_server.items import SegmentItem
+from vessa_server.model.geometry import Square, Window, to_tensor
+from vessa_server.model.instructions import DEFAULT_INSTRUCTION
+from vessa_server.model.prompts import MaskPrompts, prompt_batch
+from vessa_server.model.segmenter import ImageFeatures, PromptBatch
+from vessa_server.model.vessa import Vessa, overlay
+from vessa_server.template import Template, View
+
+STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
+_CONCURRENT_MASKS = 12  # (image, class) pairs decoded in one pass; bounds memory, not what a request may hold
+_OVERLAYS = 512
+
+
+class StageClock:
+    """Adds up the time spent in each stage of inference.
+
+    seconds: by stage, since the start
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a stage; on CUDA it ends when its kernels have."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - started
+
+
+@dataclass
+class Pass:
+    """One (image, class) pair on its way through the network.
+
+    chosen: its templates and their similarity; index: of the class among the item's classes
+    """
+
+    seen: Seen
+    class_id: int
+    class_name: str
+    chosen: list[tuple[Template, float]]
+    item: SegmentItem
+    index: int
+
+    @property
+    def key(self) -> Hashable:
+        """What the pass depends on before any prompt, besides the image."""
+        return self.class_id, self.class_name, tuple(t.id for t, _ in self.chosen)
+
+    @property
+    def views(self) -> list[View]:
+        """How the templates are shown: as closely as the image is."""
+        closer = self.seen.square.window is not None
+        return [(t.close if closer and t.close else t.whole) for t, _ in self.chosen]
+
+
+class Drawing:
+    """Draws masks; what a template and the language model say of an image is kept with the image.
+
+    without: parts left out, see `Annotator`
+    """
+
+    def __init__(self, model: Vessa, clock: StageClock) -> None:
+        self.model, self.clock = model, clock
+        self.without: frozenset[str] = frozenset()
+        self._size = model.preset.segmenter.image_size
+        self._overlays: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def draw(self, passes: list[Pass]) -> list[tuple[Tensor, float]]:
+        """Draw the mask of each pass: logits (1, 1, h, w) on its square, and the predicted IoU."""
+        outputs: list[tuple[Tensor, float]] = []
+        for start in range(0, len(passes), _CONCURRENT_MASKS):
+            outputs += self._draw(passes[start : start + _CONCURRENT_MASKS])
+        return outputs
+
+    def _draw(self, passes: list[Pass]) -> list[tuple[Tensor, float]]:
+        missing = {(id(p.seen), p.key): p for p in passes if p.key not in p.seen.attended}
+        self._attend(list(missing.values()))
+        with self.clock.stage("draw"):
+            states = [p.seen.attended[p.key] for p in passes]
+            embedding = torch.cat([s.embedding for s in states])
+            spoken = [s.h_seg for s in states if s.h_seg is not None]
+            h_seg = torch.cat(spoken) if spoken else None
+            features = _join([p.seen.features for p in passes])
+            logits, iou, _ = self.model.segmenter.decode(embedding, features, h_seg, self._prompts(passes))
+        return list(zip(logits.float().split(1), iou.tolist(), strict=True))
+
+    def _attend(self, passes: list[Pass]) -> None:
+        """Let the language model and the memory see what no earlier request on the image has shown them."""
+        for count in {len(p.chosen) for p in passes}:  # top-3 of a small bank may hold fewer templates
+            some = [p for p in passes if len(p.chosen) == count]
+            with self.clock.stage("language"):
+                h_seg = self._look_with_language(some)
+            with self.clock.stage("attend"):
+                memories = None if "memory" in self.without else self._memories(some)
+                embedding = self.model.segmenter.attend(_join([p.seen.features for p in some]), memories)
+            for row, p in enumerate(some):
+                spoken = None if h_seg is None else h_seg[row : row + 1].clone()
+                p.seen.attended[p.key] = Attended(embedding[row : row + 1].clone(), spoken)
+
+    def _memories(self, passes: list[Pass]) -> Tensor:
+        """Stack the memories of the chosen templates, (N, T, M, C)."""
+        each = [
+            torch.stack([torch.from_numpy(v.memories[p.class_id]).float() for v in p.views]) for p in passes
+        ]
+        return torch.stack(each).to(self.model.device)
+
+    def _look_with_language(self, passes: list[Pass]) -> Tensor | None:
+        if self.model.language is None or "language" in self.without:
+            return None
+        overlays = torch.cat([self._overlay(p.chosen[0][0], p.views[0], p.class_id) for p in passes])
+        targets = torch.cat([p.seen.pixels for p in passes])
+        names = [p.class_name for p in passes]
+        return self.model.see(overlays, targets, names, [DEFAULT_INSTRUCTION] * len(passes))[0]
+
+    def _overlay(self, template: Template, view: View, class_id: int) -> Tensor:
+        """Template with its class in green, (1, 3, S, S), as the language model sees it."""
+        key = (template.id, view.window, class_id)
+        if key not in self._overlays:
+            window = None if view.window is None else Window(*view.window)
+            height, width = template.mask.shape
+            square = Square(height, width, window)
+            pixels = square.enter(to_tensor(template.image).to(self.model.device), self._size)
+            mask = mask_square(template.mask, class_id, square, self._size, self.model.device)
+            self._overlays[key] = overlay(pixels, mask)
+            if len(self._overlays) > _OVERLAYS:
+                self._overlays.popitem(last=False)
+        self._overlays.move_to_end(key)
+        return self._overlays[key]
+
+    def _prompts(self, passes: list[Pass]) -> PromptBatch:
+        squares = [p.seen.square for p in passes]
+        side = 4 * self.model.segmenter.side
+        return prompt_batch([_prompts_of(p) for p in passes], squares, self._size, side, self.model.device)
+
+
+def mask_square(mask: np.ndarray, class_id: int, square: Square, size: int, device: torch.device) -> Tensor:
+    """Move one class of a mask, uint8 (H, W), onto a square: (1, 1, size, size) float, 1 inside."""
+    binary = torch.from_numpy((mask == class_id).astype(np.float32))[None, None].to(device)
+    return (square.enter(binary, size) > 0.5).float()
+
+
+def _join(features: list[ImageFeatures]) -> ImageFeatures:
+    return ImageFeatures(
+        torch.cat([f.embedding for f in features]),
+        torch.cat([f.position for f in features], dim=1),
+        torch.cat([f.fine for f in features]),
+        torch.cat([f.finer for f in features]),
+    )
+
+
+def _prompts_of(one: Pass) -> MaskPrompts:
+    """Prompts of one class of an item."""
+    item, index = one.item, one.index
+    box = None if item.boxes is None or (item.boxes[index] == -1).all() else item.boxes[index]
+    points = None if item.points is None else item.points[index]
+    labels = None if item.point_labels is None else item.point_labels[index]
+    there = item.mask_present is None or bool(item.mask_present[index])
+    logits = item.mask_logits[index] if item.mask_logits is not None and there else None
+    return MaskPrompts(box, points, labels, logits)

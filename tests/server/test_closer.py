@@ -1,0 +1,176 @@
+"""The second look: where it is taken, that it travels back to its place, that it is kept and found again."""
+
+import numpy as np
+import pytest
+import torch
+
+from vessa.codec import image_digest
+from vessa_server import annotator as annotator_module
+from vessa_server.annotator import Annotator
+from vessa_server.bank import TemplateBanks
+from vessa_server.closer import box_of, found_box, prompted_box, union, window_around
+from vessa_server.items import SegmentItem, TemplateItem
+from vessa_server.model import checkpoint
+from vessa_server.model.geometry import Square, Window
+from vessa_server.store import FolderStore
+
+
+def test_the_window_is_a_square_around_the_box():
+    window = window_around((40, 50, 60, 60), 200, 300)
+    assert window == Window(25, 20, 60)  # a fifth of the longer side at least
+    assert window_around((40, 50, 100, 60), 200, 300) == Window(10, 25, 90)  # half as much again
+    assert window_around((0, 0, 200, 200), 200, 300) is None  # seen well enough
+    assert window_around(None, 200, 300) is None
+
+
+def test_boxes_are_joined_and_nothing_stays_nothing():
+    assert union([None, (1, 2, 3, 4), (0, 3, 2, 9)]) == (0, 2, 3, 9)
+    assert union([None]) is None
+    mask = np.zeros((6, 8), bool)
+    assert box_of(mask) is None
+    mask[2:4, 5:8] = True
+    assert box_of(mask) == (5, 2, 8, 4)
+
+
+def test_specks_beside_the_largest_piece_do_not_widen_the_window():
+    logits = torch.full((1, 1, 20, 20), -5.0)
+    logits[..., 2:6, 4:10] = 5
+    logits[..., 18, 18] = 5
+    square = Square(100, 200)  # 50 rows of nothing above the image
+    assert found_box(logits, square) == (40, -30, 100, 10)
+    assert found_box(-torch.ones(1, 1, 20, 20), square) is None
+    inside = Square(100, 200, Window(10, 20, 40))
+    assert found_box(logits, inside) == (28, 14, 40, 22)
+
+
+def test_prompts_tell_where_to_look():
+    nothing = SegmentItem("i", None, "bank")
+    assert prompted_box(nothing, 60, 80) is None
+    absent = np.full((2, 4), -1, np.float32)
+    assert prompted_box(SegmentItem("i", None, "bank", boxes=absent), 60, 80) is None
+    boxes = np.array([[-1, -1, -1, -1], [10, 12, 20, 22]], np.float32)
+    points = np.array([[[30, 40], [70, 50]]], np.float32)
+    item = SegmentItem(
+        "i", None, "bank", boxes=boxes, points=points, point_labels=np.array([[1, 0]], np.int8)
+    )
+    assert prompted_box(item, 60, 80) == (10, 12, 30, 40)  # the point outside of the structure does not count
+    logits = np.full((2, 6, 8), -3, np.float32)
+    logits[1, 1:3, 2:5] = 3
+    there = SegmentItem("i", None, "bank", mask_logits=logits, mask_present=np.array([True, True]))
+    assert prompted_box(there, 60, 80) == (20, 10, 50, 30)
+    hidden = SegmentItem("i", None, "bank", mask_logits=logits, mask_present=np.array([True, False]))
+    assert prompted_box(hidden, 60, 80) is None
+
+
+def test_a_window_enters_and_leaves_at_its_place():
+    image = torch.zeros(1, 1, 60, 80)
+    image[..., 20:30, 50:70] = 1
+    for window in (Window(10, 40, 40), Window(-10, 45, 50)):  # the second reaches over the edges
+        square = Square(60, 80, window)
+        seen = square.enter(image, window.side)
+        assert seen.shape == (1, 1, window.side, window.side)
+        back = square.leave(seen, outside=-1)
+        assert back.shape == image.shape
+        inside = square.leave(torch.ones_like(seen), outside=0) > 0
+        assert torch.equal(back[inside], image[inside])
+        assert (back[~inside] == -1).all()
+        corner = square.points(torch.tensor([50.0, 20.0]), 2 * window.side)
+        assert corner.tolist() == [2 * (50 - window.left), 2 * (20 - window.top)]
+
+
+def example(seed, size=(60, 80)):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, size, dtype=np.uint8)
+    mask = np.zeros(size, np.uint8)
+    mask[20:30, 30 + seed : 42 + seed] = 1
+    return image, mask
+
+
+@pytest.fixture
+def annotator(nano_weights, tmp_path):
+    model, digest = checkpoint.read(nano_weights)
+    assert model.preset.closer
+    annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
+    items = [TemplateItem(*example(seed), {1: "liver"}, f"patient{seed}") for seed in range(3)]
+    annotator.banks.add("bank", annotator.encode_templates(items))
+    return annotator
+
+
+def asked(**options):
+    image = example(9)[0]
+    return SegmentItem(image_digest(image), image, "bank", **options)
+
+
+BOX = np.array([[34, 22, 46, 32]], np.float32)
+
+
+def found_there(monkeypatch, box):
+    """Untrained weights find anything; where they find it is told here."""
+    monkeypatch.setattr(annotator_module, "found_box", lambda logits, square: box)
+
+
+def test_templates_are_seen_whole_and_closely(annotator):
+    for template in annotator.banks.get("bank").templates:
+        top, left, side = template.close.window
+        rows, columns = np.nonzero(template.mask)
+        assert top <= rows.min() < rows.max() < top + side
+        assert left <= columns.min() < columns.max() < left + side
+        assert template.close.memories[1].shape == template.whole.memories[1].shape
+        assert not np.array_equal(template.close.feature, template.whole.feature)
+
+
+def test_nothing_is_drawn_outside_of_a_closer_look(annotator, monkeypatch):
+    found_there(monkeypatch, (30.0, 20.0, 50.0, 30.0))
+    result = annotator.segment([asked()])[0]
+    inside = np.zeros((60, 80), bool)
+    inside[10:40, 25:55] = True
+    assert (result.labels[~inside] == 0).all()
+    assert (result.confidence[~inside] == 255).all()
+    assert (result.confidence[inside] < 255).any()
+
+
+def test_a_closer_look_is_kept_with_its_image(annotator, monkeypatch):
+    found_there(monkeypatch, (30.0, 20.0, 50.0, 40.0))
+    first = annotator.segment([asked()])[0]
+    spent = dict(annotator.clock.seconds)
+    by_id = SegmentItem(asked().image_id, None, "bank")
+    again, prompted = annotator.segment([by_id, SegmentItem(by_id.image_id, None, "bank", boxes=BOX)])
+    for stage in ("encode", "language", "attend"):
+        assert annotator.clock.seconds[stage] == spent[stage], stage  # prompts inside the window only decode
+    assert (first.labels != again.labels).mean() < 1e-2
+    assert not np.array_equal(again.confidence, prompted.confidence)
+
+
+def test_an_answer_does_not_depend_on_earlier_prompts(annotator, monkeypatch):
+    found_there(monkeypatch, (30.0, 20.0, 50.0, 40.0))
+    far = np.array([[2, 2, 12, 12]], np.float32)
+    fresh = annotator.segment([asked()])[0]
+    widened = annotator.segment([asked(boxes=far)])[0]
+    after = annotator.segment([asked()])[0]
+    assert np.abs(fresh.confidence.astype(int) - after.confidence).max() <= 2
+    assert not np.array_equal(fresh.confidence, widened.confidence)
+
+
+def test_many_windows_on_one_image_in_one_batch(annotator, monkeypatch):
+    found_there(monkeypatch, None)
+    items = [asked(boxes=BOX + 4 * i) for i in range(6)]
+    together = annotator.segment(items)
+    annotator.leave_out(frozenset())
+    for item, result in zip(items, together, strict=True):
+        alone = annotator.segment([item])[0]
+        assert (alone.labels != result.labels).mean() < 1e-2
+    seen = annotator._held.get(items[0].image_id)
+    assert len(seen.closer) == 4
+    assert annotator._held.nbytes == seen.nbytes
+
+
+def test_weights_from_before_the_second_look_look_once(nano_weights, tmp_path, monkeypatch):
+    model, digest = checkpoint.read(nano_weights)
+    object.__setattr__(model.preset, "closer", False)
+    annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
+    annotator.banks.add(
+        "bank", annotator.encode_templates([TemplateItem(*example(1), {1: "liver"}, "patient1")])
+    )
+    monkeypatch.setattr(annotator_module, "found_box", lambda *_: pytest.fail("no first look was due"))
+    annotator.segment([asked()])
+    assert annotator.banks.get("bank").templates[0].close is None
