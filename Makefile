@@ -5,12 +5,13 @@
 #   check   lint, format, types
 #   format  let ruff rewrite what it can
 #   lock    resolve requirements.in anew into requirements.lock
+#   bench-trainer      our step beside UniMatch V2's, waiting for labels, what cached labels cost; ends in JSON too
 #   bench-annotator    time per image, new and seen before; the last line is one JSON object
 # PYTHON=/path/to/python3 chooses the interpreter of a new .venv, PYTEST_ARGS goes to pytest,
 # ARGS to the demo and the benchmarks.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup redis demo test test-all check format lock bench-annotator
+.PHONY: help setup redis demo test test-all check format lock bench-annotator bench-trainer
 
 BIN := .venv/bin
 # The stamp is named by what setup installs, so that a change of the lock is noticed and a fresh checkout's
@@ -69,3 +70,6 @@ lock: $(BIN)/uv
 
 bench-annotator: setup redis
 	@$(BIN)/python benchmarks/annotator.py $(ARGS)
+
+bench-trainer: setup redis
+	@$(BIN)/python benchmarks/trainer.py $(ARGS)
