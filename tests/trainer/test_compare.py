@@ -41,7 +41,7 @@ def test_both_methods_are_trained_for_each_seed_and_reported(config_of, quiet, t
     assert (result["seeds"], result["steps"], result["hd95_unit"]) == (2, 2, "voxel")
     assert json.loads(json.dumps(result)) == result
     runs = {f"{m}-{seed}" for m in ("unimatch_v2", "vessa") for seed in (0, 1)}
-    assert {p.name for p in out.iterdir()} == runs | {"report.html", "results.md"}
+    assert {p.name for p in out.iterdir()} == runs | {"vessa_alone-0", "report.html", "results.md"}
     assert all((out / run / "report.html").is_file() for run in runs)
     page, table = (out / "report.html").read_text(), (out / "results.md").read_text()
     for name in METHODS:
@@ -65,6 +65,7 @@ def test_the_two_methods_differ_by_their_method_alone(config_of, quiet, tmp_path
     assert one["semi"].pop("method") == "unimatch_v2"
     assert other["semi"].pop("method") == "vessa"
     assert one.pop("out") != other.pop("out")
+    assert (one.pop("title"), other.pop("title")) == ("UniMatch V2", "VESSA-assisted")
     assert one == other
 
 
@@ -92,7 +93,7 @@ def test_runs_trained_with_other_weights_of_the_annotator_are_refused(config_of,
     summary = json.loads(path.read_text())
     summary["annotator"]["model"] = "sha256:other"
     path.write_text(json.dumps(summary))
-    with pytest.raises(InvalidConfig, match="seed 0 in .* was trained with other weights of the annotator"):
+    with pytest.raises(InvalidConfig, match="are of different weights of the annotator .*sha256:other with"):
         compare(config_of(steps=2), seeds=1, resume_line=RESUME, console=quiet)
 
 

@@ -55,6 +55,20 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> N
         ) from error
 
 
+def start_from(module: nn.Module, run: Path) -> None:
+    """Give a new student the weights of a run's best teacher.
+
+    The last layer stays as it is where the run knew another number of classes. Raises InvalidWeights when
+    the run has no best teacher or another network.
+    """
+    tensors, _ = read(run / BEST)
+    for key, value in module.state_dict().items():
+        name = f"teacher.{key}"
+        if key.startswith("head.") and name in tensors and tensors[name].shape != value.shape:
+            tensors[name] = value
+    load_module(module, tensors, "teacher")
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Flatten an optimizer's per-parameter state."""
     state = optimizer.state_dict()["state"]

@@ -1,4 +1,4 @@
-"""`vessa-trainer fit|evaluate|predict|compare|verify`: the trainer's command line."""
+"""`vessa-trainer fit|evaluate|predict|compare|table1..4|verify`: the trainer's command line."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from vessa.datasets import open_dataset
 from vessa.datasets import verify as find_faults
 from vessa.errors import InvalidDataset, VessaError
 from vessa.images import read_image
-from vessa_trainer.config import Config, load_config
+from vessa_trainer.config import DEFAULT_METHODS, Config, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 _console = Console(stderr=True)
@@ -33,6 +33,15 @@ Student = Annotated[str | None, typer.Option(help="unet or dpt.")]
 Steps = Annotated[int | None, typer.Option(help="Training iterations.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Url = Annotated[str | None, typer.Option(help="Address of the annotator.")]
+Urls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--url",
+        help="Address of the annotator; repeatable: a method takes the first that serves what its config "
+        "names, the first of all where it names nothing.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(help="Seeds 0..N-1.", min=1)]
 
 
 def _config(file: Path | None, overrides: list[str] | None, **given: object) -> Config:
@@ -77,7 +86,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Train one student; the run directory holds its checkpoints, curves and scores."""
-    from vessa_trainer.compare import fit as train
+    from vessa_trainer.fit import fit as train
 
     resolved = _config(
         config,
@@ -105,24 +114,41 @@ def fit(
 def compare(
     config: ConfigFile = None,
     data: Data = None,
-    labeled: Labeled = None,
+    labeled: Annotated[
+        list[str] | None,
+        typer.Option(help="Split file of the labeled patients; repeatable: one comparison for each."),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: configs that ship, by name, or paths of your own.")
+    ] = ",".join(DEFAULT_METHODS),
     student: Student = None,
     steps: Steps = None,
-    seeds: Annotated[int, typer.Option(help="Seeds 0..N-1.", min=1)] = 3,
+    seeds: Seeds = 3,
     out: Out = None,
-    url: Url = None,
+    urls: Urls = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Train UniMatch V2 alone and VESSA-assisted with the same steps and seeds; print one table."""
+    """Train methods with the same steps and seeds; print one table. What is finished is not repeated."""
     from vessa_trainer.compare import compare as run
 
-    resolved = _config(
-        config, overrides, data=data, labeled=labeled, student=student, steps=steps, out=out, url=url
+    resolved = _config(config, overrides, data=data, student=student, steps=steps, out=out)
+    result = run(
+        resolved,
+        seeds=seeds,
+        resume_line=_command(),
+        console=_console,
+        methods=_names(methods),
+        labeled=labeled or [],
+        urls=urls or [],
     )
-    result = run(resolved, seeds=seeds, resume_line=_command(), console=_console)
-    _console.print(f"report: {result['report']}", highlight=False)
+    for name, budget in result.get("budgets", {"report": result}).items():
+        _console.print(f"{name}: {budget['report']}", highlight=False)
     _finish(result, as_json)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @app.command()

@@ -1,162 +1,132 @@
-"""UniMatch V2 alone against VESSA-assisted, same steps and seeds, with VESSA alone beside them."""
+"""Methods side by side, same steps and seeds, on one or several label budgets, with one report for each."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Shown
 
-from vessa.client import AnnotatorClient
-from vessa.datasets import Case, Dataset, open_dataset
+from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset
-from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
+from vessa.report.cases import annotated, best_median_worst
 from vessa.report.page import Page
-from vessa.report.tables import Row, Table, cards, missed, scores_from, table
-from vessa_trainer.annotations import AnnotationFeed
-from vessa_trainer.config import Config
+from vessa.report.tables import Row, Table, cards, missed, table
+from vessa_trainer.config import DEFAULT_METHODS, Config
 from vessa_trainer.curves import bars_figure, comparison_figure
 from vessa_trainer.data import cases_of, read_splits
-from vessa_trainer.fit import fit, labels_of, seed_labeled, without_key
-from vessa_trainer.label_cache import open_cache
-from vessa_trainer.loop import load_best, predict_labels
+from vessa_trainer.fit import without_key
+from vessa_trainer.methods import Runs, find_methods, run_methods
 
-_METHODS: dict[Literal["unimatch_v2", "vessa"], str] = {
-    "unimatch_v2": "UniMatch V2",
-    "vessa": "VESSA-assisted",
-}
-_ALONE = "VESSA alone"
-_METRICS = ("dice", "iou", "iou_fgbg", "hd95")
+METRICS = ("dice", "iou", "iou_fgbg", "hd95")
+_KEYS = {"vessa": "vessa_assisted"}  # what the JSON line calls a method, where it is not its name
 
 
-def compare(config: Config, *, seeds: int, resume_line: str, console: Console) -> dict[str, Any]:
-    """Train both methods for each seed, score them on the test patients, write the report.
-
-    Returns the figures of the JSON line. Finished runs in `config.out` are taken as they are, an
-    unfinished one is taken up. Raises InvalidConfig when a run there has another config or was
-    trained with other weights of the annotator; InvalidDataset; Interrupted, after saving.
-    """
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    dataset = open_dataset(config.data.root)
-    cases = annotated(dataset, cases_of(dataset, read_splits(dataset, config.data).test))
-    if not cases:
-        raise InvalidDataset("no test patient has a mask: there is nothing to compare by")
-    alone, source = _annotate(config, dataset, cases, console)
-    summaries: dict[str, list[dict[str, Any]]] = {m: [] for m in _METHODS}
-    for seed in range(seeds):
-        for method in _METHODS:
-            run = _run_config(config, method, seed)
-            console.print(f"{_METHODS[method]}, seed {seed}: {run.out}", highlight=False)
-            summaries[method].append(fit(run, resume_line=resume_line))
-    for summary in summaries["vessa"]:
-        if summary["annotator"]["model"] != source["model"]:
-            raise InvalidConfig(
-                f"seed {summary['seed']} in {out} was trained with other weights of the annotator than "
-                "those that answer now: choose another --out, or delete it"
-            )
-    rows = [Row(name, [scores_from(s["test"]) for s in summaries[m]]) for m, name in _METHODS.items()]
-    rows.append(Row(_ALONE, [score_labels(dataset, cases, alone)]))
-    scores = table(rows, _METRICS)
-    _print(console, scores)
-    (out / "results.md").write_text(scores.markdown())
-    pictures = _pictures(config, dataset, cases, alone)
-    _write_page(config, dataset, rows, summaries, pictures, source)
-    return _figures(rows, summaries, source) | {
-        "seeds": seeds,
-        "steps": config.steps,
-        "report": str(out / "report.html"),
-    }
-
-
-def _run_config(config: Config, method: Literal["unimatch_v2", "vessa"], seed: int) -> Config:
-    out = str(Path(config.out) / f"{method}-{seed}")
-    return replace(config, seed=seed, out=out, semi=replace(config.semi, method=method))
-
-
-def _annotate(
-    config: Config, dataset: Dataset, cases: Sequence[Case], console: Console
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """VESSA alone: its labels of the test cases without any student, and who it is."""
-    with AnnotatorClient(config.annotator.url, config.annotator.api_key) as client:
-        bank = seed_labeled(client, dataset, config)
-        info = client.info()
-        feed = AnnotationFeed(client, dataset, bank, open_cache(config.cache), config.annotator)
-        try:
-            with console.status(f"{_ALONE}: {sum(len(c.slices) for c in cases)} test images"):
-                labels = labels_of(feed, cases)
-        finally:
-            feed.close()
-        source: dict[str, Any] = {"model": info.model, "preset": info.preset, "bank": bank.model_dump()}
-        source |= {"labels_version": info.labels_version, "failed_items": int(feed.stats()["failed_items"])}
-    return labels, source
-
-
-def _pictures(
-    config: Config, dataset: Dataset, cases: Sequence[Case], alone: dict[str, Any]
-) -> list[Overlay]:
-    """Test cases by VESSA alone and by the best teachers of seed 0."""
-    predicted = {_ALONE: alone}
-    for method, name in _METHODS.items():
-        run = _run_config(config, method, 0)
-        model, channels, _ = load_best(Path(run.out), run)
-        predicted[name] = predict_labels(model, dataset, cases, run, channels)
-    return best_median_worst(dataset, cases, predicted, _METHODS["vessa"])
-
-
-def _write_page(
+def compare(
     config: Config,
-    dataset: Dataset,
-    rows: Sequence[Row],
-    summaries: dict[str, list[dict[str, Any]]],
-    pictures: Sequence[Overlay],
-    source: dict[str, Any],
-) -> None:
-    out, seeds = Path(config.out), len(summaries["vessa"])
-    groups = summaries["vessa"][0]["groups"]
-    page = Page(f"{dataset.name}: UniMatch V2 and VESSA")
+    *,
+    seeds: int,
+    resume_line: str,
+    console: Console,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    labeled: Sequence[str] = (),
+    urls: Sequence[str | None] = (),
+) -> dict[str, Any]:
+    """Train some methods for each label budget and seed, score them on the test patients, write reports.
+
+    methods: names of configs, see `find_methods`; labeled: the split files of several budgets, each of which
+    gets a folder of its own in `config.out`, or none for the config's own; urls: of the services, see
+    `run_methods`. Returns the figures of the JSON line; of several budgets under "budgets", by their names.
+    Raises what `run_methods` does.
+    """
+    chosen = find_methods(methods)
+    budgets = _budgets(config, labeled)
+    results: dict[str, dict[str, Any]] = {}
+    for name, budget in budgets.items():
+        dataset = open_dataset(budget.data.root)
+        cases = annotated(dataset, cases_of(dataset, read_splits(dataset, budget.data).test))
+        if not cases:
+            raise InvalidDataset("no test patient has a mask: there is nothing to compare by")
+        runs = run_methods(
+            budget,
+            chosen,
+            seeds=seeds,
+            urls=urls or [budget.annotator.url],
+            resume_line=resume_line,
+            console=console,
+        )
+        scores = table(runs.rows(), METRICS)
+        _print(console, scores, f"Test patients, {name}" if len(budgets) > 1 else "Test patients")
+        (Path(budget.out) / "results.md").write_text(scores.markdown())
+        _write_page(budget, runs, seeds)
+        results[name] = figures(runs) | {
+            "seeds": seeds,
+            "steps": config.steps,
+            "report": str(Path(budget.out) / "report.html"),
+        }
+    return next(iter(results.values())) if len(results) == 1 else {"budgets": results}
+
+
+def _budgets(config: Config, labeled: Sequence[str]) -> dict[str, Config]:
+    """The base config of each budget, by the name of its split file."""
+    if len(labeled) < 2:
+        split = labeled[0] if labeled else config.data.labeled
+        return {Path(split).stem: replace(config, data=replace(config.data, labeled=split))}
+    budgets = {
+        Path(split).stem: replace(
+            config, out=str(Path(config.out) / Path(split).stem), data=replace(config.data, labeled=split)
+        )
+        for split in labeled
+    }
+    if len(budgets) < len(labeled):
+        raise InvalidConfig(f"expected label splits of different names, got {', '.join(labeled)}")
+    return budgets
+
+
+def _write_page(config: Config, runs: Runs, seeds: int) -> None:
+    dataset, rows = open_dataset(config.data.root), runs.rows()
+    splits = read_splits(dataset, config.data)
+    out, classes = Path(config.out), list(rows[0].seeds[0].by_class)
+    page = Page(f"{dataset.name}: {', '.join(m.title for m in runs.methods)}")
     page.lead(
-        f"{groups['labeled']} labeled and {groups['unlabeled']} unlabeled patients. Scores are those of "
-        f"{groups['test']} test patients, the checkpoint is chosen on {groups['val']} validation patients. "
+        f"{len(splits.labeled)} labeled and {len(splits.unlabeled)} unlabeled patients. Scores are those of "
+        f"{len(splits.test)} test patients, the checkpoint is chosen on {len(splits.val)} others. "
         f"{config.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}"
         f"{': mean ± standard deviation' if seeds > 1 else ''}."
     )
     page.cards(cards(rows))
-    classes = list(rows[0].seeds[0].by_class)
-    page.figures(
-        [
-            bars_figure({r.name: [r.values("dice", c) for c in classes] for r in rows}, classes, "Test Dice"),
-            comparison_figure(
-                {
-                    name: [Path(_run_config(config, m, seed).out) for seed in range(seeds)]
-                    for m, name in _METHODS.items()
-                }
-            ),
-        ]
-    )
+    charts = [
+        bars_figure({r.name: [r.values("dice", c) for c in classes] for r in rows}, classes, "Test Dice")
+    ]
+    curves = {m.title: [Path(c.out) for c in runs.configs[m.name]] for m in runs.trained}
+    page.figures([*charts, *([comparison_figure(curves)] if curves else [])])
     page.heading("Test patients")
-    scores = table(rows, _METRICS)
+    scores = table(rows, METRICS)
     page.table(scores.header, scores.lines, scores.best)
     page.note(missed(rows))
-    page.overlays(pictures, dataset.classes)
+    cases = annotated(dataset, cases_of(dataset, splits.test))
+    assisted = [m.title for m in runs.methods if m.name == "vessa"] or [runs.methods[-1].title]
+    page.overlays(
+        best_median_worst(dataset, cases, runs.predicted(dataset, cases), assisted[0]), dataset.classes
+    )
     page.heading("Runs")
     page.links(
         {
-            f"{name}, seed {seed}": f"{m}-{seed}/report.html"
-            for m, name in _METHODS.items()
-            for seed in range(seeds)
+            f"{m.title}, seed {c.seed}": f"{Path(c.out).name}/report.html"
+            for m in runs.methods
+            for c in runs.configs[m.name]
         }
     )
     page.details(
-        "Configuration, annotator and counts",
-        {"config": without_key(config), "annotator": source, "runs": summaries},
+        "Configuration, annotators and counts",
+        {"config": without_key(config), "annotators": runs.sources(), "runs": runs.summaries},
     )
     page.write(out / "report.html")
 
 
-def _print(console: Console, scores: Table) -> None:
-    shown = Shown(title="Test patients")
+def _print(console: Console, scores: Table, title: str) -> None:
+    shown = Shown(title=title)
     for index, heading in enumerate(scores.header):
         shown.add_column(heading, justify="left" if index < 2 else "right")
     for i, line in enumerate(scores.lines):
@@ -166,25 +136,26 @@ def _print(console: Console, scores: Table) -> None:
     console.print(shown)
 
 
-def _figures(
-    rows: Sequence[Row], summaries: dict[str, list[dict[str, Any]]], source: dict[str, Any]
-) -> dict[str, Any]:
-    keys = ("unimatch_v2", "vessa_assisted", "vessa_alone")
-    figures: dict[str, Any] = {
-        f"{key}_dice": _rounded(row.mean("dice")) for key, row in zip(keys, rows, strict=True)
+def figures(runs: Runs) -> dict[str, Any]:
+    """Plain data of some runs: mean Dice of each method as `<key>_dice`, and the rest under `<key>`."""
+    rows: dict[str, Row] = {
+        _KEYS.get(m.name, m.name): row for m, row in zip(runs.methods, runs.rows(), strict=True)
     }
-    for key, row in zip(keys, rows, strict=True):
-        figures[key] = {
+    found: dict[str, Any] = {f"{key}_dice": _rounded(row.mean("dice")) for key, row in rows.items()}
+    for key, row in rows.items():
+        found[key] = {
             "dice_by_seed": [round(v, 4) for v in row.values("dice")],
             "hd95": _rounded(row.mean("hd95")),
             "by_class": {
-                name: {m: _rounded(row.mean(m, name)) for m in _METRICS} for name in row.seeds[0].by_class
+                name: {m: _rounded(row.mean(m, name)) for m in METRICS} for name in row.seeds[0].by_class
             },
         }
-    figures["hd95_unit"] = rows[0].seeds[0].unit
-    figures["annotator_model"] = source["model"]
-    figures["wait_share"] = max(s["wait_share"] for s in summaries["vessa"])
-    return figures
+    found["hd95_unit"] = next(iter(rows.values())).seeds[0].unit
+    sources = list(runs.sources().values())
+    if sources:
+        found["annotator_model"] = sources[0]["model"]
+        found["wait_share"] = max(s["wait_share"] for some in runs.summaries.values() for s in some)
+    return found
 
 
 def _rounded(value: float | None) -> float | None:

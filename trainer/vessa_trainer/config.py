@@ -7,19 +7,19 @@ its range is an `InvalidConfig` that names the key. The resolved config is saved
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from vessa.errors import InvalidConfig
+from vessa_trainer.plain import build, merge, put
+
+DEFAULT_METHODS = ("unimatch_v2", "vessa", "vessa_alone")  # of a comparison: names of configs
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class StudentConfig:
 
     crop: side of the square training crop in px. dpt: `size` and `crop` are multiples of 14.
     weights: a local safetensors file of the DINOv2 backbone, or None for timm's hub copy; `pretrained`
-    False starts from noise. widths: of the U-Net's levels, each half the size of the one before.
+    False starts from noise. widths: of the U-Net's levels, each half the size of the one before. init: a run
+    directory whose best teacher the student starts from; its last layer starts anew where the number of
+    classes differs.
     """
 
     name: Literal["unet", "dpt"] = "unet"
@@ -58,6 +60,7 @@ class StudentConfig:
     backbone: Literal["tiny", "small", "base", "large"] = "small"
     pretrained: bool = True
     weights: str | None = None
+    init: str | None = None
 
     @property
     def multiple(self) -> int:
@@ -103,6 +106,9 @@ class OptimConfig:
 class SemiConfig:
     """What is learned from unlabeled images.
 
+    method: supervised, from nothing; unimatch_v2, from the teacher; vessa, from the teacher and the
+    annotator; semisam, a mean teacher beside an annotator that is asked with the teacher's prompts (see
+    `vessa_trainer.semisam`); vessa_alone trains nothing and scores the annotator.
     vessa_gate: 'own' gates VESSA's term with its own confidence >= `vessa_threshold`, 'teacher' with the
     teacher's confidence as Eq. 8 of the paper has it. alpha_v_floor: VESSA's weight never falls below it.
     ema_decay: None is UniMatch V2's 0.996, or less in a short run, where the teacher would still average over
@@ -112,7 +118,7 @@ class SemiConfig:
     better, and 'ce' for a DPT, which starts from DINOv2.
     """
 
-    method: Literal["supervised", "unimatch_v2", "vessa"] = "unimatch_v2"
+    method: Literal["supervised", "unimatch_v2", "vessa", "semisam", "vessa_alone"] = "unimatch_v2"
     lambda_u: float = 1.0
     unlabeled_loss: Literal["ce", "dice"] | None = None
     conf_threshold: float = 0.95
@@ -126,12 +132,16 @@ class SemiConfig:
 class AnnotatorConfig:
     """The VESSA service. url None: VESSA_URL, else port 8700 here.
 
-    bank None: a name derived from the data folder and the labeled split.
+    bank None: a name derived from the data folder and the labeled split. serves: what the annotator must be,
+    by its own word; None takes any. vessa: language model and memory; no_language, no_memory: Stage 1's
+    annotator without one of them; sam2: SAM 2.1's memory with official weights, no language model and no
+    Stage 1; prompts_only: neither, so that it draws what it gets prompts for.
     """
 
     url: str | None = None
     api_key: str | None = None
     bank: str | None = None
+    serves: Literal["vessa", "no_language", "no_memory", "sam2", "prompts_only"] | None = None
     batch: int = 8
     lookahead_batches: int = 4
     template_choice: Literal["top1", "top3", "sample"] = "top1"
@@ -162,9 +172,11 @@ class FeedbackConfig:
 class Config:
     """One experiment. Batch sizes are images; `steps`, `eval_every`, `checkpoint_every` are iterations.
 
+    title: what tables call it.
     bf16: the networks compute in bfloat16 where autocast holds it safe; weights and losses stay float32.
     """
 
+    title: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -190,6 +202,11 @@ class Config:
         _check(self)
 
     @property
+    def annotated(self) -> bool:
+        """Whether an annotator takes part."""
+        return self.semi.method in ("vessa", "semisam", "vessa_alone")
+
+    @property
     def ema_decay(self) -> float:
         """Limit of the teacher's decay; by default it averages over a twentieth of the run at most."""
         given = self.semi.ema_decay
@@ -201,22 +218,36 @@ class Config:
         return self.semi.unlabeled_loss or ("dice" if self.student.name == "unet" else "ce")
 
 
+def shipped(name: str) -> Path:
+    """Return the file of a config that ships with the trainer, by its name. Raises InvalidConfig."""
+    folder = Path(str(resources.files("vessa_trainer"))) / "configs"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise InvalidConfig(f"no config is called '{name}'; there are {known}")
+    return path
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values. Raises InvalidConfig."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InvalidConfig(f"cannot read the config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise InvalidConfig(f"{path} must hold keys and values, it holds a {type(tree).__name__}")
+    return tree
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `a.b=c` overrides, whose values are YAML too (`student.crop=96`).
 
     path None starts from the defaults. Raises InvalidConfig naming the key, and for an unknown one the
     nearest known key.
     """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InvalidConfig(f"cannot read the config file {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InvalidConfig(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-        if not isinstance(tree, dict):
-            raise InvalidConfig(f"{path} must hold keys and values, it holds a {type(tree).__name__}")
+    tree: dict[str, Any] = {} if path is None else read_tree(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -225,9 +256,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InvalidConfig(f"the value of the override {override!r} is not YAML") from None
-        _put(tree, key.split("."), value)
-    config: Config = _build(Config, tree, "")
+        put(tree, key.split("."), value)
+    config: Config = build(Config, tree)
     return config
+
+
+def overlaid(config: Config, *trees: Mapping[str, Any]) -> Config:
+    """Return a config with the keys of some trees in place of its own, the later before the earlier."""
+    tree = to_dict(config)
+    for over in trees:
+        tree = merge(tree, over)
+    changed: Config = build(Config, tree)
+    return changed
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -247,82 +287,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 
     tree: dict[str, Any] = plain(dataclasses.asdict(config))
     return tree
-
-
-def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for depth, key in enumerate(keys[:-1]):
-        below = tree.get(key)
-        if below is None:
-            below = tree[key] = {}
-        if not isinstance(below, dict):
-            raise InvalidConfig(f"{'.'.join(keys[: depth + 1])} holds a value, not a section")
-        tree = below
-    tree[keys[-1]] = value
-
-
-def _known_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for name, kind in typing.get_type_hints(cls).items():
-        keys.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            keys += _known_keys(typing.cast(type, kind), f"{prefix}{name}.")
-    return keys
-
-
-def _build(cls: type, tree: Any, prefix: str) -> Any:
-    """Make a dataclass from a tree of plain values, checking keys and types."""
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, Mapping):
-        raise InvalidConfig(f"{prefix.rstrip('.')} must be a section of keys, got {tree!r}")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            raise InvalidConfig(f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}')}")
-        kind = hints[key]
-        name = f"{prefix}{key}"
-        is_section = dataclasses.is_dataclass(kind)
-        values[key] = _build(kind, value, f"{name}.") if is_section else _convert(kind, value, name)
-    return cls(**values)
-
-
-def _nearest(key: str) -> str:
-    known = _known_keys(Config)
-    by_leaf = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    close = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; the nearest known key is {close[0]}" if close else ""
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    """Check one value against its annotated type; lists become tuples, whole numbers become floats."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(item for item in arguments if item is not type(None)), value, name)
-    if origin is Literal:
-        if value not in arguments:
-            raise InvalidConfig(f"{name} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or (
-            arguments[-1] is not ... and len(value) != len(arguments)
-        ):
-            count = "" if arguments[-1] is ... else f" of {len(arguments)}"
-            raise InvalidConfig(f"{name} must be a list{count}, got {value!r}")
-        return tuple(_convert(arguments[0], item, name) for item in value)
-    if kind is float:
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-            try:
-                value = float(value)
-            except ValueError:
-                raise InvalidConfig(f"{name} must be a number, got {value!r}") from None
-        if isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InvalidConfig(f"{name} must be of type {kind.__name__}, got {value!r}")
-    return os.path.expanduser(value) if kind is str and value.startswith("~") else value
 
 
 def _check(config: Config) -> None:
@@ -382,6 +346,8 @@ def _check(config: Config) -> None:
     unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
     if unknown:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")
+    if semi.method == "semisam" and not feedback.enabled:
+        raise InvalidConfig("method semisam asks the annotator with prompts: feedback.enabled must be true")
     if feedback.enabled and not feedback.prompts:
         raise InvalidConfig("feedback.prompts must name at least one of boxes, points, mask_logits")
     for name in ("scale", "gamma", "contrast", "brightness", "blur_sigma", "noise_std"):

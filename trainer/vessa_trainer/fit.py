@@ -2,62 +2,79 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vessa.client import AnnotatorClient
 from vessa.datasets import Case, Dataset, open_dataset
 from vessa.errors import InvalidConfig, VessaError
-from vessa.report.cases import Overlay, annotated, best_median_worst
+from vessa.images import read_image
+from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
 from vessa.schemas import BankInfo
 from vessa_trainer import checkpoint
 from vessa_trainer.annotations import AnnotationFeed
-from vessa_trainer.config import Config, load_config, to_dict
+from vessa_trainer.config import Config, load_config, save_config, to_dict
 from vessa_trainer.curves import write_progress
 from vessa_trainer.data import cases_of, read_splits
 from vessa_trainer.label_cache import open_cache
 from vessa_trainer.loop import Run, load_best, predict_labels
-from vessa_trainer.report import write_run_report
+from vessa_trainer.report import SUMMARY, write_run_report
 from vessa_trainer.seeding import bank_name, seed_bank
+from vessa_trainer.served import check_served
 
 _log = logging.getLogger(__name__)
+_WHO = ("model", "labels_version", "preset", "parts", "trained_on")
 # What may differ between the starts of one run: where things are, and how fast.
-_PLACE = ("out", "device", "threads", "batch_eval", "checkpoint_every", "cache")
-_ANNOTATOR_PLACE = ("url", "api_key", "batch", "lookahead_batches", "patience_s")
+_PLACE = ("title", "out", "device", "threads", "batch_eval", "checkpoint_every", "cache")
+_ANNOTATOR_PLACE = ("url", "api_key", "serves", "batch", "lookahead_batches", "patience_s")
+
+
+def finished(config: Config) -> dict[str, Any] | None:
+    """Return the summary of a run that has ended, None where there is no run or an unfinished one.
+
+    Raises InvalidConfig when the folder holds a run of another config.
+    """
+    out = Path(config.out)
+    if not ((out / checkpoint.LAST).is_file() or (out / SUMMARY).is_file()):
+        return None
+    _check_same(config, load_config(out / "config.yaml"), out)
+    if not (out / SUMMARY).is_file():
+        return None
+    summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
+    return summary
 
 
 def fit(config: Config, *, resume_line: str, resume: bool = True) -> dict[str, Any]:
     """Train one run, write its report files, and return its summary.
 
     With `resume` a finished run is not trained again and an unfinished one is taken up. Raises
-    InvalidConfig when the folder holds a run of another config, or any run without `resume`;
-    InvalidDataset; Interrupted, after saving.
+    InvalidConfig when the folder holds a run of another config, or any run without `resume`, or when the
+    annotator is not the one that the config names; InvalidDataset; Interrupted, after saving.
     """
     out = Path(config.out)
-    if (out / checkpoint.LAST).is_file() or (out / "summary.json").is_file():
-        if not resume:
-            raise InvalidConfig(
-                f"{out} holds a run: --resume goes on with it, another --out starts a new one"
-            )
-        _check_same(config, load_config(out / "config.yaml"), out)
-        if (out / "summary.json").is_file():
-            summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-            return summary
+    if not resume and ((out / checkpoint.LAST).is_file() or (out / SUMMARY).is_file()):
+        raise InvalidConfig(f"{out} holds a run: --resume goes on with it, another --out starts a new one")
+    if (summary := finished(config)) is not None:
+        return summary
     dataset = open_dataset(config.data.root)
-    if config.semi.method != "vessa":
+    if not config.annotated:
         return _train(config, dataset, None, {}, resume_line)
     with AnnotatorClient(config.annotator.url, config.annotator.api_key) as client:
+        info = check_served(client, config.annotator)
         bank = seed_labeled(client, dataset, config)
-        info = client.info()
-        source = {"model": info.model, "labels_version": info.labels_version, "bank": bank.model_dump()}
+        source = {"bank": bank.model_dump()} | {k: getattr(info, k) for k in _WHO}
         feed = AnnotationFeed(
             client, dataset, bank, open_cache(config.cache), config.annotator, seed=config.seed
         )
         try:
+            if config.semi.method == "vessa_alone":
+                return _score_alone(config, dataset, feed, source)
             return _train(config, dataset, feed, source, resume_line)
         finally:
             feed.close()
@@ -73,6 +90,48 @@ def seed_labeled(client: AnnotatorClient, dataset: Dataset, config: Config) -> B
 def without_key(config: Config) -> dict[str, Any]:
     """Return the config as plain data, without the API key: for files that people share."""
     return to_dict(replace(config, annotator=replace(config.annotator, api_key=None)))
+
+
+def _score_alone(
+    config: Config, dataset: Dataset, feed: AnnotationFeed, source: dict[str, Any]
+) -> dict[str, Any]:
+    """Score the annotator's own labels; those of the test cases are kept as PNG files in `labels`."""
+    out, splits, started = Path(config.out), read_splits(dataset, config.data), time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / "config.yaml")
+    cases = {k: annotated(dataset, cases_of(dataset, getattr(splits, k))) for k in ("val", "test")}
+    labels = {key: labels_of(feed, some) for key, some in cases.items()}
+    write_labels(out, cases["test"], labels["test"])
+    summary = {
+        "method": config.semi.method,
+        "seed": config.seed,
+        "steps": 0,
+        "best_step": 0,
+        "seconds": round(time.monotonic() - started, 1),
+        "wait_share": 0.0,
+        "groups": {k: len(v) for k, v in vars(splits).items()},
+        "annotator": source,
+        "feed": feed.stats(),
+        **{key: score_labels(dataset, cases[key], labels[key]).to_dict() for key in cases},
+        "config": without_key(config),
+    }
+    rows = best_median_worst(dataset, cases["test"], {"VESSA": labels["test"]}, "VESSA")
+    write_run_report(out, summary, rows, dataset)
+    return summary
+
+
+def write_labels(run: Path, cases: Sequence[Case], labels: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Keep the labels of some cases in a run directory, an 8-bit PNG with class ids for each slice."""
+    folder = run / "labels"
+    folder.mkdir(exist_ok=True)
+    for case in cases:
+        for item, one in zip(case.slices, labels[case.name], strict=True):
+            Image.fromarray(one).save(folder / f"{item.name}.png")
+
+
+def read_labels(run: Path, cases: Sequence[Case]) -> dict[str, list[np.ndarray]]:
+    """Read what `write_labels` kept."""
+    return {c.name: [read_image(run / "labels" / f"{s.name}.png") for s in c.slices] for c in cases}
 
 
 def _train(
@@ -148,7 +207,7 @@ def _identity(config: Config) -> dict[str, Any]:
         del tree[key]
     for key in _ANNOTATOR_PLACE:
         del tree["annotator"][key]
-    if config.semi.method != "vessa":  # what VESSA would do changes nothing here
+    if not config.annotated:  # what VESSA would do changes nothing here
         del tree["annotator"], tree["feedback"]
         tree["semi"] = {
             k: v for k, v in tree["semi"].items() if not k.startswith("vessa_") and k != "alpha_v_floor"

@@ -77,6 +77,7 @@ class LabelFetcher:
         self._client, self._dataset, self._bank = client, dataset, bank
         self._cache, self._config, self._seed = cache, config, seed
         self._model, self._labels_version = info.model, info.labels_version
+        self._only_prompted = not info.parts  # it knows nothing of a class that it gets no prompt for
         self.class_ids = sorted(bank.classes)
         self._classes = [bank.classes[c] for c in self.class_ids]
         self._image_ids: dict[str, str] = {}
@@ -86,6 +87,15 @@ class LabelFetcher:
 
     def fetch(self, batch: Sequence[Wanted]) -> Fetched:
         """Fetch a batch. Raises what waiting does not cure: a wrong key, a deleted bank."""
+        if self._only_prompted:
+            silent = [w for w in batch if not self._prompted(w).any()]
+            heard = self._fetch([w for w in batch if self._prompted(w).any()])
+            heard.labels = [(w, self._of_prompted(w, label)) for w, label in heard.labels]
+            heard.labels += [(w, self._nothing(w)) for w in silent]
+            return heard
+        return self._fetch(batch)
+
+    def _fetch(self, batch: Sequence[Wanted]) -> Fetched:
         keys = [self._key(w, self._bank.version, self._model, self._labels_version) for w in batch]
         result = Fetched()
         missing = []
@@ -164,8 +174,30 @@ class LabelFetcher:
             return PseudoLabel(answer.labels, answer.confidence)
         self.failed_items += 1
         _log.warning("no label for %s: %s", wanted.item.name, answer.error)
+        return self._nothing(wanted)
+
+    def _nothing(self, wanted: Wanted) -> PseudoLabel:
         empty = np.zeros(self._image(wanted).shape[:2], np.uint8)
         return PseudoLabel(empty, empty)
+
+    def _prompted(self, wanted: Wanted) -> np.ndarray:
+        """Which of the K classes have a prompt, bool (K,)."""
+        found, prompts = np.zeros(len(self.class_ids), bool), wanted.prompts
+        if prompts is None:
+            return found
+        if prompts.boxes is not None:
+            found |= (prompts.boxes != -1).any(1)
+        if prompts.point_labels is not None:
+            found |= (prompts.point_labels != -1).any(1)
+        if prompts.mask_logits is not None:
+            found |= prompts.mask_present.astype(bool) if prompts.mask_present is not None else True
+        return found
+
+    def _of_prompted(self, wanted: Wanted, label: PseudoLabel) -> PseudoLabel:
+        """Silence what was drawn of classes without a prompt."""
+        others = [c for c, there in zip(self.class_ids, self._prompted(wanted), strict=True) if not there]
+        unasked = np.isin(label.labels, others)
+        return PseudoLabel(label.labels, np.where(unasked, 0, label.confidence).astype(np.uint8))
 
     def _image(self, wanted: Wanted) -> np.ndarray:
         if wanted.image is None:

@@ -101,13 +101,13 @@ def evaluate(
 
 
 class Run:
-    """One run's state. feed: VESSA's labels, for method "vessa"; resume: the command that resumes."""
+    """One run's state. feed: of labels, where the method has an annotator; resume: how to go on."""
 
     def __init__(
         self, config: Config, dataset: Dataset, feed: AnnotationFeed | None, resume_line: str
     ) -> None:
-        if (config.semi.method == "vessa") != (feed is not None):
-            raise ValueError("a feed of labels belongs to method 'vessa', and to no other")
+        if config.annotated != (feed is not None):
+            raise ValueError("a feed of labels belongs to the methods that learn from one, and to no other")
         self.config, self.dataset, self.feed, self.resume_line = config, dataset, feed, resume_line
         self.device = _device(config.device)
         if config.threads:
@@ -129,6 +129,8 @@ class Run:
         for part in parts:
             part.show_as(self.channels)
         self.student = build_student(config.student, self.channels, max(dataset.classes) + 1).to(self.device)
+        if config.student.init is not None:
+            checkpoint.start_from(self.student, Path(config.student.init))
         self.teacher = deepcopy(self.student).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.student, config), fused=True)
         self.rates = [g["lr"] for g in self.optimizer.param_groups]
@@ -310,7 +312,7 @@ def load_best(run: Path, config: Config) -> tuple[nn.Module, int, dict[int, str]
     tensors, metadata = checkpoint.read(run / checkpoint.BEST)
     classes = {int(c): n for c, n in metadata["classes"].items()}
     # its weights are in the checkpoint: neither the hub nor a local file is needed
-    student = replace(config.student, pretrained=False, weights=None)
+    student = replace(config.student, pretrained=False, weights=None, init=None)
     model = build_student(student, metadata["channels"], max(classes) + 1)
     checkpoint.load_module(model, tensors, "teacher")
     return model.eval().to(_device(config.device)), metadata["channels"], classes

@@ -11,31 +11,42 @@ from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, scores_from, table
 from vessa_trainer.curves import progress_figure, read_metrics, write_progress
 
+SUMMARY = "summary.json"  # the last file that a run writes
+
 
 def write_run_report(
     run: Path, summary: Mapping[str, Any], pictures: Sequence[Overlay], dataset: Dataset
 ) -> None:
-    """Write progress.png, report.html and, last of all, summary.json of one finished run."""
-    name = f"{summary['method']}, seed {summary['seed']}"
-    write_progress(run, name)
+    """Write progress.png, report.html and, last of all, summary.json of one finished run.
+
+    A run of 0 steps trained nothing: it has scores, but no curves.
+    """
+    name, trained = f"{summary['method']}, seed {summary['seed']}", summary["steps"] > 0
     rows = [Row(part, [scores_from(summary[key])]) for key, part in (("val", "validation"), ("test", "test"))]
     groups = summary["groups"]
     page = Page(f"{dataset.name}: {name}")
     page.lead(
         f"{groups['labeled']} labeled, {groups['unlabeled']} unlabeled, {groups['val']} validation and "
-        f"{groups['test']} test patients; {summary['steps']} steps; the best teacher on the validation "
-        f"patients is that of step {summary['best_step']}."
+        f"{groups['test']} test patients; "
+        + (
+            f"{summary['steps']} steps; the best teacher on the validation patients is that of step "
+            f"{summary['best_step']}."
+            if trained
+            else "the annotator's own labels, nothing is trained."
+        )
     )
     page.cards(cards([Row("test", rows[1].seeds)]))
-    page.heading("Scores of the best teacher")
+    page.heading("Scores of the best teacher" if trained else "Scores")
     scores = table(rows)
     page.table(scores.header, scores.lines, set())
     page.note(missed(rows))
     page.overlays(pictures, dataset.classes)
-    page.heading("Training")
-    page.figures([progress_figure(read_metrics(run), name)])
+    if trained:
+        write_progress(run, name)
+        page.heading("Training")
+        page.figures([progress_figure(read_metrics(run), name)])
     page.details("Configuration and counts", summary)
     page.write(run / "report.html")
-    fresh = run / ".summary.json"
+    fresh = run / f".{SUMMARY}"
     fresh.write_text(json.dumps(summary, indent=1) + "\n")
-    fresh.replace(run / "summary.json")
+    fresh.replace(run / SUMMARY)

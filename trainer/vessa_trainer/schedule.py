@@ -18,6 +18,11 @@ def source_weights(step: int, total: int, alpha_v_floor: float = 0.0) -> tuple[f
     return ramp, max(1 - ramp, alpha_v_floor)
 
 
+def ramp(step: int, total: int) -> float:
+    """Rise from exp(-5) to 1 over the run, exp(-5 (1 - t/T)^2) (Laine and Aila, mean teacher)."""
+    return math.exp(-5 * (1 - min(max(step / total, 0.0), 1.0)) ** 2)
+
+
 def poly(step: int, total: int, power: float = 0.9) -> float:
     """Factor of the learning rate after `step` of `total` iterations (UniMatch V2)."""
     return max(1 - step / total, 0.0) ** power

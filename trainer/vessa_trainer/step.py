@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vessa_trainer import losses, views
+from vessa_trainer import losses, semisam, views
 from vessa_trainer.config import Config
 from vessa_trainer.data import Prepared
 from vessa_trainer.schedule import source_weights
@@ -123,6 +123,15 @@ def compute_loss(
     )
     if unlabeled is None:
         return supervised, {"loss": supervised.item(), "loss_sup": supervised.item()}
+    if semi.method == "semisam":
+        term, parts = semisam.unlabeled_term(student, teacher, unlabeled, config, step)
+        loss = supervised + semi.lambda_u * term
+        return loss, {
+            "loss": loss.item(),
+            "loss_sup": supervised.item(),
+            "loss_unsup": term.item(),
+            **parts,
+        }
     with torch.no_grad():
         probability = logits_of(teacher, unlabeled.weak, bf16=config.bf16).softmax(1)
         weak_confidence, weak_labels = probability.max(1)

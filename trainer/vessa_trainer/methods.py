@@ -1,0 +1,144 @@
+"""Methods by the names of their configs, trained side by side: what comparisons and tables are made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from vessa.datasets import Case, Dataset
+from vessa.errors import InvalidConfig
+from vessa.report.tables import Row, scores_from
+from vessa_trainer.config import Config, overlaid, read_tree, shipped
+from vessa_trainer.fit import finished, fit, read_labels
+from vessa_trainer.loop import load_best, predict_labels
+from vessa_trainer.served import choose
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a comparison. name: of its config; tree: its keys, which go before all others."""
+
+    name: str
+    tree: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return str(self.tree.get("title") or self.name)
+
+    def config(self, base: Config, seed: int, cell: Mapping[str, Any] | None = None) -> Config:
+        """The config of one run. cell: keys that go before the method's own, such as a table's split."""
+        out = str(Path(base.out) / f"{self.name}-{seed}")
+        return replace(overlaid(base, self.tree, cell or {}), seed=seed, out=out)
+
+    def seeds(self, base: Config, count: int) -> range:
+        """The seeds that it is run with: what trains nothing does not differ by a seed."""
+        alone = self.config(base, 0).semi.method == "vessa_alone"
+        return range(1 if alone else count)
+
+
+def find_methods(names: Sequence[str]) -> list[Method]:
+    """Read methods: names of the configs that ship, or paths of one's own. Raises InvalidConfig."""
+    paths = [Path(n) if Path(n).suffix in (".yaml", ".yml") else shipped(n) for n in names]
+    twice = {p.stem for p in paths if [q.stem for q in paths].count(p.stem) > 1}
+    if twice or not paths:
+        raise InvalidConfig(f"expected methods of different names, got {', '.join(names) or 'none'}")
+    return [Method(path.stem, read_tree(path)) for path in paths]
+
+
+@dataclass
+class Runs:
+    """The finished runs of some methods on one split.
+
+    summaries: of each method, a seed an entry; configs: likewise
+    """
+
+    methods: list[Method]
+    configs: dict[str, list[Config]] = field(default_factory=dict)
+    summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[Method]:
+        """Those that train a student."""
+        return [m for m in self.methods if self.configs[m.name][0].semi.method != "vessa_alone"]
+
+    def rows(self) -> list[Row]:
+        """Test scores as rows of a table."""
+        return [Row(m.title, [scores_from(s["test"]) for s in self.summaries[m.name]]) for m in self.methods]
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Who annotated, by the title of the method."""
+        return {
+            m.title: s["annotator"] for m in self.methods if (s := self.summaries[m.name][0])["annotator"]
+        }
+
+    def predicted(self, dataset: Dataset, cases: Sequence[Case]) -> dict[str, dict[str, list[np.ndarray]]]:
+        """Labels of test cases by each method's run of seed 0, by the method's title."""
+        labels = {}
+        for method in self.methods:
+            run = self.configs[method.name][0]
+            if method not in self.trained:
+                labels[method.title] = read_labels(Path(run.out), cases)
+                continue
+            model, channels, _ = load_best(Path(run.out), run)
+            labels[method.title] = predict_labels(model, dataset, cases, run, channels)
+        return labels
+
+
+def run_methods(
+    base: Config,
+    methods: Sequence[Method],
+    *,
+    seeds: int,
+    urls: Sequence[str | None],
+    cell: Mapping[str, Any] | None = None,
+    resume_line: str,
+    console: Console,
+) -> Runs:
+    """Train what is not trained yet below `base.out`, a folder for each method and seed.
+
+    urls: services of which each annotated method takes the first that is what its config names. Finished
+    runs are taken as they are, an unfinished one is taken up. Raises InvalidConfig when a run there has
+    another config, or when runs of one kind of annotator would be labeled by different weights;
+    InvalidDataset; Interrupted, after saving.
+    """
+    runs = Runs(list(methods))
+    for method in methods:
+        runs.configs[method.name] = [method.config(base, s, cell) for s in method.seeds(base, seeds)]
+    every = [config for method in methods for config in runs.configs[method.name]]
+    done = [finished(config) for config in every]  # whatever does not fit is said before anything is trained
+    labelers: dict[str | None, dict[str, str]] = {}
+    for config, summary in zip(every, done, strict=True):
+        if config.annotated and summary is not None:
+            _same_labeler(labelers, config, summary["annotator"])
+    address: dict[str | None, str | None] = {}
+    for config, summary in zip(every, done, strict=True):
+        serves = config.annotator.serves
+        if config.annotated and summary is None and serves not in address:
+            address[serves], info = choose(urls, config.annotator)
+            _same_labeler(labelers, config, info.model_dump())
+    for method in methods:
+        runs.summaries[method.name] = []
+        for config in runs.configs[method.name]:
+            console.print(f"{method.title}, seed {config.seed}: {config.out}", highlight=False)
+            url = address.get(config.annotator.serves, config.annotator.url)
+            run = replace(config, annotator=replace(config.annotator, url=url))
+            runs.summaries[method.name].append(fit(run, resume_line=resume_line))
+    return runs
+
+
+def _same_labeler(
+    labelers: dict[str | None, dict[str, str]], config: Config, source: Mapping[str, Any]
+) -> None:
+    """Hold runs that name one kind of annotator to the very same one."""
+    who = {k: str(source[k]) for k in ("model", "labels_version")}
+    first = labelers.setdefault(config.annotator.serves, who)
+    if who != first:
+        these, others = (f"{w['model']} with labels {w['labels_version']}" for w in (first, who))
+        raise InvalidConfig(
+            f"runs in {Path(config.out).parent} are of different weights of the annotator ({these}, "
+            f"{others}): choose another --out, or delete the older runs"
+        )
