@@ -1,4 +1,4 @@
-"""`vessa-server weights build|fetch|show|verify`: weights directories, and how official files become one."""
+"""`vessa-server weights build|fetch|export|show|verify`: weights directories, and what becomes one."""
 
 import shlex
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-weights = typer.Typer(no_args_is_help=True, help="Weights directories: build, fetch, show, verify.")
+weights = typer.Typer(no_args_is_help=True, help="Weights directories: build, fetch, export, show, verify.")
 Weights = Annotated[str, typer.Argument(help="Weights directory, or the name of shipped ones.")]
 
 
@@ -43,6 +43,26 @@ def fetch(
     from vessa_server.model.hub import fetch as run
 
     _say(f"{run(name, folder)}: checked")
+
+
+@weights.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run of `vessa-server pretrain`, or a weights directory.")],
+    out: Annotated[Path, typer.Option(help="Weights directory to write.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of language/: bfloat16 (official graphs unless given), float16 (nano) or float32."
+        ),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="The weights that the run started from, where they have moved.")
+    ] = None,
+) -> None:
+    """Write a run's best weights as a weights directory; language/ is one that transformers and vLLM take."""
+    from vessa_server.pretraining.export import export as run
+
+    _say(f"{out}: {run(source, out, dtype=dtype, start=start)}")
 
 
 @weights.command()

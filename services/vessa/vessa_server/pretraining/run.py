@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vessa.datasets import Dataset, open_dataset
+from vessa.datasets import Dataset, open_dataset, require_sound
 from vessa.errors import InvalidRequest
 from vessa_server.model import checkpoint
 from vessa_server.model.presets import PRESETS
@@ -27,6 +27,7 @@ from vessa_server.pretraining.tasks import (
 )
 
 VALIDATION_SHARE = 0.1
+MIN_GROUPS = 4  # two for validation; one whose slices are templates and one whose slices are targets
 POOL_SCALE = 1.5  # pools are finer than what the network sees, so that a second look finds more
 POOL_LIMIT = 512  # px; few medical slices are finer, and all of them are held in memory
 
@@ -48,7 +49,7 @@ def pretrain(
 
     preset: from scratch nano alone, else that of the weights to start from; validation: pairs
     A tenth of each data set's groups and separate synthetic studies are kept for validation.
-    Raises InvalidDataset for a folder that is none, InvalidRequest for a preset without weights to start
+    Raises InvalidDataset for a folder that is none or that would spoil the training, InvalidRequest for a preset without weights to start
     from and for a run that was started with other settings.
     """
     processes = Processes(torch.device(device))
@@ -56,6 +57,8 @@ def pretrain(
     model, origin = starting_model(preset, start, config)
     size = min(POOL_LIMIT, int(POOL_SCALE * model.preset.segmenter.image_size))
     datasets = [open_dataset(folder) for folder in folders]
+    for dataset in datasets:
+        require_sound(dataset, min_groups=MIN_GROUPS)
     data = [{"name": d.name, "licence": d.licence, "groups": len(d.groups())} for d in datasets]
     settings = {
         "preset": model.preset.to_dict(),

@@ -1,0 +1,73 @@
+"""From a Stage-1 run, or a weights directory, to a weights directory that serves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vessa.errors import InvalidRequest, InvalidWeights
+from vessa_server.model import checkpoint
+from vessa_server.model.vessa import Vessa
+from vessa_server.pretraining import saving
+from vessa_server.pretraining.trainable import Lora, changing, choose, is_nano
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(source: Path, out: Path, *, dtype: str | None = None, start: str | None = None) -> str:
+    """Write the best weights of a run, or those of a weights directory, to `out`; return their digest.
+
+    LoRA and the row of <SEG> are folded in: `language/` is an ordinary Qwen3-VL directory.
+    dtype: that of `language/`, float16 for nano and bfloat16 for official graphs unless given; the other
+    parts are float16 if it is and float32 otherwise, since bfloat16 is too coarse for masks
+    start: the weights that the run started from, where they have moved
+    Raises InvalidWeights for a source that has no weights (yet) or another start than the run's,
+    InvalidRequest for a dtype it does not know and an `out` that holds anything else.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidRequest(f"unknown dtype '{dtype}'; known are {', '.join(DTYPES)}")
+    if out.exists() and not (out / checkpoint.MANIFEST).is_file():
+        raise InvalidRequest(f"'{out}' is there already and no weights directory; it is left as it is")
+    if (source / saving.BEST).is_file():
+        model, provenance = trained(source, start)
+    else:
+        inside = source / "weights"
+        folder = checkpoint.find(inside if inside.is_dir() else source)
+        model, _ = checkpoint.read(folder)
+        provenance = checkpoint.manifest(folder)["provenance"]
+    chosen = DTYPES[dtype or ("float16" if is_nano(model) else "bfloat16")]
+    if model.language is not None:
+        language: Any = model.language.model
+        language.to(chosen)
+    return checkpoint.write(model, out, provenance, half=chosen == torch.float16)
+
+
+def trained(run: Path, start: str | None = None) -> tuple[Vessa, dict[str, Any]]:
+    """Return the best model of a run on an official graph, with everything folded in, and its provenance."""
+    settings = saving.load_settings(run)
+    begin = checkpoint.find(start or settings["where"]["start"])
+    if checkpoint.digest(begin) != settings["start"]:
+        raise InvalidWeights(
+            f"the run in '{run.name}' started from weights {settings['start']}, "
+            f"those in '{begin.name}' are {checkpoint.digest(begin)}"
+        )
+    model, _ = checkpoint.read(begin, fresh_projector=True, language_dtype=torch.float32)
+    adapter = choose(model, Lora(**settings["config"]["lora"]))
+    path = run / saving.BEST
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            provenance: dict[str, Any] = json.loads(file.metadata()["provenance"])
+    except (OSError, SafetensorError) as error:
+        raise InvalidWeights(f"{path.name} is not a readable safetensors file: {error}") from error
+    own = changing(model)
+    if own.keys() != tensors.keys():
+        other = sorted(own.keys() ^ tensors.keys())
+        raise InvalidWeights(f"{path.name} does not fit its run: {other[:5]} ({len(other)} keys)")
+    for key, value in own.items():
+        value.copy_(tensors[key])
+    if adapter is not None:
+        adapter.fold()
+    return model.eval(), provenance
