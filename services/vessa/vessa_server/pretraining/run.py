@@ -49,8 +49,8 @@ def pretrain(
 
     preset: from scratch nano alone, else that of the weights to start from; validation: pairs
     A tenth of each data set's groups and separate synthetic studies are kept for validation.
-    Raises InvalidDataset for a folder that is none or that would spoil the training, InvalidRequest for a preset without weights to start
-    from and for a run that was started with other settings.
+    Raises InvalidDataset for a folder that is none or that would spoil the training, InvalidRequest for a
+    preset without weights to start from and for a run that was started with other settings.
     """
     processes = Processes(torch.device(device))
     torch.manual_seed(config.seed)
