@@ -212,6 +212,45 @@ def test_patience_ends(feed_of, wire, names, answer_of):
     assert len(feed.get(names[:3])) == 3  # and a later call may go on
 
 
+def test_a_step_goes_on_without_labels_that_are_late(feed_of, wire, names, caplog):
+    feed = feed_of("annotator.max_wait_s=0.05", "annotator.batch=2")
+    (first,) = feed.get(names[:1])
+    gate = Gate(wire)
+    with caplog.at_level(logging.WARNING):
+        assert feed.take(names[:3]) == [first, None, None]
+        assert feed.take(names[1:2]) == [None]
+    assert [r.getMessage() for r in caplog.records] == [
+        "labels come late: steps go on without them, as annotator.max_wait_s says"
+    ]
+    gate.opened.set()
+    wait_for(lambda: None not in feed.take(names[:3]))  # used when they come
+    taken, late = (feed.stats()[k] for k in ("taken", "late"))
+    assert late >= 3
+    assert (taken - 4) % 3 == 0
+    assert [n for ids in wire.asked for n in ids] == list(dict.fromkeys(n for ids in wire.asked for n in ids))
+
+
+def test_without_a_limit_a_step_takes_every_label(feed_of, names):
+    feed = feed_of()
+    assert None not in feed.take(names[:3])
+    assert (feed.stats()["taken"], feed.stats()["late"]) == (3, 0)
+
+
+def test_patience_ends_for_steps_that_go_on_without_labels(feed_of, wire, names, answer_of):
+    feed = feed_of("annotator.patience_s=0.3", "annotator.max_wait_s=0")
+    wire.fault = lambda _: answer_of(503, "not_ready")
+    assert feed.take(names[:2]) == [None, None]
+
+    def left():
+        try:
+            feed.take(names[:2])
+        except Unreachable as error:
+            return "labels of 2 images: not_ready" in error.message
+        return False
+
+    wait_for(left)
+
+
 def test_a_wrong_key_raises_at_once(feed_of, wire, names, answer_of):
     feed = feed_of("annotator.patience_s=600")
     wire.fault = lambda _: answer_of(401, "unauthorized")

@@ -11,6 +11,7 @@ from vessa.datasets import Case, Dataset, Slice
 from vessa_trainer import views
 from vessa_trainer.config import load_config
 from vessa_trainer.data import Prepared
+from vessa_trainer.losses import joint_loss
 from vessa_trainer.step import (
     PseudoLabel,
     UnlabeledViews,
@@ -55,7 +56,7 @@ class Truth:
         self.dataset = dataset
         self.asked = []
 
-    def get(self, names):
+    def take(self, names):
         self.asked.append(names)
         masks = [self.dataset.mask(s) for n in names for s in self.dataset.slices() if s.name == n]
         return [PseudoLabel(m, np.where(m, 200, 100).astype(np.uint8)) for m in masks]
@@ -93,6 +94,34 @@ def test_a_label_lies_on_the_square_as_the_image_does(shapes, data):
     assert torch.equal(labels, data.masks.long())
     assert torch.allclose(confidence[labels == 1], torch.tensor(200 / 255))
     assert (confidence[~data.valid] == 0).all()  # padding was never labeled
+
+
+def test_a_late_label_passes_no_gate(shapes, data):
+    source = Truth(shapes)
+    every = source.take
+    source.take = lambda names: [None, *every(names)[1:]]
+    labels, confidence = vessa_on_square(data, ROWS, source)
+    assert (labels[0] == 0).all()
+    assert (confidence[0] == 0).all()
+    assert torch.equal(labels[1:], data.masks[1:].long())
+    strong = torch.randn(1, 2, 64, 64)
+    late = (labels[:1], confidence[:1])
+    sure = (torch.ones_like(labels[:1]), torch.ones_like(confidence[:1]))
+    for gate in ("own", "teacher"):
+        for kind in ("ce", "dice"):
+            _, _, term = joint_loss(
+                (strong, strong),
+                (sure, sure),
+                (late, late),
+                (data.valid[:1], data.valid[:1]),
+                alpha_t=0.5,
+                alpha_v=0.5,
+                conf_threshold=0.9,
+                vessa_threshold=0.0,
+                gate=gate,
+                kind=kind,
+            )
+            assert term.item() == pytest.approx(0, abs=1e-4)
 
 
 def test_labels_replayed_stay_aligned_through_resize_crop_and_flip(shapes, data, generator):

@@ -2,8 +2,8 @@
 
 A background thread takes names in the sampler's order, looks in the cache, asks the annotator for
 the rest in batches, and keeps what came. The step takes labels that are there, and waits only for
-those that are not. First labels go before those that are asked again with prompts; until the new
-label comes, the old one stays in use.
+those that are not, or goes on without them (`max_wait_s`). First labels go before those that are
+asked again with prompts; until the new label comes, the old one stays in use.
 """
 
 import logging
@@ -58,6 +58,8 @@ class AnnotationFeed:
         self._quality, self._echo = PooledDice(self.class_ids), EchoCheck(self.class_ids)
         self._refreshed = self._interruptions = 0
         self._wait_seconds = 0.0
+        self._taken = self._late = 0
+        self._short_since: float | None = None  # when steps began to go without some label
         self._changed = threading.Condition()
         self._first: OrderedDict[str, None] = OrderedDict()  # names without a label, in sampler order
         self._again: OrderedDict[str, None] = OrderedDict()  # names with a label and newer prompts
@@ -86,23 +88,53 @@ class AnnotationFeed:
         Raises Unreachable when no label came for `patience_s` seconds, or at once the error that
         waiting does not cure.
         """
-        started = time.monotonic()
         with self._changed:
-            while True:
-                if self._broken is not None:  # also when all labels are here: nothing new would ever come
-                    raise self._broken
-                if not (missing := [n for n in names if n not in self._labels]):
-                    break
-                self._urge(missing)
-                waited = time.monotonic() - max(started, self._arrived)
-                if waited > self._config.patience_s:
-                    why = self._away.message if self._away else "the annotator does not answer"
-                    raise Unreachable(f"waited {waited:.0f} s for labels of {len(missing)} images: {why}")
-                self._changed.wait(timeout=min(1.0, self._config.patience_s / 4))
-            self._wait_seconds += time.monotonic() - started
-            for name in names:
-                self._labels.move_to_end(name)
+            self._wait(names, None)
             return [self._labels[name] for name in names]
+
+    def take(self, names: Sequence[str]) -> list[PseudoLabel | None]:
+        """Return the labels of a training step, None for those that are late.
+
+        Waits for them `max_wait_s` seconds at most, and like `get` where that is None. Raises what `get`
+        raises: Unreachable also when steps went without labels for `patience_s` seconds while none came.
+        """
+        with self._changed:
+            self._wait(names, self._config.max_wait_s)
+            labels = [self._labels.get(name) for name in names]
+            late = labels.count(None)
+            if late and not self._late:
+                _log.warning("labels come late: steps go on without them, as annotator.max_wait_s says")
+            self._taken += len(labels)
+            self._late += late
+            return labels
+
+    def _wait(self, names: Sequence[str], limit: float | None) -> None:
+        """Wait until the labels are here, for `limit` seconds if given. Called with the condition held."""
+        started = time.monotonic()
+        while True:
+            if self._broken is not None:  # also when all labels are here: nothing new would ever come
+                raise self._broken
+            if not (missing := [n for n in names if n not in self._labels]):
+                self._short_since = None
+                break
+            self._urge(missing)
+            now = time.monotonic()
+            if self._short_since is None or limit is None:
+                self._short_since = started
+            waited = now - max(self._short_since, self._arrived)
+            if waited > self._config.patience_s:
+                why = self._away.message if self._away else "the annotator does not answer"
+                raise Unreachable(f"waited {waited:.0f} s for labels of {len(missing)} images: {why}")
+            pause = min(1.0, self._config.patience_s / 4)
+            if limit is not None:
+                if now - started >= limit:
+                    break
+                pause = min(pause, limit - (now - started))
+            self._changed.wait(timeout=pause)
+        self._wait_seconds += time.monotonic() - started
+        for name in names:
+            if name in self._labels:
+                self._labels.move_to_end(name)
 
     def _urge(self, names: Sequence[str]) -> None:
         """Put names that somebody waits for before all others."""
@@ -125,7 +157,8 @@ class AnnotationFeed:
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what the labels are worth, where that is known.
 
-        wait_seconds: the training step's own waiting; label_dice: of the newest labels with masks
+        wait_seconds: the training step's own waiting; taken: labels that steps asked for; late: those of them
+        that had not come; label_dice: of the newest labels with masks
         that exist in unlabeled groups (never learned from); echo_before, echo_after: Dice of the
         replaced and of the new labels with the prompts that the new ones answer.
         """
@@ -139,6 +172,8 @@ class AnnotationFeed:
                 "refreshed": self._refreshed,
                 "interruptions": self._interruptions,
                 "wait_seconds": self._wait_seconds,
+                "taken": self._taken,
+                "late": self._late,
             }
             worth = {
                 "label_dice": self._quality.value(),

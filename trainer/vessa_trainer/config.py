@@ -135,7 +135,10 @@ class AnnotatorConfig:
     bank None: a name derived from the data folder and the labeled split. serves: what the annotator must be,
     by its own word; None takes any. vessa: language model and memory; no_language, no_memory: Stage 1's
     annotator without one of them; sam2: SAM 2.1's memory with official weights, no language model and no
-    Stage 1; prompts_only: neither, so that it draws what it gets prompts for.
+    Stage 1; prompts_only: neither, so that it draws what it gets prompts for. patience_s: how long the
+    annotator may be away before the run stops. max_wait_s: how long a step waits for labels that are late; it
+    goes on without them, and they count from when they come. None waits for each: only then does a seed give
+    the same run again.
     """
 
     url: str | None = None
@@ -146,6 +149,7 @@ class AnnotatorConfig:
     lookahead_batches: int = 4
     template_choice: Literal["top1", "top3", "sample"] = "top1"
     patience_s: float = 300.0
+    max_wait_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -312,6 +316,7 @@ def _check(config: Config) -> None:
         positive["cache.expire_s"] = config.cache.expire_s
     not_negative = {
         "annotator.lookahead_batches": config.annotator.lookahead_batches,
+        "annotator.max_wait_s": config.annotator.max_wait_s or 0,
         "threads": config.threads,
         "seed": config.seed,
         "optim.backbone_lr": config.optim.backbone_lr,

@@ -25,8 +25,8 @@ class PseudoLabel:
 class LabelSource(Protocol):
     """Where a step gets VESSA's labels from; see `vessa_trainer.annotations`."""
 
-    def get(self, names: list[str]) -> list[PseudoLabel]:
-        """Labels of some slices by name, waiting for them if need be."""
+    def take(self, names: list[str]) -> list[PseudoLabel | None]:
+        """Labels of some slices by name; None is late, and the step goes without it."""
         ...
 
 
@@ -86,9 +86,16 @@ def unlabeled_views(
 
 
 def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tuple[Tensor, Tensor]:
-    """VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S)."""
+    """VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S).
+
+    A label that is late is background with confidence 0, which no gate lets pass.
+    """
     labels, confidence = [], []
-    for row, label in zip(rows, source.get([data.slices[r].name for r in rows]), strict=True):
+    for row, label in zip(rows, source.take([data.slices[r].name for r in rows]), strict=True):
+        if label is None:
+            labels.append(torch.zeros(data.size, data.size, dtype=torch.int64))
+            confidence.append(torch.zeros(data.size, data.size))
+            continue
         frame = data.frames[row]
         both = torch.from_numpy(np.stack([label.labels, label.confidence])).float()
         moved = frame.enter(both, "nearest-exact")
