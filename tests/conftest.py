@@ -169,7 +169,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 
     pytest.fail(f"nothing listens on port {port} after {seconds} s")
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
     """Wait until the service answers that it is ready; fail with its log otherwise."""
     import httpx
 

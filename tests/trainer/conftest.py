@@ -80,6 +80,12 @@ def client(annotator) -> Iterator[AnnotatorClient]:
         yield opened
 
 
+@pytest.fixture(scope="session")
+def prompts_only(start_annotator, tmp_path_factory):
+    """A running annotator that draws from prompts alone."""
+    return start_annotator(tmp_path_factory.mktemp("prompts-only"), VESSA_WITHOUT="language,memory")
+
+
 class OwnRedis:
     """A real Redis of one test, which may stop it and start it again on the same port."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from vessa.errors import InvalidWeights
 from vessa_trainer import checkpoint
+from vessa_trainer.student import UNet
 
 
 def net():
@@ -111,3 +112,20 @@ def test_an_optimizer_that_has_not_stepped_has_no_state():
     assert checkpoint.optimizer_state(optimizer) == {}
     checkpoint.load_optimizer(optimizer, {"student.x": torch.zeros(1)})
     step(model, optimizer, 0)
+
+
+def test_a_student_starts_from_a_run_with_other_classes(tmp_path):
+    torch.manual_seed(0)
+    before = UNet(1, 4, (4, 8))
+    checkpoint.write(tmp_path / checkpoint.BEST, checkpoint.module_state(before, "teacher"), {})
+    same, other = UNet(1, 4, (4, 8)), UNet(1, 3, (4, 8))
+    head = other.head.weight.clone()
+    checkpoint.start_from(same, tmp_path)
+    checkpoint.start_from(other, tmp_path)
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in before.state_dict().items())
+    assert torch.equal(other.down[0][0].weight, before.down[0][0].weight)
+    assert torch.equal(other.head.weight, head)
+    with pytest.raises(InvalidWeights, match="does not fit this config"):
+        checkpoint.start_from(UNet(1, 4, (4, 16)), tmp_path)
+    with pytest.raises(InvalidWeights, match="is missing or no readable checkpoint"):
+        checkpoint.start_from(same, tmp_path / "nowhere")

@@ -9,6 +9,7 @@ from rich.console import Console
 from vessa.errors import InvalidConfig, InvalidDataset
 from vessa_trainer import checkpoint, loop
 from vessa_trainer.compare import compare
+from vessa_trainer.config import save_config
 from vessa_trainer.loop import Interrupted
 
 METHODS = ("UniMatch V2", "VESSA-assisted", "VESSA alone")
@@ -104,3 +105,68 @@ def test_without_any_test_mask_there_is_nothing_to_compare_by(config_of, quiet, 
             path.unlink()
     with pytest.raises(InvalidDataset, match="no test patient has a mask"):
         compare(config_of(f"data.root={tmp_path / 'heart'}"), seeds=1, resume_line=RESUME, console=quiet)
+
+
+def test_budgets_and_methods_are_compared_by_their_names(config_of, quiet, tmp_path):
+    (tmp_path / "slow.yaml").write_text(
+        "title: Half the rate\nsemi: {method: supervised}\noptim: {lr: 5.0e-4}\n"
+    )
+    result = compare(
+        config_of("semi.vessa_gate=teacher", steps=2),
+        seeds=1,
+        resume_line=RESUME,
+        console=quiet,
+        methods=["supervised", str(tmp_path / "slow.yaml")],
+        labeled=["splits/labeled_1.txt", "splits/train.txt"],
+        urls=["http://127.0.0.1:9"],  # no method needs an annotator
+    )
+    assert list(result["budgets"]) == ["labeled_1", "train"]
+    for name, figures in result["budgets"].items():
+        assert {"supervised_dice", "slow_dice"} <= set(figures)
+        assert "annotator_model" not in figures
+        page = (tmp_path / "run" / name / "report.html").read_text()
+        assert "Half the rate" in page
+    (one, other) = (
+        json.loads((tmp_path / "run" / name / "slow-0" / "summary.json").read_text())
+        for name in ("labeled_1", "train")
+    )
+    assert (one["groups"]["labeled"], other["groups"]["labeled"]) == (1, 4)
+    assert (one["config"]["optim"]["lr"], one["config"]["semi"]["vessa_gate"]) == (5e-4, "teacher")
+
+
+def test_a_method_is_labeled_by_the_annotator_that_it_names(
+    config_of, quiet, tmp_path, annotator, prompts_only
+):
+    result = compare(
+        config_of(steps=2),
+        seeds=1,
+        resume_line=RESUME,
+        console=quiet,
+        methods=["semisam", "vessa_alone"],
+        urls=[annotator.url, prompts_only.url],
+    )
+    assert set(result) >= {"semisam_dice", "vessa_alone_dice"}
+    parts = {
+        name: json.loads((tmp_path / "run" / f"{name}-0" / "summary.json").read_text())["annotator"]["parts"]
+        for name in ("semisam", "vessa_alone")
+    }
+    assert parts == {"semisam": [], "vessa_alone": ["language", "memory"]}
+
+
+def test_a_killed_attempt_blocks_nothing(config_of, quiet, tmp_path):
+    left = tmp_path / "run" / "supervised-0"  # killed before its first checkpoint, of another config at that
+    left.mkdir(parents=True)
+    save_config(config_of("optim.lr=0.5"), left / "config.yaml")
+    (left / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    (left / f".{checkpoint.LAST}.4711").write_bytes(b"half a checkpoint")
+    result = compare(config_of(steps=2), seeds=1, resume_line=RESUME, console=quiet, methods=["supervised"])
+    assert 0 <= result["supervised_dice"] <= 1
+    assert {json.loads(r)["step"] for r in (left / "metrics.jsonl").read_text().splitlines()} == {2}
+
+
+def test_methods_need_names_of_their_own(config_of, quiet):
+    for methods, said in ((["vessa", "vessa"], "different names"), (["vesa"], "no config is called 'vesa'")):
+        with pytest.raises(InvalidConfig, match=said):
+            compare(config_of(), seeds=1, resume_line=RESUME, console=quiet, methods=methods)
+    with pytest.raises(InvalidConfig, match="label splits of different names"):
+        compare(config_of(), seeds=1, resume_line=RESUME, console=quiet, labeled=["a/one.txt", "b/one.txt"])

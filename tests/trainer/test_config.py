@@ -1,12 +1,13 @@
 """Configs: one YAML file and overrides, checked key by key."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vessa.errors import InvalidConfig
-from vessa_trainer.config import Config, load_config, save_config, to_dict
+from vessa_trainer.config import Config, load_config, overlaid, save_config, shipped, to_dict
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "trainer" / "configs").glob("*.yaml"))
 
@@ -14,8 +15,9 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "trainer" / "configs").g
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_that_ships_loads(path):
     config = load_config(path)
-    assert config.semi.method in ("supervised", "unimatch_v2", "vessa")
+    assert config.semi.method in ("supervised", "unimatch_v2", "vessa", "semisam", "vessa_alone")
     assert (config.student.name == "dpt") == (path.stem == "dpt")
+    assert shipped(path.stem).read_bytes() == path.read_bytes()
 
 
 def test_there_are_configs_to_load():
@@ -28,14 +30,45 @@ def test_there_are_configs_to_load():
         ("supervised_bound", "data.labeled", "splits/train.txt"),
         ("vessa_no_feedback", "feedback.enabled", False),
         ("vessa_gate_teacher", "semi.vessa_gate", "teacher"),
+        ("vessa_no_language", "annotator.serves", "no_language"),
+        ("vessa_no_memory", "annotator.serves", "no_memory"),
+        ("sam2", "annotator.serves", "sam2"),
+        ("unimatch_v2_init", "student.init", "runs/stage1_student"),
     ],
 )
 def test_a_baseline_differs_from_its_method_by_one_key(name, key, value):
     (path,) = (p for p in CONFIGS if p.stem == name)
-    config = load_config(path)
+    config = replace(load_config(path), title="")
     plain = load_config(None, [f"semi.method={config.semi.method}"])
     assert config == load_config(None, [f"semi.method={config.semi.method}", f"{key}={json.dumps(value)}"])
     assert config != plain
+
+
+def test_every_method_has_a_title_of_its_own():
+    titles = [t for p in CONFIGS if (t := load_config(p).title)]
+    assert len(set(titles)) == len(titles)
+    assert {"UniMatch V2", "VESSA-assisted", "VESSA alone", "SemiSAM+", "w/o VLM"} <= set(titles)
+
+
+def test_a_config_that_does_not_ship_is_refused_with_those_that_do():
+    with pytest.raises(
+        InvalidConfig, match=r"no config is called 'vesa'; there are .*vessa, .*vessa_no_memory"
+    ):
+        shipped("vesa")
+
+
+def test_keys_of_a_tree_go_before_those_of_a_config():
+    base = load_config(None, ["optim.lr=0.1", "semi.vessa_gate=teacher", "annotator.api_key=secret"])
+    over = overlaid(base, {"semi": {"method": "vessa"}, "steps": 7}, {"semi": {"lambda_u": 2}})
+    assert (over.semi.method, over.semi.lambda_u, over.semi.vessa_gate) == ("vessa", 2.0, "teacher")
+    assert (over.steps, over.optim, over.annotator) == (7, base.optim, base.annotator)
+    with pytest.raises(InvalidConfig, match="unknown key semi.lamda_u"):
+        overlaid(base, {"semi": {"lamda_u": 1}})
+
+
+def test_semisam_needs_prompts():
+    with pytest.raises(InvalidConfig, match="feedback.enabled must be true"):
+        load_config(None, ["semi.method=semisam", "feedback.enabled=false"])
 
 
 def test_no_file_means_the_defaults():
@@ -89,6 +122,7 @@ def test_a_wrong_type_names_the_key_and_what_came(override, message):
     [
         ("steps=0", "steps must be above 0, got 0"),
         ("optim.lr=.nan", "optim.lr must be above 0, got nan"),
+        ("annotator.max_wait_s=-1", "annotator.max_wait_s must be 0 or above"),
         ("annotator.patience_s=-1", "annotator.patience_s must be above 0"),
         ("annotator.lookahead_batches=-1", "annotator.lookahead_batches must be 0 or above, got -1"),
         ("cache.expire_s=0", "cache.expire_s must be above 0"),

@@ -226,3 +226,25 @@ def test_every_error_that_waiting_does_not_cure_is_raised(fetcher, wire, unlabel
         with pytest.raises(VessaError) as caught:
             fetcher.fetch([Wanted(unlabeled[0])])
         assert caught.value.code == code
+
+
+def test_an_annotator_of_prompts_alone_labels_what_it_got_prompts_for(
+    prompts_only, dataset, cache, tiny, unlabeled
+):
+    with AnnotatorClient(prompts_only.url, prompts_only.api_key) as client:
+        bank = seed_labeled(client, dataset, tiny())
+        fetcher = LabelFetcher(client, dataset, bank, cache, tiny().annotator, 0)
+        ((_, silent),) = fetcher.fetch([Wanted(unlabeled[0])]).labels
+        assert fetcher.requests == 0  # without prompts there is nothing to ask
+        assert silent.labels.shape == (32, 32)
+        assert not silent.confidence.any()
+        fetched = fetcher.fetch([Wanted(unlabeled[0]), Wanted(unlabeled[1], BOX)])
+        assert (fetcher.requests, fetcher.images) == (1, 1)
+        labels = {w.item.name: label for w, label in fetched.labels}
+        heard = labels[unlabeled[1].name]
+        third = heard.labels == fetcher.class_ids[2]  # the class without a box
+        assert not heard.confidence[third].any()
+        assert heard.confidence[~third].any()
+        (again,) = fetcher.fetch([Wanted(unlabeled[1], BOX)]).labels
+        assert (again[1].confidence == heard.confidence).all()  # from the cache, silenced alike
+        assert fetcher.cache_hits == 1

@@ -252,7 +252,7 @@ def test_an_annotator_that_goes_away_leaves_a_run_that_can_be_resumed(impatient,
 
 
 def test_a_feed_belongs_to_the_method_vessa_alone(dataset, tiny):
-    with pytest.raises(ValueError, match="a feed of labels belongs to method 'vessa'"):
+    with pytest.raises(ValueError, match="a feed of labels belongs to the methods that learn from one"):
         Run(tiny("semi.method=vessa"), dataset, None, "")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vessa_trainer.schedule import ema_decay, eta, poly, source_weights, update_teacher
+from vessa_trainer.schedule import ema_decay, eta, poly, ramp, source_weights, update_teacher
 
 
 def test_eta_ramps_from_zero_to_one():
@@ -18,6 +18,12 @@ def test_vessa_hands_over_to_the_teacher():
     assert source_weights(0, 10) == pytest.approx((0, 1))
     assert source_weights(10, 10) == pytest.approx((1, 0))
     assert source_weights(10, 10, 0.2) == pytest.approx((1, 0.2))
+
+
+def test_ramp_rises_from_almost_nothing_to_one():
+    assert [ramp(t, 10) for t in (-1, 0, 5, 10, 20)] == pytest.approx(
+        [0.006737947, 0.006737947, 0.2865048, 1, 1]
+    )
 
 
 def test_poly_decay():

@@ -80,7 +80,8 @@ def comparison_figure(runs: Mapping[str, Sequence[Path]]) -> Figure:
     """Draw the teacher's validation Dice of methods, one thin line a seed and their mean."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    for color, (name, paths) in zip(PALETTE, runs.items(), strict=False):
+    for index, (name, paths) in enumerate(runs.items()):
+        color = PALETTE[index % len(PALETTE)]
         curves = [dict(validation_dice(read_metrics(p), "val_teacher")) for p in paths]
         for curve in curves:
             axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.8, alpha=0.45)
@@ -104,7 +105,7 @@ def bars_figure(
     for index, (name, by_class) in enumerate(methods.items()):
         left = np.arange(len(classes)) + (index - (len(methods) - 1) / 2) * width
         heights = [float(np.mean(v)) if len(v) else 0.0 for v in by_class]
-        axis.bar(left, heights, width * 0.92, color=PALETTE[index], alpha=0.85, label=name)
+        axis.bar(left, heights, width * 0.92, color=PALETTE[index % len(PALETTE)], alpha=0.85, label=name)
         for x, values in zip(left, by_class, strict=True):
             if len(values) > 1:
                 axis.plot([x] * len(values), values, ".", color=_INK, markersize=4)
@@ -112,6 +113,29 @@ def bars_figure(
     _finish(axis, label, bottom=0, x_label="")
     axis.grid(axis="x", visible=False)
     axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
+    return figure
+
+
+def budgets_figure(methods: Mapping[str, Sequence[tuple[float, Sequence[float]]]], label: str) -> Figure:
+    """Draw a metric over the label budget (Fig. 1): a line a method, a dot a seed.
+
+    methods: name to (percent labeled, the values of its seeds), in the order of the budgets
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    percents = sorted({p for points in methods.values() for p, _ in points})
+    places = {p: i for i, p in enumerate(percents)}  # 1, 5, 10 and 100 % side by side
+    for index, (name, points) in enumerate(methods.items()):
+        color = PALETTE[index % len(PALETTE)]
+        known = [(places[p], v) for p, v in points if len(v)]
+        axis.plot(
+            [x for x, _ in known], [float(np.mean(v)) for _, v in known],
+            color=color, linewidth=2, marker="o", markersize=5, label=name,
+        )  # fmt: skip
+        for x, values in known:
+            axis.plot([x] * len(values), values, ".", color=color, markersize=4, alpha=0.5)
+    axis.set_xticks(range(len(percents)), [f"{p:g} %" for p in percents])
+    _finish(axis, label, bottom=0, top=1, x_label="labeled training patients")
     return figure
 
 

@@ -93,6 +93,10 @@ class Dataset(ABC):
             raise InvalidDataset(f"{found.name} names groups that '{self.name}' does not hold: {unknown[:5]}")
         return groups
 
+    def has_split(self, name_or_path: str | Path) -> bool:
+        """Tell whether `split` would find a file."""
+        return any(p.is_file() for p in self._split_files(Path(name_or_path)))
+
     def _split_files(self, path: Path) -> list[Path]:
         """Where a split may be, best first."""
         if path.is_absolute():
