@@ -275,10 +275,12 @@ def overlaid(config: Config, *trees: Mapping[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back to an equal object."""
+    """Write the resolved config, whole or not at all, as YAML that `load_config` reads back to an equal one."""
     tree = to_dict(config)
     tree["annotator"]["api_key"] = None  # a secret has no place in a run directory that people share
-    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    fresh = Path(path).with_name(f".{Path(path).name}")
+    fresh.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    fresh.replace(path)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -171,7 +171,9 @@ def _write_splits(folder: Path, split: Split, labeled: Sequence[str]) -> dict[st
         text = "".join(f"{g}\n" for g in groups)
         if paths[part].is_file() and paths[part].read_text(encoding="utf-8") != text:
             raise InvalidConfig(f"{paths[part]} names other patients: choose another --out, or delete it")
-        paths[part].write_text(text, encoding="utf-8")
+        fresh = folder / f".{part}.txt"  # a kill leaves the old file or the new one
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(paths[part])
     first, train, val, test = map(str, paths.values())
     return {"data": {"labeled": first, "unlabeled": train, "val": val, "test": test}}
 
