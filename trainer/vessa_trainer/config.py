@@ -275,7 +275,7 @@ def overlaid(config: Config, *trees: Mapping[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config, whole or not at all, as YAML that `load_config` reads back to an equal one."""
+    """Write the resolved config, whole or not at all, as YAML that `load_config` reads back equal."""
     tree = to_dict(config)
     tree["annotator"]["api_key"] = None  # a secret has no place in a run directory that people share
     fresh = Path(path).with_name(f".{Path(path).name}")
