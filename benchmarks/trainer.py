@@ -70,7 +70,7 @@ def running(command: list[str], log: Path, ready: Callable[[], bool], **settings
     with log.open("w") as file:
         process = subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=file)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command[0]} did not start:\n{log.read_text()[-2000:]}")
