@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
+from typer.testing import CliRunner
 
 from vessa.errors import InvalidRequest, InvalidWeights
+from vessa_server.cli import app
 from vessa_server.model import checkpoint
 from vessa_server.model.language import LanguageModel, stored_state
 from vessa_server.model.official import place_language
@@ -255,8 +257,11 @@ def test_an_exported_language_model_is_an_ordinary_directory(one, start, tmp_pat
 
 
 def test_exports_of_exports(nano_weights, tmp_path):
-    export(nano_weights, tmp_path / "w")
-    assert checkpoint.digest(tmp_path / "w") == checkpoint.digest(nano_weights)
+    said = CliRunner().invoke(app, ["weights", "export", str(nano_weights), "--out", str(tmp_path / "w")])
+    assert checkpoint.digest(tmp_path / "w") in said.output
+    files = [checkpoint.manifest(folder)["files"] for folder in (nano_weights, tmp_path / "w")]
+    assert all(files[1][name] == value for name, value in files[0].items() if name.endswith("safetensors"))
+    assert json.loads((tmp_path / "w" / "language" / "config.json").read_text())["dtype"] == "float16"
     (tmp_path / "data").mkdir()
     with pytest.raises(InvalidRequest, match="left as it is"):
         export(nano_weights, tmp_path / "data")
