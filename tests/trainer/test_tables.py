@@ -29,7 +29,12 @@ def records(path):
 
 
 def test_table2_is_run_resumed_and_written(tiny, annotator, prompts_only, quiet, tmp_path, dataset):
-    config = tiny(f"annotator.api_key={annotator.api_key}", "feedback.min_confidence=0.0", steps=2)
+    config = tiny(
+        f"annotator.api_key={annotator.api_key}",
+        "feedback.min_confidence=0.0",
+        "annotator.patience_s=300",
+        steps=2,
+    )
     arguments = {"seeds": 1, "urls": [annotator.url, prompts_only.url], "percents": [1, 50]}
     result = run_table("table2", config, resume_line=RESUME, console=quiet, **arguments)
     out = tmp_path / "run"
@@ -104,7 +109,8 @@ def test_splits_are_the_datas_own_or_the_papers(dataset, phantoms, tmp_path):
     own = split_patients(dataset, 0)
     assert own.train == dataset.split("train")
     assert labeled_patients(dataset, own, 1) == dataset.split("labeled_1")
-    assert labeled_patients(dataset, own, 75) == own.train[:3]
+    assert labeled_patients(dataset, own, 75) == dataset.split("labeled_3")
+    assert labeled_patients(dataset, own, 50) == own.train[:2]  # there is no labeled_2
     shutil.copytree(phantoms, tmp_path / "heart")
     shutil.rmtree(tmp_path / "heart" / "splits")
     drawn = split_patients(open_dataset(tmp_path / "heart"), 0)

@@ -184,4 +184,5 @@ def _finish(
         axis.spines[side].set_visible(False)
     axis.set_ylim(bottom=bottom, top=top)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False)
+        # a fixed place: to look for the best one takes long, and matplotlib warns of it on slow machines
+        axis.legend(fontsize=8, frameon=False, loc="lower right" if top == 1 else "upper right")
