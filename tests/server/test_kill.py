@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -14,9 +15,16 @@ OPTIONS = shlex.split(
 )
 
 
-def start(out, log):
+@contextmanager
+def started(out, log):
+    """A run in a process of its own, killed at the latest when its block ends."""
     command = [sys.executable, "-m", "vessa_server", "pretrain", "--out", str(out), *OPTIONS]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def curve(out):
@@ -33,21 +41,20 @@ def logged(out):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_curve_of_a_killed_run_is_that_of_an_uninterrupted_one(tmp_path):
-    with (tmp_path / "log").open("ab") as log:
-        whole = start(tmp_path / "whole", log)
-        assert whole.wait(800) == 0, (tmp_path / "log").read_text()[-3000:]
-        killed = start(tmp_path / "killed", log)
-        deadline = time.monotonic() + 800
-        while logged(tmp_path / "killed") < 3:  # one step after the checkpoint of step 2
-            assert killed.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        killed.kill()
-        killed.wait()
+    said = tmp_path / "log"
+    with said.open("ab") as log:
+        with started(tmp_path / "whole", log) as whole:
+            assert whole.wait(800) == 0, said.read_text()[-3000:]
+        with started(tmp_path / "killed", log) as killed:
+            deadline = time.monotonic() + 800
+            while logged(tmp_path / "killed") < 3:  # one step after the checkpoint of step 2
+                assert killed.poll() is None, said.read_text()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
         checkpoint = json.loads((tmp_path / "killed" / "checkpoint.json").read_text())
         assert 2 <= checkpoint["step"] < 6
-        resumed = start(tmp_path / "killed", log)
-        assert resumed.wait(800) == 0, (tmp_path / "log").read_text()[-3000:]
+        with started(tmp_path / "killed", log) as resumed:
+            assert resumed.wait(800) == 0, said.read_text()[-3000:]
     assert [line["step"] for line in curve(tmp_path / "whole") if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     digests = [
