@@ -1,6 +1,7 @@
-"""`vessa seed|segment|banks`: talk to an annotator from the command line."""
+"""`vessa seed|segment|banks|adapt`: talk to an annotator from the command line."""
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,12 @@ from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, VessaError
 from vessa.images import overlay, read_image
+from vessa.schemas import AdaptationInfo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 _console = Console(stderr=True)
 _SEED_BATCH = 16
+_POLL_S = 1.0
 
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
 Url = Annotated[
@@ -137,6 +140,43 @@ def banks(url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
         table.add_row(info.name, str(info.templates), str(len(info.groups)), names, str(info.version))
     _console.print(table)
     _finish({"banks": [b.model_dump() for b in found]}, as_json)
+
+
+@app.command()
+def adapt(
+    bank: Annotated[str, typer.Argument(help="Template bank.")],
+    seconds: Annotated[float, typer.Option(help="Longest time to learn, s.")] = 120.0,
+    forget: Annotated[bool, typer.Option("--forget", help="Drop what was learned.")] = False,
+    url: Url = None,
+    api_key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Let the annotator learn from a bank's own templates; what does not help is dropped."""
+    with AnnotatorClient(url, api_key) as client:
+        if forget:
+            client.forget_adaptation(bank)
+            info = client.adaptation(bank)
+        else:
+            info = _wait_for_adaptation(client, client.adapt(bank, seconds))
+    if info.figures is not None:
+        kept = "in use" if info.figures.kept else "it did not help and was dropped"
+        _console.print(
+            f"Dice of held-out templates {info.figures.before:.3f} -> {info.figures.after:.3f}: {kept}",
+            highlight=False,
+        )
+    _finish(info.model_dump(), as_json)
+
+
+def _wait_for_adaptation(client: AnnotatorClient, info: AdaptationInfo) -> AdaptationInfo:
+    with Progress(console=_console, transient=True) as bar:
+        task = bar.add_task(f"adapting to {info.bank}", total=1.0)
+        while info.state == "running":
+            time.sleep(_POLL_S)
+            info = client.adaptation(info.bank)
+            bar.update(task, completed=info.progress)
+    if info.state == "failed":
+        raise VessaError(f"the adaptation failed: {info.error}")
+    return info
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from vessa import protocol
 from vessa.annotation import Annotation, Image, Prompts, SegmentOptions
 from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
 from vessa.protocol import Call
-from vessa.schemas import BankInfo, ServiceInfo, TemplateInfo
+from vessa.schemas import AdaptationInfo, BankInfo, ServiceInfo, TemplateInfo
 
 __all__ = ["Annotation", "AnnotatorClient", "AsyncAnnotatorClient", "Prompts", "default_key_file"]
 
@@ -226,6 +226,22 @@ class AnnotatorClient(_Base):
         """Remove a bank with all its templates. Raises UnknownBank."""
         self._send(protocol.delete_bank(name))
 
+    def adapt(self, bank: str, seconds: float = 120.0) -> AdaptationInfo:
+        """Let the annotator learn from a bank's templates for at most `seconds`, in the background.
+
+        Raises UnknownBank, InvalidRequest for a bank with too few templates or too long a time, QueueFull
+        while another bank is being adapted to. `adaptation` tells how it goes.
+        """
+        return self._send(protocol.adapt(bank, seconds))
+
+    def adaptation(self, bank: str) -> AdaptationInfo:
+        """How the adaptation of a bank goes, or went. Raises UnknownBank."""
+        return self._send(protocol.adapt(bank))
+
+    def forget_adaptation(self, bank: str) -> None:
+        """Serve a bank by the common weights again. Raises UnknownBank."""
+        self._send(protocol.forget_adaptation(bank))
+
     def segment(
         self,
         images: Sequence[Image] | None = None,
@@ -329,6 +345,18 @@ class AsyncAnnotatorClient(_Base):
     async def delete_bank(self, name: str) -> None:
         """Remove a bank with all its templates. Raises UnknownBank."""
         await self._send(protocol.delete_bank(name))
+
+    async def adapt(self, bank: str, seconds: float = 120.0) -> AdaptationInfo:
+        """See AnnotatorClient.adapt."""
+        return await self._send(protocol.adapt(bank, seconds))
+
+    async def adaptation(self, bank: str) -> AdaptationInfo:
+        """How the adaptation of a bank goes, or went. Raises UnknownBank."""
+        return await self._send(protocol.adapt(bank))
+
+    async def forget_adaptation(self, bank: str) -> None:
+        """Serve a bank by the common weights again. Raises UnknownBank."""
+        await self._send(protocol.forget_adaptation(bank))
 
     async def segment(
         self,

@@ -24,7 +24,7 @@ from vessa.errors import (
     VessaError,
     error_from,
 )
-from vessa.schemas import BankInfo, ErrorResponse, ItemInfo, ServiceInfo, TemplateInfo
+from vessa.schemas import AdaptationInfo, BankInfo, ErrorResponse, ItemInfo, ServiceInfo, TemplateInfo
 
 Repeat = Literal["always", "unsent", "never"]
 
@@ -113,6 +113,19 @@ def banks() -> Call[list[BankInfo]]:
 def bank(name: str) -> Call[BankInfo]:
     """GET /banks/{bank}."""
     return Call("GET", f"/banks/{_segment(name)}", _json(TypeAdapter(BankInfo)))
+
+
+def adapt(bank: str, seconds: float | None = None) -> Call[AdaptationInfo]:
+    """POST /banks/{bank}/adapt, or GET when no `seconds` are given."""
+    path, read = f"/banks/{_segment(bank)}/adapt", _json(TypeAdapter(AdaptationInfo))
+    if seconds is None:
+        return Call("GET", path, read)
+    return Call("POST", path, read, {"params": {"seconds": seconds}}, "unsent")
+
+
+def forget_adaptation(bank: str) -> Call[None]:
+    """DELETE /banks/{bank}/adapt."""
+    return Call("DELETE", f"/banks/{_segment(bank)}/adapt", lambda _: None)
 
 
 def templates(bank: str) -> Call[list[TemplateInfo]]:

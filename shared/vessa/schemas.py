@@ -37,13 +37,41 @@ class TemplateInfo(_Frozen):
 
 
 class BankInfo(_Frozen):
-    """One template bank. version: raised by each change; templates: how many; groups: patients."""
+    """One template bank. version: raised by each change; templates: how many; groups: patients.
+
+    adapted: whether weights of its own serve it
+    """
 
     name: str
     version: int
     templates: int
     groups: list[str]
     classes: dict[int, str]
+    adapted: bool = False
+
+
+class AdaptationFigures(_Frozen):
+    """What adapting to a bank was worth. before, after: mean Dice of held-out templates in [0, 1].
+
+    kept: whether it helped, and is in use; bank_version: whose templates it learned from
+    """
+
+    before: float
+    after: float
+    kept: bool
+    steps: int
+    seconds: float
+    bank_version: int
+
+
+class AdaptationInfo(_Frozen):
+    """Adaptation of a bank. progress: of a running one, in [0, 1]; error: why the last one failed."""
+
+    bank: str
+    state: Literal["none", "running", "done", "failed"]
+    progress: float = 0.0
+    figures: AdaptationFigures | None = None
+    error: str | None = None
 
 
 class TemplateUse(_Frozen):

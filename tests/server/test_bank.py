@@ -87,6 +87,26 @@ def test_retrieval_orders_by_cosine_and_leaves_out_the_own_group_and_other_class
     assert Bank("b", 1, (near,)).retrieve(unit(1, 0), 1, exclude_group="a") == []
 
 
+def test_a_closer_look_and_the_layout_count_too(template: Any) -> None:
+    one, other = template(0, group="a", feature=unit(1, 0)), template(1, group="b", feature=unit(1, 0.1))
+    assert one.layout.keys() == one.classes.keys()
+    close = [View(unit(0, 1), {}, (0, 0, 40)), View(unit(1, 0), {}, (0, 0, 40))]
+    bank = Bank("a", 1, (replace(one, close=close[0]), replace(other, close=close[1])))
+
+    def first(**options: Any) -> Template:
+        return bank.retrieve(unit(1, 0), 1, exclude_group=None, **options)[0][0]
+
+    assert first() is bank.templates[0]
+    assert first(close=unit(1, 0)) is bank.templates[1]
+    smaller = replace(one, close=View(unit(1, 0), {}, (0, 0, 80)))  # half as large in its window
+    larger = replace(one, id="larger", close=View(unit(1, 0), {}, (0, 0, 40)))
+    pair = Bank("a", 1, (smaller, larger))
+    for template_, asked in ((smaller, smaller.layout), (larger, larger.layout)):
+        found = pair.retrieve(unit(1, 0), 1, exclude_group=None, close=unit(1, 0), layout=asked)
+        assert found[0][0] is template_
+        assert found[0][1] == pytest.approx(1)  # the cosine, whatever the layout
+
+
 def test_equal_similarities_have_a_stable_order(template: Any) -> None:
     twins = [template(i, feature=unit(1, 0)) for i in range(4)]
     orders = {

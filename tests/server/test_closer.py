@@ -8,7 +8,7 @@ from vessa.codec import image_digest
 from vessa_server import annotator as annotator_module
 from vessa_server.annotator import Annotator
 from vessa_server.bank import TemplateBanks
-from vessa_server.closer import box_of, found_box, prompted_box, union, window_around
+from vessa_server.closer import Found, box_of, find, prompted_box, union, window_around
 from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, Window
@@ -33,33 +33,47 @@ def test_boxes_are_joined_and_nothing_stays_nothing():
 
 
 def test_specks_beside_the_largest_piece_do_not_widen_the_window():
-    logits = torch.full((1, 1, 20, 20), -5.0)
-    logits[..., 2:6, 4:10] = 5
-    logits[..., 18, 18] = 5
+    logits = torch.full((2, 1, 20, 20), -5.0)
+    logits[0, :, 2:6, 4:10] = 5
+    logits[0, :, 18, 18] = 5
     square = Square(100, 200)  # 50 rows of nothing above the image
-    assert found_box(logits, square) == (40, -30, 100, 10)
-    assert found_box(-torch.ones(1, 1, 20, 20), square) is None
+    found = find(logits, [1, 4], square)
+    assert found.box == (40, -30, 100, 10)
+    assert found.areas == {1: 2500, 4: 0}
+    assert found.layout(Window(0, 0, 100)) == {1: 0.5, 4: 0}
+    logits[1, :, 0:2, 0:2] = 9
+    assert find(logits, [1, 4], square).box == (0, -50, 100, 10)
+    logits[0, :, 16:20, 16:20] = 5  # a second piece, as of many nuclei
+    assert find(logits, [1, 4], square).box == (0, -50, 200, 150)
     inside = Square(100, 200, Window(10, 20, 40))
-    assert found_box(logits, inside) == (28, 14, 40, 22)
+    assert find(logits[:1, :, :12], [1], inside).box == (28, 14, 40, 22)
+    nothing = find(-torch.ones(1, 1, 20, 20), [1], square)
+    assert nothing.box is None
+    assert nothing.layout(Window(0, 0, 10)) is None
 
 
 def test_prompts_tell_where_to_look():
     nothing = SegmentItem("i", None, "bank")
-    assert prompted_box(nothing, 60, 80) is None
+    assert prompted_box(nothing, 60, 80) == (None, False)
     absent = np.full((2, 4), -1, np.float32)
-    assert prompted_box(SegmentItem("i", None, "bank", boxes=absent), 60, 80) is None
+    assert prompted_box(SegmentItem("i", None, "bank", boxes=absent), 60, 80) == (None, False)
     boxes = np.array([[-1, -1, -1, -1], [10, 12, 20, 22]], np.float32)
     points = np.array([[[30, 40], [70, 50]]], np.float32)
     item = SegmentItem(
         "i", None, "bank", boxes=boxes, points=points, point_labels=np.array([[1, 0]], np.int8)
     )
-    assert prompted_box(item, 60, 80) == (10, 12, 30, 40)  # the point outside of the structure does not count
+    # The point outside of the structure does not count, and the first class may be anywhere.
+    assert prompted_box(item, 60, 80) == ((10, 12, 30, 40), False)
     logits = np.full((2, 6, 8), -3, np.float32)
     logits[1, 1:3, 2:5] = 3
     there = SegmentItem("i", None, "bank", mask_logits=logits, mask_present=np.array([True, True]))
-    assert prompted_box(there, 60, 80) == (20, 10, 50, 30)
+    assert prompted_box(there, 60, 80) == ((20, 10, 50, 30), False)
     hidden = SegmentItem("i", None, "bank", mask_logits=logits, mask_present=np.array([True, False]))
-    assert prompted_box(hidden, 60, 80) is None
+    assert prompted_box(hidden, 60, 80) == (None, False)
+    both = SegmentItem("i", None, "bank", boxes=boxes[::-1].copy(), mask_logits=logits)
+    assert prompted_box(both, 60, 80) == ((10, 10, 50, 30), True)  # a box for one, a mask for the other
+    told = SegmentItem("i", None, "bank", boxes=boxes[1:])
+    assert prompted_box(told, 60, 80) == ((10, 12, 20, 22), True)
 
 
 def test_a_window_enters_and_leaves_at_its_place():
@@ -106,7 +120,7 @@ BOX = np.array([[34, 22, 46, 32]], np.float32)
 
 def found_there(monkeypatch, box):
     """Untrained weights find anything; where they find it is told here."""
-    monkeypatch.setattr(annotator_module, "found_box", lambda logits, square: box)
+    monkeypatch.setattr(annotator_module, "find", lambda logits, ids, square: Found(box, {1: 100.0}))
 
 
 def test_templates_are_seen_whole_and_closely(annotator):
@@ -141,11 +155,19 @@ def test_a_closer_look_is_kept_with_its_image(annotator, monkeypatch):
     assert not np.array_equal(again.confidence, prompted.confidence)
 
 
+def test_boxes_of_every_class_leave_nothing_to_find(annotator, monkeypatch):
+    found_there(monkeypatch, (2.0, 2.0, 30.0, 30.0))
+    result = annotator.segment([asked(boxes=BOX)])[0]
+    inside = np.zeros((60, 80), bool)
+    inside[18:36, 31:49] = True  # half as wide again as the box
+    assert (result.labels[~inside] == 0).all()
+
+
 def test_an_answer_does_not_depend_on_earlier_prompts(annotator, monkeypatch):
     found_there(monkeypatch, (30.0, 20.0, 50.0, 40.0))
-    far = np.array([[2, 2, 12, 12]], np.float32)
+    point = {"points": np.array([[[2, 2]]], np.float32), "point_labels": np.array([[1]], np.int8)}
     fresh = annotator.segment([asked()])[0]
-    widened = annotator.segment([asked(boxes=far)])[0]
+    widened = annotator.segment([asked(**point)])[0]
     after = annotator.segment([asked()])[0]
     assert np.abs(fresh.confidence.astype(int) - after.confidence).max() <= 2
     assert not np.array_equal(fresh.confidence, widened.confidence)
@@ -171,6 +193,6 @@ def test_weights_from_before_the_second_look_look_once(nano_weights, tmp_path, m
     annotator.banks.add(
         "bank", annotator.encode_templates([TemplateItem(*example(1), {1: "liver"}, "patient1")])
     )
-    monkeypatch.setattr(annotator_module, "found_box", lambda *_: pytest.fail("no first look was due"))
+    monkeypatch.setattr(annotator_module, "find", lambda *_: pytest.fail("no first look was due"))
     annotator.segment([asked()])
     assert annotator.banks.get("bank").templates[0].close is None

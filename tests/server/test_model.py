@@ -11,6 +11,7 @@ from vessa.errors import InvalidWeights
 from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, resize, to_tensor
 from vessa_server.model.presets import PRESETS, Preset
+from vessa_server.model.prompts import hold_to_box
 from vessa_server.model.segmenter import PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
 
@@ -176,3 +177,13 @@ def test_presets_survive_json():
 
 def test_resize_leaves_a_fitting_array_alone(images):
     assert resize(images, (160, 160)) is images
+
+
+def test_nothing_is_drawn_outside_of_a_box():
+    logits = torch.ones(1, 1, 20, 20)
+    square = Square(40, 40)
+    held = hold_to_box(logits, np.array([10, 20, 30, 26]), square, -20.0)
+    rows, columns = torch.nonzero(held[0, 0] > 0, as_tuple=True)
+    assert (rows.min(), rows.max()) == (9, 13)  # a tenth of 20 px around it, and half a position
+    assert (columns.min(), columns.max()) == (4, 15)
+    assert (held[0, 0, 0] == -20).all()

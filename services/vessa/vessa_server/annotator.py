@@ -6,6 +6,7 @@ Everything here runs on the device thread. Pixels and masks come in and go out a
 only this module and those below it know torch.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,8 +18,8 @@ from torch import Tensor
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
 from vessa.schemas import TemplateUse
 from vessa_server.bank import Bank, TemplateBanks, sample_template
-from vessa_server.closer import box_of, found_box, prompted_box, union, window_around
-from vessa_server.drawing import Drawing, Pass, StageClock, mask_square
+from vessa_server.closer import NOTHING, box_of, find, prompted_box, union, window_around
+from vessa_server.drawing import UNSEEN, Drawing, Pass, StageClock, mask_square
 from vessa_server.features import FeatureCache, Seen
 from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
 from vessa_server.model import checkpoint
@@ -30,7 +31,6 @@ from vessa_server.template import Template, View, template_id
 _Result = TypeVar("_Result")
 
 LABELS_VERSION = "3"  # of pre- and post-processing: raise it when the same weights would answer differently
-_UNSEEN = -20.0  # mask logit of what a closer look leaves out
 
 
 @dataclass
@@ -80,6 +80,11 @@ class Annotator:
     def device(self) -> str:
         """Name of the device the weights are on."""
         return str(self.model.device)
+
+    @property
+    def decoder_lock(self) -> threading.Lock:
+        """Held while a bank's own weights are in the mask decoder."""
+        return self._drawing.decoder_lock
 
     def holds(self, image_id: str) -> bool:
         """Whether a request by this id needs no pixels."""
@@ -196,8 +201,10 @@ class Annotator:
         for item, start in starts:
             key = start.key(item)
             if (some := passes.pop((item.image_id, key), None)) is not None:
-                boxes = [found_box(next(logits)[0], start.seen.square) for _ in some]
-                start.seen.found[key] = union(boxes)
+                drawn = [next(logits)[0] for _ in some]
+                ids = [p.class_id for p in some]
+                square = start.seen.square
+                start.seen.found[key] = find(torch.cat(drawn), ids, square) if drawn else NOTHING
 
     def _look_closer(self, starts: list[tuple[SegmentItem, _Start]]) -> None:
         """Encode the part of each image that shows what was found or is pointed at."""
@@ -206,7 +213,9 @@ class Annotator:
         missing: dict[tuple[str, Window], Seen] = {}
         for item, start in starts:
             seen, size = start.seen, start.seen.image.shape[:2]
-            box = union([seen.found[start.key(item)], prompted_box(item, *size)])
+            box, told = prompted_box(item, *size)
+            if not told:
+                box = union([seen.found[start.key(item)].box, box])
             windows.append(window := window_around(box, *size))
             if window is not None and window in seen.closer:
                 closer[item.image_id, window] = seen.closer[window]
@@ -225,6 +234,8 @@ class Annotator:
     def _plan(self, item: SegmentItem, start: _Start, *, lenient: bool = False) -> list[Pass]:
         """Find each class's templates (Eq. 1 when sampling); lenient: leave out a class that has none."""
         bank, close = start.bank, start.close
+        found = start.seen.found.get(start.key(item))
+        layout = None if found is None else found.layout((close or start.seen).square.shown)
         ids = {name: class_id for class_id, name in bank.classes.items()}
         names = item.classes or tuple(bank.classes[c] for c in sorted(bank.classes))
         rng = np.random.default_rng(item.seed)
@@ -239,6 +250,7 @@ class Annotator:
                 exclude_group=item.group,
                 top=len(bank.templates) if everything else 3,
                 close=None if close is None else close.vector,
+                layout=layout,
             )
             if not matches and lenient:
                 continue
@@ -252,7 +264,7 @@ class Annotator:
                 matches = [matches[int(rng.integers(len(matches)))]]
             elif item.template_choice == "top1":
                 matches = matches[:1]
-            passes.append(Pass(close or start.seen, ids[name], name, matches, item, index))
+            passes.append(Pass(close or start.seen, ids[name], name, matches, item, index, bank.adaptation))
         return passes
 
     def _fuse(
@@ -260,7 +272,7 @@ class Annotator:
     ) -> SegmentResult:
         """Fuse the classes' logits by softmax over [0, z1..zK] on the image's own grid."""
         logits = torch.cat([logits for logits, _ in outputs], dim=1)
-        logits = plan[0].seen.square.leave(logits, outside=_UNSEEN)[0]  # (K, H, W)
+        logits = plan[0].seen.square.leave(logits, outside=UNSEEN)[0]  # (K, H, W)
         probability = torch.cat([torch.zeros_like(logits[:1]), logits]).softmax(0)
         confidence, winner = probability.max(0)
         ids = torch.tensor([0] + [p.class_id for p in plan], dtype=torch.uint8)

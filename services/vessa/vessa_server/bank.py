@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vessa.errors import ClassConflict, InvalidRequest, TooLarge, UnknownBank, UnknownTemplate, VessaError
 from vessa.schemas import BankInfo, TemplateInfo
+from vessa_server.adaptation import Adaptation
 from vessa_server.store import Entry, Index, Store, blob_digest
 from vessa_server.template import Template
 
@@ -21,9 +22,32 @@ log = logging.getLogger(__name__)
 BANK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TEMPLATE_ID = re.compile(r"[0-9a-f]{64}")
 REENCODE_BATCH = 16
+LAYOUT_WEIGHT = 3.0  # of a class that fills a tenth more of the window's side, against cosines
 
 Matches = list[tuple["Template", float]]
 TemplateInfos = list[TemplateInfo]
+
+
+@dataclass(frozen=True, eq=False)
+class _Shelf:
+    """Templates that show one class. whole, close: (N, D) features; layouts: (N, K) of the bank's classes.
+
+    Where no closer look was taken, the whole image's feature stands for it.
+    """
+
+    templates: list[Template]
+    whole: NDArray[np.float32]
+    close: NDArray[np.float32]
+    layouts: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, templates: list[Template], class_ids: Sequence[int]) -> "_Shelf":
+        return cls(
+            templates,
+            np.stack([t.whole.feature for t in templates]),
+            np.stack([(t.close or t.whole).feature for t in templates]),
+            np.array([[t.layout.get(key, 0.0) for key in class_ids] for t in templates], np.float32),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +55,15 @@ class Bank:
     """One state of a template bank; a change makes a new one with a higher version.
 
     classes: {id: name} over all templates, by id; model: when set, retrieval leaves out templates that other
-    weights encoded (a second server with other weights on the same store), for their features do not compare.
+    weights encoded (a second server with other weights on the same store), for their features do not compare;
+    adaptation: weights of its own, None without, or when they belong to another model
     """
 
     name: str
     version: int
     templates: tuple[Template, ...]
     model: str | None = None
+    adaptation: Adaptation | None = None
 
     @cached_property
     def classes(self) -> dict[int, str]:
@@ -49,19 +75,10 @@ class Bank:
         return {template.id: template for template in self.templates}
 
     @cached_property
-    def _by_class(self) -> dict[int, tuple[list[Template], NDArray[np.float32], NDArray[np.float32]]]:
-        """Templates that show a class, their features, and those of a closer look where one was taken."""
+    def _by_class(self) -> dict[int, "_Shelf"]:
         usable = [t for t in self.templates if self.model is None or t.model == self.model]
         chosen = {key: [t for t in usable if key in t.classes] for key in self.classes}
-        return {
-            key: (
-                found,
-                np.stack([t.whole.feature for t in found]),
-                np.stack([(t.close or t.whole).feature for t in found]),
-            )
-            for key, found in chosen.items()
-            if found
-        }
+        return {key: _Shelf.of(found, list(self.classes)) for key, found in chosen.items() if found}
 
     def template(self, identity: str) -> Template:
         """Return one template; UnknownTemplate when there is none of this id."""
@@ -78,24 +95,31 @@ class Bank:
         exclude_group: str | None,
         top: int = 3,
         close: NDArray[np.float32] | None = None,
+        layout: Mapping[int, float] | None = None,
     ) -> Matches:
         """Return the `top` most similar templates that show the class, best first, with their cosine.
 
         feature: (D,) float32 of unit norm, of the whole image; close: that of a closer look at it, where
-        one was taken: then the mean of both cosines counts. exclude_group: the query's own patient, never
+        one was taken: then the mean of both cosines counts. layout: what the first look has found, by class
+        id, see `Template.layout`: templates that show otherwise are less similar by `LAYOUT_WEIGHT` times the
+        distance, though the cosine is what is returned. exclude_group: the query's own patient, never
         retrieved (None: unknown). Equal similarities are ordered by id. An empty list means there is no
         template of another group.
         """
         if class_id not in self._by_class:
             return []
-        found, whole, closer = self._by_class[class_id]
-        scores = whole @ feature
+        shelf = self._by_class[class_id]
+        cosines = shelf.whole @ feature
         if close is not None:
-            scores = (scores + closer @ close) / 2
-        scores = np.clip(scores, -1.0, 1.0)
+            cosines = (cosines + shelf.close @ close) / 2
+        scores = cosines = np.clip(cosines, -1.0, 1.0)
+        if layout is not None:
+            asked = np.array([layout.get(key, 0.0) for key in self.classes], np.float32)
+            scores = cosines - LAYOUT_WEIGHT * np.linalg.norm(shelf.layouts - asked, axis=1)
+        found = shelf.templates
         allowed = [i for i, t in enumerate(found) if exclude_group is None or t.group != exclude_group]
         best = sorted(allowed, key=lambda i: (-scores[i], found[i].id))[:top]
-        return [(found[i], float(scores[i])) for i in best]
+        return [(found[i], float(cosines[i])) for i in best]
 
     def info(self) -> BankInfo:
         """Return the public description."""
@@ -106,6 +130,7 @@ class Bank:
             templates=len(self.templates),
             groups=groups,
             classes=self.classes,
+            adapted=self.adaptation is not None,
         )
 
 
@@ -203,7 +228,7 @@ class TemplateBanks:
             if len(old.entries.keys() | created) > self.max_templates:
                 raise TooLarge(f"a bank holds at most {self.max_templates} templates")
             fresh = {key: entry for key, entry in entries.items() if key in created}
-            return Index(exists=True, entries=old.entries | fresh) if fresh else None
+            return replace(old, exists=True, entries=old.entries | fresh) if fresh else None
 
         self.store.change(name, edit, {entries[key].blob: blob for key, blob in blobs.items()})
         first = {t.id: i for i, t in reversed(list(enumerate(templates)))}
@@ -219,6 +244,17 @@ class TemplateBanks:
             return replace(old, entries={k: v for k, v in old.entries.items() if k != identity})
 
         self.store.change(check_name(name), edit, {})
+
+    def adapt(self, name: str, adaptation: Adaptation | None) -> None:
+        """Serve the bank by weights of its own, or by the common ones again; UnknownBank."""
+        blob = b"" if adaptation is None else adaptation.to_blob()
+        digest = None if adaptation is None else adaptation.digest
+
+        def edit(old: Index) -> Index | None:
+            self._require(name, old)
+            return None if old.adaptation == digest else replace(old, adaptation=digest)
+
+        self.store.change(check_name(name), edit, {} if digest is None else {digest: blob})
 
     def delete(self, name: str) -> None:
         """Delete a bank and its templates; UnknownBank. Its version lives on, should it be made again."""
@@ -285,7 +321,24 @@ class TemplateBanks:
                 templates.append(template)
             elif self.store.version(name) != index.version:
                 return None
-        return Bank(name, index.version, tuple(templates), self.model)
+        adaptation = self._read_adaptation(name, index, cached)
+        if adaptation is not None and self.model not in (None, adaptation.model):
+            adaptation = None
+        return Bank(name, index.version, tuple(templates), self.model, adaptation)
+
+    def _read_adaptation(self, name: str, index: Index, cached: Bank | None) -> Adaptation | None:
+        if index.adaptation is None:
+            return None
+        if cached and cached.adaptation and cached.adaptation.digest == index.adaptation:
+            return cached.adaptation
+        data = self.store.blob(name, index.adaptation)
+        if data is None:
+            return None
+        try:
+            return Adaptation.from_blob(data)
+        except ValueError as error:
+            log.warning("bank %s: %s; it is ignored", name, error)
+            return None
 
     def _read_template(self, name: str, identity: str, entry: Entry) -> Template | None:
         data = self.store.blob(name, entry.blob)

@@ -146,6 +146,7 @@ def evaluate(
         str | None, typer.Option(help="Only these of: top1,top3,sample,random,no-language,no-memory,box,...")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of the variants that draw a template.", min=1)] = 3,
+    adapt_seconds: Annotated[float, typer.Option(help="Time to learn of the variant 'adapted'.")] = 120.0,
     device: Annotated[str, typer.Option(help="cpu, cuda:N or auto.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("runs/evaluate"),
     as_json: Json = False,
@@ -172,6 +173,7 @@ def evaluate(
         device=device,
         variants=chosen,
         seeds=seeds,
+        adapt_seconds=adapt_seconds,
         out=out,
         console=Console(stderr=True),
     )

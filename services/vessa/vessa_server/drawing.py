@@ -1,6 +1,8 @@
 """From templates and image to mask logits: the language model looks, memory attention looks, SAM draws."""
 
 import contextlib
+import itertools
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
@@ -10,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vessa_server.adaptation import Adaptation
 from vessa_server.features import Attended, Seen
 from vessa_server.items import SegmentItem
 from vessa_server.model.geometry import Square, Window, to_tensor
-from vessa_server.model.instructions import DEFAULT_INSTRUCTION
-from vessa_server.model.prompts import MaskPrompts, prompt_batch
+from vessa_server.model.instructions import DEFAULT_INSTRUCTION, spell_out
+from vessa_server.model.prompts import MaskPrompts, hold_to_box, prompt_batch
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.template import Template, View
@@ -22,6 +25,7 @@ from vessa_server.template import Template, View
 STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
 _CONCURRENT_MASKS = 12  # (image, class) pairs decoded in one pass; bounds memory, not what a request may hold
 _OVERLAYS = 512
+UNSEEN = -20.0  # mask logit of what a closer look leaves out, and of what a box prompt excludes
 
 
 class StageClock:
@@ -48,7 +52,8 @@ class StageClock:
 class Pass:
     """One (image, class) pair on its way through the network.
 
-    chosen: its templates and their similarity; index: of the class among the item's classes
+    chosen: its templates and their similarity; index: of the class among the item's classes;
+    adaptation: the bank's own weights
     """
 
     seen: Seen
@@ -57,6 +62,7 @@ class Pass:
     chosen: list[tuple[Template, float]]
     item: SegmentItem
     index: int
+    adaptation: Adaptation | None = None
 
     @property
     def key(self) -> Hashable:
@@ -73,21 +79,40 @@ class Pass:
 class Drawing:
     """Draws masks; what a template and the language model say of an image is kept with the image.
 
-    without: parts left out, see `Annotator`
+    without: parts left out, see `Annotator`; decoder_lock: held while a bank's own weights are in place
     """
 
     def __init__(self, model: Vessa, clock: StageClock) -> None:
         self.model, self.clock = model, clock
         self.without: frozenset[str] = frozenset()
+        self.decoder_lock = threading.Lock()
         self._size = model.preset.segmenter.image_size
         self._overlays: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def draw(self, passes: list[Pass]) -> list[tuple[Tensor, float]]:
         """Draw the mask of each pass: logits (1, 1, h, w) on its square, and the predicted IoU."""
         outputs: list[tuple[Tensor, float]] = []
-        for start in range(0, len(passes), _CONCURRENT_MASKS):
-            outputs += self._draw(passes[start : start + _CONCURRENT_MASKS])
+        for adaptation, group in itertools.groupby(passes, lambda p: p.adaptation):
+            some = list(group)
+            with self._adapted(adaptation):
+                for start in range(0, len(some), _CONCURRENT_MASKS):
+                    outputs += self._draw(some[start : start + _CONCURRENT_MASKS])
         return outputs
+
+    @contextlib.contextmanager
+    def _adapted(self, adaptation: Adaptation | None) -> Iterator[None]:
+        """Give the mask decoder a bank's own weights for a while."""
+        if adaptation is None:
+            yield
+            return
+        decoder = self.model.segmenter.sam.sam_mask_decoder
+        with self.decoder_lock:
+            common = {k: v.clone() for k, v in decoder.state_dict().items()}
+            decoder.load_state_dict({k: torch.from_numpy(v) for k, v in adaptation.tensors.items()})
+            try:
+                yield
+            finally:
+                decoder.load_state_dict(common)
 
     def _draw(self, passes: list[Pass]) -> list[tuple[Tensor, float]]:
         missing = {(id(p.seen), p.key): p for p in passes if p.key not in p.seen.attended}
@@ -99,7 +124,11 @@ class Drawing:
             h_seg = torch.cat(spoken) if spoken else None
             features = _join([p.seen.features for p in passes])
             logits, iou, _ = self.model.segmenter.decode(embedding, features, h_seg, self._prompts(passes))
-        return list(zip(logits.float().split(1), iou.tolist(), strict=True))
+        drawn = [
+            one if (box := _prompts_of(p).box) is None else hold_to_box(one, box, p.seen.square, UNSEEN)
+            for one, p in zip(logits.float().split(1), passes, strict=True)
+        ]
+        return list(zip(drawn, iou.tolist(), strict=True))
 
     def _attend(self, passes: list[Pass]) -> None:
         """Let the language model and the memory see what no earlier request on the image has shown them."""
@@ -126,7 +155,7 @@ class Drawing:
             return None
         overlays = torch.cat([self._overlay(p.chosen[0][0], p.views[0], p.class_id) for p in passes])
         targets = torch.cat([p.seen.pixels for p in passes])
-        names = [p.class_name for p in passes]
+        names = [spell_out(p.class_name) for p in passes]
         return self.model.see(overlays, targets, names, [DEFAULT_INSTRUCTION] * len(passes))[0]
 
     def _overlay(self, template: Template, view: View, class_id: int) -> Tensor:

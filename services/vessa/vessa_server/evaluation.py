@@ -24,6 +24,7 @@ from vessa.report.tables import Row, cards, missed, table
 from vessa_server.annotator import Annotator, load_annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
+from vessa_server.pretraining.adapt import adapt
 from vessa_server.store import FolderStore
 from vessa_server.template import Template
 
@@ -38,12 +39,17 @@ _TRUTH = "from the truth: a ceiling"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to ask. without: see Annotator; prompts: what of the truth goes along, or nothing."""
+    """One way to ask.
+
+    without: see Annotator; prompts: what of the truth goes along, or nothing; adapted: whether the decoder
+    has learned from the bank's templates
+    """
 
     name: str
     template_choice: str = "top1"
     without: frozenset[str] = frozenset()
     prompts: str | None = None
+    adapted: bool = False
 
     @property
     def drawn(self) -> bool:
@@ -61,6 +67,7 @@ VARIANTS = {
     "box": Variant(f"box {_TRUTH}", prompts="box"),
     "point": Variant(f"point {_TRUTH}", prompts="point"),
     "mask": Variant(f"mask logits {_TRUTH}", prompts="mask"),
+    "adapted": Variant("adapted to the bank", adapted=True),
 }
 
 
@@ -75,6 +82,7 @@ def evaluate(
     seeds: int,
     out: Path,
     console: Console,
+    adapt_seconds: float = 120.0,
 ) -> dict[str, Any]:
     """Score variants on the test groups, once for each bank and, where it matters, for each seed.
 
@@ -93,6 +101,7 @@ def evaluate(
             seed_bank(annotator, dataset, groups)
             for name in variants:
                 variant = VARIANTS[name]
+                _adapt(annotator, adapt_seconds if variant.adapted else None)
                 for seed in range(seeds if variant.drawn else 1):
                     title = f"bank {draw + 1} of {len(banks)}: {variant.name}"
                     found = dict(_annotate(annotator, dataset, cases, variant, seed, title, console))
@@ -137,6 +146,17 @@ def seed_bank(annotator: Annotator, dataset: Dataset, groups: Sequence[str]) -> 
     annotator.banks.add("evaluation", [_result(t) for t in annotator.encode_templates(items)])
 
 
+def _adapt(annotator: Annotator, seconds: float | None) -> None:
+    """Adapt to the bank "evaluation" for some seconds, or serve it by the common weights."""
+    banks, found = annotator.banks, None
+    if seconds is not None:
+        bank = replace(banks.get("evaluation"), adaptation=None)
+        found, _ = adapt(
+            annotator.model, bank, annotator.model_digest, seconds=seconds, lock=annotator.decoder_lock
+        )
+    banks.adapt("evaluation", found)
+
+
 def _annotate(
     annotator: Annotator,
     dataset: Dataset,
@@ -151,8 +171,12 @@ def _annotate(
     for case in track(cases, title, console=console, transient=True):
         labels: list[np.ndarray] = []
         for start in range(0, len(case.slices), _BATCH):
-            items = [_item(dataset, s, variant, seed) for s in case.slices[start : start + _BATCH]]
-            labels += [_result(r).labels for r in annotator.segment(items)]
+            slices = case.slices[start : start + _BATCH]
+            items = [_item(dataset, s, variant, seed) for s in slices]
+            answers = iter(annotator.segment([i for i in items if i is not None]))
+            for one, item in zip(slices, items, strict=True):
+                empty = np.zeros(dataset.image(one).shape[:2], np.uint8)
+                labels.append(empty if item is None else _result(next(answers)).labels)
         yield case.name, labels
 
 
@@ -162,7 +186,8 @@ def _result(answer: _Answer | VessaError) -> _Answer:
     return answer
 
 
-def _item(dataset: Dataset, item: Slice, variant: Variant, seed: int) -> SegmentItem:
+def _item(dataset: Dataset, item: Slice, variant: Variant, seed: int) -> SegmentItem | None:
+    """What to ask of a slice; None for nothing, where its marks would be of nothing."""
     image = dataset.image(item)
     names = tuple(dataset.classes[c] for c in sorted(dataset.classes))
     asked = SegmentItem(
@@ -181,15 +206,16 @@ def _item(dataset: Dataset, item: Slice, variant: Variant, seed: int) -> Segment
     truth = np.stack([mask == c for c in sorted(dataset.classes)])
     if variant.prompts == "mask":
         return replace(asked, mask_logits=np.where(truth, _SURE, -_SURE).astype(np.float32))
-    boxes = np.full((len(truth), 4), -1, np.float32)
-    points = np.zeros((len(truth), 1, 2), np.float32)
-    present = truth.any((1, 2))
-    for row in np.flatnonzero(present):
-        boxes[row], points[row, 0] = box_and_point(truth[row])
+    # Who marks structures marks, and asks for, those that are there.
+    present = np.flatnonzero(truth.any((1, 2)))
+    if not len(present):
+        return None
+    marks = [box_and_point(truth[row]) for row in present]
+    asked = replace(asked, classes=tuple(names[row] for row in present))
     if variant.prompts == "box":
-        return replace(asked, boxes=boxes)
-    kinds = np.where(present, 1, -1).astype(np.int8)[:, None]
-    return replace(asked, points=points, point_labels=kinds)
+        return replace(asked, boxes=np.array([box for box, _ in marks], np.float32))
+    points = np.array([[point] for _, point in marks], np.float32)
+    return replace(asked, points=points, point_labels=np.ones((len(present), 1), np.int8))
 
 
 def _figures(rows: Sequence[tuple[str, Row]]) -> dict[str, Any]:

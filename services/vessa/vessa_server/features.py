@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from vessa_server.closer import Found
 from vessa_server.model.geometry import Square, Window
 from vessa_server.model.segmenter import ImageFeatures
 
@@ -30,8 +31,8 @@ class Seen:
     """A square of an image as the network saw it.
 
     image: uint8 (H, W[, 3]); pixels: (1, 3, S, S) in [0, 1]; vector: for the retrieval (D,);
-    found: by what a first look depends on, the box where it has found something; closer: by window, a
-    closer look at part of the image
+    found: what first looks have found, by what they depend on; closer: by window, closer looks at parts of
+    the image
     """
 
     image: np.ndarray
@@ -40,7 +41,7 @@ class Seen:
     features: ImageFeatures
     vector: np.ndarray
     attended: dict[Hashable, Attended] = field(default_factory=dict)
-    found: dict[Hashable, tuple[float, float, float, float] | None] = field(default_factory=dict)
+    found: dict[Hashable, Found] = field(default_factory=dict)
     closer: "OrderedDict[Window, Seen]" = field(default_factory=OrderedDict)
 
     def keep_closer(self, window: Window, seen: "Seen") -> None:

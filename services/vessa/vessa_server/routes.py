@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from vessa.errors import MalformedBody, TooLarge, UnsupportedMedia, VessaError
-from vessa.schemas import BankInfo, ServiceInfo, TemplateInfo
+from vessa.errors import InvalidRequest, MalformedBody, TooLarge, UnsupportedMedia, VessaError
+from vessa.schemas import AdaptationInfo, BankInfo, ServiceInfo, TemplateInfo
 from vessa_server import __version__
 from vessa_server.security import require_key
 from vessa_server.service import Loaded, Service
@@ -85,7 +85,7 @@ async def openapi(request: Request) -> dict[str, Any]:
 
 @api.get("/info")
 def info(loaded: LoadedDep) -> ServiceInfo:
-    """What runs here: version, weights, device, limits, banks, and which parts of the annotator are in use."""
+    """What runs here: version, weights, device, limits, banks, and the annotator's parts in use."""
     annotator = loaded.annotator
     stage1 = annotator.model.provenance.get("data")
     return ServiceInfo(
@@ -117,6 +117,35 @@ def bank_info(bank: str, loaded: LoadedDep) -> BankInfo:
 def delete_bank(bank: str, loaded: LoadedDep) -> None:
     """Delete a bank with all its templates."""
     loaded.banks.delete(bank)
+
+
+@api.post("/banks/{bank}/adapt", status_code=202)
+def adapt_bank(
+    bank: str,
+    loaded: LoadedDep,
+    seconds: Annotated[float, Query(gt=0, description="longest time to learn, s")] = 120.0,
+) -> AdaptationInfo:
+    """Let the mask decoder learn from the bank's templates, in the background; GET tells how it goes.
+
+    Each template is predicted from others. What does not help with held-out templates is dropped. While it
+    runs it shares the device with requests. A bank has one adaptation; a new one that helps replaces it.
+    """
+    longest = loaded.settings.adapt_s
+    if seconds > longest:
+        raise InvalidRequest(f"seconds is at most {longest:g} here, got {seconds:g}")
+    return loaded.adapting.start(bank, seconds)
+
+
+@api.get("/banks/{bank}/adapt")
+def adaptation_info(bank: str, loaded: LoadedDep) -> AdaptationInfo:
+    """How the bank's adaptation goes, or went."""
+    return loaded.adapting.info(bank)
+
+
+@api.delete("/banks/{bank}/adapt", status_code=204)
+def forget_adaptation(bank: str, loaded: LoadedDep) -> None:
+    """Serve the bank by the common weights again."""
+    loaded.adapting.forget(bank)
 
 
 @api.get("/templates")

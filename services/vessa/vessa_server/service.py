@@ -18,6 +18,7 @@ from vessa.errors import (
     VessaError,
 )
 from vessa.schemas import TemplateInfo
+from vessa_server.adapting import Adapting
 from vessa_server.bank import TemplateBanks, merge_classes
 from vessa_server.batching import DeviceQueue
 from vessa_server.settings import Settings
@@ -48,6 +49,7 @@ class Loaded:
             self._process, settings.queue_items, settings.max_batch, settings.batch_wait_s, metrics.batch
         )
         metrics.queue_depth.set_function(lambda: self.queue.depth)
+        self.adapting = Adapting(banks, annotator)
         self.reader = Reader(settings, banks, SeenSizes(), annotator.holds)
 
     def _process(self, items: list[Any]) -> list[Any]:
@@ -142,6 +144,8 @@ class Service:
     def stop(self) -> None:
         """Take no more work and finish what waits, for at most `drain_s` seconds."""
         self._stopping.set()
+        if self._loaded is not None:
+            self._loaded.adapting.stop()
         if self._loaded is not None and not self._loaded.queue.drain(self.settings.drain_s):
             log.warning("the device thread was still busy after %g s", self.settings.drain_s)
 

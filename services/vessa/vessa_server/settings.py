@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     body_timeout_s: Seconds = Field(30.0, description="for the whole body to arrive")
     hang_s: Seconds = Field(300.0, description="a device thread silent for longer fails /readyz")
     drain_s: Seconds = Field(30.0, description="for requests in work after SIGTERM")
+    adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be asked for")
     feature_cache_bytes: int = Field(512 * MEGABYTE, ge=0)
 
     def __init__(self, **given: Any) -> None:

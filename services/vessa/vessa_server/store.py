@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,16 +49,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """One state of a bank: version, whether it exists (deleted ones keep counting), id -> entry."""
+    """One state of a bank: version, whether it exists (deleted ones keep counting), id -> entry.
+
+    adaptation: sha256 hex of the blob with the bank's own weights, None without
+    """
 
     version: int = 0
     exists: bool = False
     entries: dict[str, Entry] = field(default_factory=dict)
+    adaptation: str | None = None
+
+    @property
+    def blobs(self) -> set[str]:
+        """Digests of all blobs that the bank needs."""
+        own = set() if self.adaptation is None else {self.adaptation}
+        return {entry.blob for entry in self.entries.values()} | own
 
     def to_json(self) -> bytes:
         """Return the index as JSON."""
         entries = {key: vars(entry) for key, entry in self.entries.items()}
-        return json.dumps({"version": self.version, "exists": self.exists, "entries": entries}).encode()
+        about = {"version": self.version, "exists": self.exists, "adaptation": self.adaptation}
+        return json.dumps(about | {"entries": entries}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Index":
@@ -69,7 +80,7 @@ class Index:
                 key: Entry(**{**value, "classes": {int(k): str(v) for k, v in value["classes"].items()}})
                 for key, value in raw["entries"].items()
             }
-            return cls(int(raw["version"]), bool(raw["exists"]), entries)
+            return cls(int(raw["version"]), bool(raw["exists"]), entries, raw.get("adaptation"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreUnavailable("the index of a template bank is damaged; restore the store") from error
 
@@ -109,14 +120,13 @@ def blob_digest(data: bytes) -> str:
 
 def _named(blobs: Mapping[str, bytes], index: Index) -> dict[str, bytes]:
     """Return the blobs that the index names: what an edit turned down must not stay behind."""
-    names = {entry.blob for entry in index.entries.values()}
-    return {digest: data for digest, data in blobs.items() if digest in names}
+    return {digest: data for digest, data in blobs.items() if digest in index.blobs}
 
 
 def _checked(bank: str, digest: str, data: bytes | None) -> bytes | None:
     if data is None or blob_digest(data) != digest:
         problem = "missing" if data is None else "damaged or half-written"
-        log.warning("bank %s: blob %s is %s; its template is ignored", bank, digest[:16], problem)
+        log.warning("bank %s: blob %s is %s; it is ignored", bank, digest[:16], problem)
         return None
     return data
 
@@ -179,7 +189,7 @@ class FolderStore:
             wanted = edit(old)
             if wanted is None:
                 return old
-            new = Index(old.version + 1, wanted.exists, wanted.entries)
+            new = replace(wanted, version=old.version + 1)
             with _disk("written"):
                 (self.folder / bank / "blobs").mkdir(parents=True, exist_ok=True)
                 for digest, data in _named(blobs, new).items():
@@ -193,7 +203,7 @@ class FolderStore:
 
     def _sweep(self, bank: str, index: Index) -> None:
         # Leftovers of deleted templates and of writers that were killed. Safe: every writer holds the lock.
-        kept = {self._blob_path(bank, entry.blob).name for entry in index.entries.values()}
+        kept = {self._blob_path(bank, digest).name for digest in index.blobs}
         for path in (self.folder / bank / "blobs").iterdir():
             if path.name not in kept:
                 path.unlink(missing_ok=True)
@@ -316,8 +326,8 @@ class RedisStore:
         wanted = edit(old)
         if wanted is None:
             return old
-        new = Index(old.version + 1, wanted.exists, wanted.entries)
-        dropped = {e.blob for e in old.entries.values()} - {e.blob for e in new.entries.values()}
+        new = replace(wanted, version=old.version + 1)
+        dropped = old.blobs - new.blobs
         pipe.multi()
         pipe.hset(head, mapping={"version": new.version, "index": new.to_json()})
         if fresh := _named(blobs, new):

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,14 @@ class Template:
     whole: View
     model: str
     close: View | None = None
+
+    @cached_property
+    def layout(self) -> dict[int, float]:
+        """Root of each class's share of the closest look at it."""
+        side = max(self.mask.shape)
+        if self.close is not None and self.close.window is not None:
+            side = self.close.window[2]
+        return {key: math.sqrt((self.mask == key).sum()) / side for key in self.classes}
 
     def to_blob(self) -> bytes:
         """Return the template as safetensors bytes."""

@@ -23,3 +23,20 @@ def ask(instruction: str, class_name: str) -> str:
 def answer(class_name: str) -> str:
     """Return the answer that is teacher-forced; the state at <SEG> becomes the prompt."""
     return f"The {class_name} is <SEG>"
+
+
+_SHORT = {
+    "lv": "left ventricle",
+    "rv": "right ventricle",
+    "la": "left atrium",
+    "ra": "right atrium",
+    "myo": "myocardium",
+    "ao": "aorta",
+    "ivc": "inferior vena cava",
+    "gb": "gallbladder",
+}
+
+
+def spell_out(class_name: str) -> str:
+    """Write abbreviations out, as Stage 1 knows the words: "RV cavity" is "right ventricle cavity"."""
+    return " ".join(_SHORT.get(word.lower(), word) for word in class_name.split())

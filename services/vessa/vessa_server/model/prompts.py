@@ -11,6 +11,7 @@ from vessa_server.model.geometry import Square, resize
 from vessa_server.model.segmenter import PromptBatch
 
 _OUTSIDE = -6.0  # mask logit of what lies outside the image
+BOX_MARGIN = 0.1  # of a box's longer side: a student's boxes are rough
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,17 @@ def _dense(prompts: MaskPrompts, square: Square, side: int) -> Tensor:
     logits = torch.from_numpy(prompts.mask_logits.astype(np.float32))[None, None]
     native = resize(logits, (square.height, square.width)) - _OUTSIDE
     return square.enter(native, side)[0] + _OUTSIDE
+
+
+def hold_to_box(logits: Tensor, box: np.ndarray, square: Square, outside: float) -> Tensor:
+    """Draw nothing outside of a box prompt: who draws a box says that the structure lies within.
+
+    logits: (1, 1, s, s) on the square; box: (4,) XYXY in native px; outside: logit of what it excludes
+    """
+    size = logits.shape[-1]
+    corners = square.points(torch.from_numpy(box.astype(np.float32)).view(2, 2), size)
+    margin = BOX_MARGIN * (corners[1] - corners[0]).max() + 0.5
+    (left, top), (right, bottom) = (corners[0] - margin).tolist(), (corners[1] + margin).tolist()
+    middle = torch.arange(size, device=logits.device) + 0.5
+    inside = ((middle > top) & (middle < bottom))[:, None] & ((middle > left) & (middle < right))
+    return torch.where(inside, logits, outside)

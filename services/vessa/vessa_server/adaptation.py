@@ -1,0 +1,51 @@
+"""What a bank has learned: a mask decoder for this bank alone (see `pretraining.adapt`).
+
+Kept beside the bank's templates in the store, so that every annotator on it serves the same.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from vessa.schemas import AdaptationFigures
+from vessa_server.store import blob_digest
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """Weights that replace the mask decoder's own for one bank.
+
+    tensors: by name within the decoder, float32; model: digest of the weights they were trained from, for
+    which alone they hold; figures: what they were worth on templates held out
+    """
+
+    tensors: dict[str, NDArray[np.float32]]
+    model: str
+    figures: AdaptationFigures = field(compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """Name of these weights: the sha256 of their bytes, hex."""
+        return blob_digest(self.to_blob())
+
+    def to_blob(self) -> bytes:
+        """Return safetensors bytes."""
+        about = {"model": self.model, "figures": self.figures.model_dump()}
+        tensors = {k: np.ascontiguousarray(v) for k, v in self.tensors.items()}
+        return save_tensors(tensors, {"adaptation": json.dumps(about)})
+
+    @classmethod
+    def from_blob(cls, data: bytes) -> "Adaptation":
+        """Read what `to_blob` wrote; ValueError when it is something else."""
+        try:
+            size = int.from_bytes(data[:8], "little")
+            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["adaptation"])
+            return cls(load_tensors(data), about["model"], AdaptationFigures(**about["figures"]))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError("the blob is no adaptation") from error

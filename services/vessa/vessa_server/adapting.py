@@ -1,0 +1,101 @@
+"""Adaptation of banks in the background of a running service; one at a time."""
+
+import logging
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vessa.errors import QueueFull, UnknownBank, VessaError
+from vessa.schemas import AdaptationInfo
+from vessa_server.bank import Bank, TemplateBanks
+
+if TYPE_CHECKING:
+    from vessa_server.annotator import Annotator
+
+log = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):
+    """The service shuts down."""
+
+
+class Adapting:
+    """Runs adaptations in a thread of their own and remembers how the last one of each bank went."""
+
+    def __init__(self, banks: TemplateBanks, annotator: "Annotator") -> None:
+        self._banks, self._annotator = banks, annotator
+        self._states: dict[str, AdaptationInfo] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, name: str, seconds: float) -> AdaptationInfo:
+        """Begin to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
+        bank = self._banks.get(name)
+        with self._lock:
+            if self._thread is not None and self._thread.is_alive():
+                raise QueueFull("another bank is being adapted to; try again later", retry_after=30.0)
+            self._states[name] = AdaptationInfo(bank=name, state="running")
+            self._thread = threading.Thread(
+                target=self._run, args=(bank, seconds), name="vessa-adapt", daemon=True
+            )
+            self._thread.start()
+            return self._states[name]
+
+    def info(self, name: str) -> AdaptationInfo:
+        """Return how it goes, or went; UnknownBank."""
+        bank = self._banks.get(name)
+        known = self._states.get(name)
+        if known is not None:
+            return known
+        if bank.adaptation is not None:  # made before this service started, or by another one
+            return AdaptationInfo(bank=name, state="done", progress=1.0, figures=bank.adaptation.figures)
+        return AdaptationInfo(bank=name, state="none")
+
+    def forget(self, name: str) -> None:
+        """Serve a bank by the common weights again; UnknownBank, QueueFull while it is being adapted to."""
+        if self.info(name).state == "running":
+            raise QueueFull("the bank is being adapted to; try again later", retry_after=30.0)
+        self._banks.adapt(name, None)
+        self._states.pop(name, None)
+
+    def stop(self) -> None:
+        """Give up what runs."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, bank: Bank, seconds: float) -> None:
+        from vessa_server.pretraining.adapt import adapt
+
+        def progress(share: float, step: int, dice: float) -> None:
+            if self._stopping.is_set():
+                raise _Stopped
+            self._states[bank.name] = AdaptationInfo(
+                bank=bank.name, state="running", progress=min(share, 1.0)
+            )
+
+        annotator = self._annotator
+        try:
+            found, figures = adapt(
+                annotator.model,
+                replace(bank, adaptation=None),
+                annotator.model_digest,
+                seconds=seconds,
+                lock=annotator.decoder_lock,
+                progress=progress,
+            )
+            if found is not None:
+                self._banks.adapt(bank.name, found)
+            log.info("bank %s: adaptation %s", bank.name, figures)
+            state = AdaptationInfo(bank=bank.name, state="done", progress=1.0, figures=figures)
+        except _Stopped:
+            return
+        except UnknownBank as error:
+            state = AdaptationInfo(bank=bank.name, state="failed", error=f"the bank was deleted: {error}")
+        except VessaError as error:
+            state = AdaptationInfo(bank=bank.name, state="failed", error=str(error))
+        except Exception:
+            log.exception("adaptation to bank %s failed", bank.name)
+            state = AdaptationInfo(bank=bank.name, state="failed", error="the service's log says why")
+        self._states[bank.name] = state

@@ -1,0 +1,197 @@
+"""Bank adaptation (beyond the paper): the mask decoder learns from one bank's own templates.
+
+Each template is predicted from others, augmented as in Stage 1. A third of the patients is held out,
+or of the slices where there are fewer than three patients. What does not raise the Dice of what was
+held out is thrown away: a lab never gets worse masks for having asked.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vessa.errors import InvalidRequest
+from vessa.schemas import AdaptationFigures
+from vessa_server.adaptation import Adaptation
+from vessa_server.bank import Bank
+from vessa_server.model.geometry import Square, to_tensor
+from vessa_server.model.segmenter import ImageFeatures, PromptBatch
+from vessa_server.model.vessa import Vessa, overlay
+from vessa_server.pretraining.losses import LossWeights, mask_loss, soft_dice
+from vessa_server.pretraining.step import TaskBatch, prepare
+from vessa_server.pretraining.tasks import Pair, Pool
+
+LEAST_TEMPLATES = 6
+LEAST_GAIN = 0.005  # of Dice on what is held out; less is noise
+HELD_PAIRS, BATCH, LR, WARMUP = 24, 4, 2e-4, 10
+CHECK_EVERY = 20  # steps
+POOL_SCALE = 1.5  # as in Stage 1: finer than what the network sees
+
+Progress = Callable[[float, int, float], None]
+
+
+def adapt(
+    model: Vessa,
+    bank: Bank,
+    digest: str,
+    *,
+    seconds: float,
+    lock: AbstractContextManager[object],
+    seed: int = 0,
+    progress: Progress = lambda share, step, dice: None,
+) -> tuple[Adaptation | None, AdaptationFigures]:
+    """Fine-tune a copy of the mask decoder for `bank`, for `seconds` at most; `model` stays as it is.
+
+    digest: of the model's weights; lock: held while the decoder is copied; progress(share done, step, best
+    held-out Dice) is called between steps and may raise to stop. Returns the adaptation, or None where it
+    did not help, and its figures. Raises InvalidRequest when the bank holds too few templates.
+    """
+    rng = np.random.default_rng(seed)
+    train, held = _pools(model, bank, rng)
+    started = time.monotonic()
+    with lock:
+        student = _Student(model)
+    pairs = _held_pairs(held, rng)
+    size, side = model.preset.segmenter.image_size, 4 * model.segmenter.side
+    exam = []
+    for first in range(0, len(pairs), BATCH):
+        some = pairs[first : first + BATCH]
+        exam.append(student.see(prepare(some, torch.arange(first, first + len(some)), size, side)))
+    before = best = student.score(exam)
+    kept: dict[str, Tensor] | None = None
+    weights = list(student.decoder.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.01)
+    step = 0
+    while (spent := time.monotonic() - started) < seconds:
+        share = spent / seconds
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(1.0, (step + 1) / WARMUP) * (1 - 0.9 * share)
+        train.bank = rng.permutation(len(train.group_names))[: max(1, len(train.group_names) // 2)]
+        drawn = [p for p in (train.draw(rng) for _ in range(4 * BATCH)) if p is not None][:BATCH]
+        if drawn:
+            seeds = torch.from_numpy(rng.integers(2**62, size=len(drawn)))
+            loss = student.loss(student.see(prepare(drawn, seeds, size, side)))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward(inputs=weights)  # the prompt encoder, which is shared, gets no gradient
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+        step += 1
+        if step % CHECK_EVERY == 0:
+            dice = student.score(exam)
+            if dice > best:
+                best = dice
+                kept = {k: v.detach().clone() for k, v in student.decoder.state_dict().items()}
+        progress(share, step, best)
+    figures = AdaptationFigures(
+        before=round(before, 4),
+        after=round(best, 4),
+        kept=kept is not None and best >= before + LEAST_GAIN,
+        steps=step,
+        seconds=round(time.monotonic() - started, 1),
+        bank_version=bank.version,
+    )
+    if kept is None or not figures.kept:
+        return None, figures
+    return Adaptation({k: v.float().cpu().numpy() for k, v in kept.items()}, digest, figures), figures
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A batch and all that the decoder is given of it; nothing here has a gradient."""
+
+    batch: TaskBatch
+    embedding: Tensor
+    h_seg: Tensor | None
+    features: ImageFeatures
+
+
+class _Student:
+    """The annotator with a decoder of its own; everything else is shared, in eval mode and never changed."""
+
+    def __init__(self, model: Vessa) -> None:
+        self.model = model
+        self.segmenter = copy.copy(model.segmenter)
+        self.segmenter._modules = dict(model.segmenter._modules)
+        sam = copy.copy(model.segmenter.sam)
+        sam._modules = dict(model.segmenter.sam._modules)
+        self.decoder = copy.deepcopy(model.segmenter.sam.sam_mask_decoder).requires_grad_()
+        sam.sam_mask_decoder = self.decoder
+        self.segmenter.sam = sam
+
+    @torch.no_grad()
+    def see(self, batch: TaskBatch) -> _Seen:
+        """Run all that stays as it is."""
+        batch, rows = batch.to(self.model.device), batch.rows
+        pairs = batch.targets.shape[0]
+        features = self.segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
+        memories = self.segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
+        h_seg = None
+        if self.model.language is not None:
+            seen = overlay(batch.templates[rows], batch.template_masks)
+            h_seg, _ = self.model.see(seen, batch.targets[rows], batch.class_names, batch.instructions)
+        own = features[pairs + rows]
+        return _Seen(batch, self.segmenter.attend(own, memories), h_seg, own)
+
+    def loss(self, seen: _Seen) -> Tensor:
+        """Eq. 3; a share of the masks is drawn with the prompts that a student would send."""
+        self.segmenter.training = True  # of this copy alone: logits keep their gradient where nothing is
+        logits, _, _ = self.segmenter.decode(seen.embedding, seen.features, seen.h_seg, seen.batch.prompts)
+        return mask_loss(logits.float(), seen.batch.truth, LossWeights(dice=1.0))
+
+    @torch.no_grad()
+    def score(self, exam: list[_Seen]) -> float:
+        """Mean Dice without prompts."""
+        self.segmenter.training = False
+        scores = []
+        for seen in exam:
+            logits, _, _ = self.segmenter.decode(seen.embedding, seen.features, seen.h_seg, PromptBatch())
+            scores.append(soft_dice((logits.float() > 0) * 40.0 - 20.0, seen.batch.truth, 1e-3))
+        return float(torch.cat(scores).mean())
+
+
+def _pools(model: Vessa, bank: Bank, rng: np.random.Generator) -> tuple[Pool, Pool]:
+    """Return what to learn from, and all of the bank with its held-out part as targets."""
+    templates = bank.templates
+    if len(templates) < LEAST_TEMPLATES:
+        raise InvalidRequest(
+            f"bank '{bank.name}' holds {len(templates)} templates; "
+            f"adaptation needs at least {LEAST_TEMPLATES}: add more annotated slices"
+        )
+    size = int(POOL_SCALE * model.preset.segmenter.image_size)
+    images, masks = [], []
+    for t in templates:
+        square = Square(*t.mask.shape)
+        image = square.enter(to_tensor(t.image), size).mean(1)
+        images.append((image[0] * 255).round().byte().numpy())
+        mask = torch.from_numpy(t.mask.astype(np.float32))[None, None]
+        masks.append(square.enter(mask, size, "nearest-exact")[0, 0].byte().numpy())
+    patients = sorted({t.group for t in templates})
+    keys = [t.group for t in templates] if len(patients) >= 3 else [f"{i:05d}" for i in range(len(templates))]
+    names = rng.permutation(sorted(set(keys))).tolist()
+    held = set(names[: max(1, len(names) // 3)])
+    rows = [i for i, key in enumerate(keys) if key not in held]
+    all_images, all_masks = np.stack(images), np.stack(masks)
+    train = Pool(bank.name, all_images[rows], all_masks[rows], [keys[i] for i in rows], bank.classes)
+    whole = Pool(bank.name, all_images, all_masks, keys, bank.classes)
+    whole.bank = np.flatnonzero([name not in held for name in whole.group_names])
+    if not train.classes or not whole.classes:
+        raise InvalidRequest(
+            f"no class of bank '{bank.name}' is shown, and not too small, by enough of its templates "
+            "to learn from some and be tested on others"
+        )
+    return train, whole
+
+
+def _held_pairs(pool: Pool, rng: np.random.Generator) -> list[Pair]:
+    drawn = (pool.draw(rng) for _ in range(20 * HELD_PAIRS))
+    pairs = [p for p in drawn if p is not None and all((p.target_mask == c).any() for c in p.classes)]
+    if not pairs:
+        raise InvalidRequest(
+            f"the held-out templates of bank '{pool.name}' show no class that the others show"
+        )
+    return pairs[:HELD_PAIRS]
