@@ -19,7 +19,7 @@ TORCH = {"torch", "torchvision", "timm", "sam2", "transformers"}
 WEB = {"fastapi", "starlette", "uvicorn"}
 # In the server: who speaks HTTP, and where torch begins.
 HTTP_MODULES = {"app", "routes", "security"}
-TORCH_PARTS = {"annotator", "features", "model", "pretraining"}
+TORCH_PARTS = {"annotator", "closer", "drawing", "features", "model", "pretraining"}
 
 
 def modules(package: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """`vessa-server evaluate`: the annotator alone, on phantoms, with untrained weights."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidDataset
-from vessa_server.annotator import load_annotator
+from vessa_server import evaluation
+from vessa_server.annotator import Annotator, load_annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.cli import app
 from vessa_server.drawing import STAGES
@@ -19,6 +21,8 @@ from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
 from vessa_server.items import SegmentItem
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_server.store import FolderStore
+
+UNADAPTED = [name for name in VARIANTS if name != "adapted"]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +41,12 @@ def test_every_variant_is_scored_for_each_bank_and_seed(
         ["heart003"],
         weights=str(nano_weights),
         device="cpu",
-        variants=list(VARIANTS),
+        variants=UNADAPTED,
         seeds=2,
         out=tmp_path,
         console=Console(quiet=True),
     )
-    assert list(figures["variants"]) == list(VARIANTS)
+    assert list(figures["variants"]) == UNADAPTED
     assert figures["dice_mean"] == figures["variants"]["top1"]["dice_mean"]
     assert 0 <= figures["dice_mean"] <= 1
     assert set(figures["dice_by_class"]) == set(hearts.classes.values())
@@ -51,8 +55,36 @@ def test_every_variant_is_scored_for_each_bank_and_seed(
     assert tuple(figures["ms_per_image"]) == STAGES
     assert all(v > 0 for v in figures["ms_per_image"].values())
     page = (tmp_path / "report.html").read_text()
-    assert all(v.name in page for v in VARIANTS.values())
+    assert all(VARIANTS[name].name in page for name in UNADAPTED)
     assert "<img" in page
+
+
+def test_a_bank_is_adapted_to_and_served_without_again(
+    hearts: Dataset, nano_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[bool] = []
+
+    def annotate(annotator: Annotator, *_: object) -> Iterator[tuple[str, list[np.ndarray]]]:
+        served.append(annotator.banks.get("evaluation").info().adapted)
+        (case,) = [c for c in hearts.cases() if c.group == "heart004"]
+        yield case.name, [np.zeros((64, 64), np.uint8) for _ in case.slices]
+
+    monkeypatch.setattr(evaluation, "_annotate", annotate)
+    monkeypatch.setattr("vessa_server.pretraining.adapt.LEAST_GAIN", -1.0)  # kept, whatever it is worth
+    monkeypatch.setattr("vessa_server.pretraining.adapt.CHECK_EVERY", 1)
+    evaluate(
+        hearts,
+        [["heart000", "heart001", "heart002"]],
+        ["heart004"],
+        weights=str(nano_weights),
+        device="cpu",
+        variants=["top1", "adapted", "top3"],
+        seeds=1,
+        out=tmp_path,
+        console=Console(quiet=True),
+        adapt_seconds=6,
+    )
+    assert served[0] is served[2] is False
 
 
 def test_leaving_out_a_part_changes_the_answer(hearts: Dataset, nano_weights: Path, tmp_path: Path) -> None:
