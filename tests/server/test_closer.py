@@ -148,7 +148,8 @@ def test_a_closer_look_is_kept_with_its_image(annotator, monkeypatch):
     first = annotator.segment([asked()])[0]
     spent = dict(annotator.clock.seconds)
     by_id = SegmentItem(asked().image_id, None, "bank")
-    again, prompted = annotator.segment([by_id, SegmentItem(by_id.image_id, None, "bank", boxes=BOX)])
+    point = {"points": np.array([[[36, 28]]], np.float32), "point_labels": np.array([[1]], np.int8)}
+    again, prompted = annotator.segment([by_id, SegmentItem(by_id.image_id, None, "bank", **point)])
     for stage in ("encode", "language", "attend"):
         assert annotator.clock.seconds[stage] == spent[stage], stage  # prompts inside the window only decode
     assert (first.labels != again.labels).mean() < 1e-2

@@ -247,8 +247,6 @@ def test_a_process_that_is_stopped_saves_and_prints_the_line_that_resumes_it(pha
         "100000",
         *sets("eval_every=100000"),
     ]
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background: it is inherited
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "vessa_trainer", *command],
         stderr=subprocess.PIPE,
