@@ -28,7 +28,7 @@ from vessa_server.pretraining.tasks import Pair, Pool
 
 LEAST_TEMPLATES = 6
 LEAST_GAIN = 0.005  # of Dice on what is held out; less is noise
-HELD_PAIRS, BATCH, LR, WARMUP = 24, 4, 2e-4, 10
+HELD_PAIRS, BATCH, LR, WARMUP = 24, 4, 3e-5, 10
 CHECK_EVERY = 20  # steps
 POOL_SCALE = 1.5  # as in Stage 1: finer than what the network sees
 
