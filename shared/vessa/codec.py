@@ -78,7 +78,7 @@ def decode(
         raise TooLarge(
             f"the body has {len(body)} bytes; at most {max_bytes} are taken: send fewer images at once"
         )
-    header, start = _header(body, max_header_bytes)
+    header, start = read_header(body, max_header_bytes)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise MalformedBody("the header's __metadata__ must map strings to strings")
@@ -100,7 +100,8 @@ def decode(
     return tensors, metadata
 
 
-def _header(body: bytes, max_header_bytes: int) -> tuple[dict[str, Any], int]:
+def read_header(body: bytes, max_header_bytes: int = 1 << 20) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors body and where its tensors begin; MalformedBody."""
     if len(body) < 8:
         raise MalformedBody(
             f"a safetensors body begins with 8 bytes of header length; {len(body)} bytes came"

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from vessa.annotation import box_of
 from vessa.codec import image_digest
 from vessa_server import annotator as annotator_module
 from vessa_server.annotator import Annotator
 from vessa_server.bank import TemplateBanks
-from vessa_server.closer import Found, box_of, find, prompted_box, union, window_around
+from vessa_server.closer import Found, find, prompted_box, union, window_around
 from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, Window

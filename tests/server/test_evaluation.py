@@ -12,13 +12,16 @@ from typer.testing import CliRunner
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidDataset
+from vessa.schemas import AdaptationFigures
 from vessa_server import evaluation
+from vessa_server.adaptation import Adaptation
 from vessa_server.annotator import Annotator, load_annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.cli import app
 from vessa_server.drawing import STAGES
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
 from vessa_server.items import SegmentItem
+from vessa_server.model import checkpoint
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_server.store import FolderStore
 
@@ -70,8 +73,15 @@ def test_a_bank_is_adapted_to_and_served_without_again(
         yield case.name, [np.zeros((64, 64), np.uint8) for _ in case.slices]
 
     monkeypatch.setattr(evaluation, "_annotate", annotate)
-    monkeypatch.setattr("vessa_server.pretraining.adapt.LEAST_GAIN", -1.0)  # kept, whatever it is worth
-    monkeypatch.setattr("vessa_server.pretraining.adapt.CHECK_EVERY", 1)
+    figures = AdaptationFigures(before=0.5, after=0.6, kept=True, steps=1, seconds=2.0, bank_version=1)
+    learned = Adaptation({"a": np.zeros(1, np.float32)}, checkpoint.digest(nano_weights), figures)
+    asked: list[float] = []
+
+    def adapt(*_: object, seconds: float, **__: object) -> tuple[Adaptation, AdaptationFigures]:
+        asked.append(seconds)
+        return learned, figures
+
+    monkeypatch.setattr(evaluation, "adapt", adapt)
     evaluate(
         hearts,
         [["heart000", "heart001", "heart002"]],
@@ -84,7 +94,8 @@ def test_a_bank_is_adapted_to_and_served_without_again(
         console=Console(quiet=True),
         adapt_seconds=6,
     )
-    assert served[0] is served[2] is False
+    assert served == [False, True, False]
+    assert asked == [6]
 
 
 def test_leaving_out_a_part_changes_the_answer(hearts: Dataset, nano_weights: Path, tmp_path: Path) -> None:

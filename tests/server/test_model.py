@@ -10,6 +10,7 @@ from PIL import Image
 from vessa.errors import InvalidWeights
 from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, resize, to_tensor
+from vessa_server.model.instructions import answer, ask, spell_out
 from vessa_server.model.presets import PRESETS, Preset
 from vessa_server.model.prompts import hold_to_box
 from vessa_server.model.segmenter import PromptBatch
@@ -187,3 +188,11 @@ def test_nothing_is_drawn_outside_of_a_box():
     assert (rows.min(), rows.max()) == (9, 13)  # a tenth of 20 px around it, and half a position
     assert (columns.min(), columns.max()) == (4, 15)
     assert (held[0, 0, 0] == -20).all()
+
+
+def test_abbreviations_are_read_as_the_words_they_stand_for():
+    assert spell_out("RV cavity") == "right ventricle cavity"
+    assert spell_out("LV myocardium") == "left ventricle myocardium"
+    assert spell_out("clavicle") == "clavicle"
+    assert ask("Find it.", "LV cavity") == ask("Find it.", "left ventricle cavity")
+    assert answer("LV cavity") == "The left ventricle cavity is <SEG>"

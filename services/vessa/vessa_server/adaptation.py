@@ -4,7 +4,7 @@ Kept beside the bank's templates in the store, so that every annotator on it ser
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from vessa.codec import read_header
+from vessa.errors import MalformedBody
 from vessa.schemas import AdaptationFigures
 from vessa_server.store import blob_digest
 
@@ -27,7 +29,7 @@ class Adaptation:
 
     tensors: dict[str, NDArray[np.float32]]
     model: str
-    figures: AdaptationFigures = field(compare=False)
+    figures: AdaptationFigures
 
     @cached_property
     def digest(self) -> str:
@@ -44,8 +46,8 @@ class Adaptation:
     def from_blob(cls, data: bytes) -> "Adaptation":
         """Read what `to_blob` wrote; ValueError when it is something else."""
         try:
-            size = int.from_bytes(data[:8], "little")
-            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["adaptation"])
+            header, _ = read_header(data)
+            about = json.loads(header["__metadata__"]["adaptation"])
             return cls(load_tensors(data), about["model"], AdaptationFigures(**about["figures"]))
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (MalformedBody, SafetensorError, KeyError, TypeError) as error:
             raise ValueError("the blob is no adaptation") from error

@@ -20,7 +20,10 @@ class _Stopped(Exception):
 
 
 class Adapting:
-    """Runs adaptations in a thread of their own and remembers how the last one of each bank went."""
+    """Runs adaptations in a thread of their own.
+
+    One that is kept speaks for itself, from its bank; how the others went is remembered here.
+    """
 
     def __init__(self, banks: TemplateBanks, annotator: "Annotator") -> None:
         self._banks, self._annotator = banks, annotator
@@ -48,7 +51,7 @@ class Adapting:
         known = self._states.get(name)
         if known is not None:
             return known
-        if bank.adaptation is not None:  # made before this service started, or by another one
+        if bank.adaptation is not None:
             return AdaptationInfo(bank=name, state="done", progress=1.0, figures=bank.adaptation.figures)
         return AdaptationInfo(bank=name, state="none")
 
@@ -59,11 +62,11 @@ class Adapting:
         self._banks.adapt(name, None)
         self._states.pop(name, None)
 
-    def stop(self) -> None:
-        """Give up what runs."""
+    def stop(self, seconds: float) -> None:
+        """Give up what runs, and wait for the end of its step for at most `seconds`."""
         self._stopping.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def _run(self, bank: Bank, seconds: float) -> None:
         from vessa_server.pretraining.adapt import adapt
@@ -85,9 +88,11 @@ class Adapting:
                 lock=annotator.decoder_lock,
                 progress=progress,
             )
+            log.info("bank %s: adaptation %s", bank.name, figures)
             if found is not None:
                 self._banks.adapt(bank.name, found)
-            log.info("bank %s: adaptation %s", bank.name, figures)
+                del self._states[bank.name]
+                return
             state = AdaptationInfo(bank=bank.name, state="done", progress=1.0, figures=figures)
         except _Stopped:
             return

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vessa.annotation import box_of
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
 from vessa.schemas import TemplateUse
 from vessa_server.bank import Bank, TemplateBanks, sample_template
-from vessa_server.closer import NOTHING, box_of, find, prompted_box, union, window_around
+from vessa_server.closer import NOTHING, find, prompted_box, union, window_around
 from vessa_server.drawing import UNSEEN, Drawing, Pass, StageClock, mask_square
 from vessa_server.features import FeatureCache, Seen
 from vessa_server.items import SegmentItem, SegmentResult, TemplateItem

@@ -15,6 +15,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from vessa.annotation import box_of
 from vessa_server.items import SegmentItem
 from vessa_server.model.geometry import Square, Window
 
@@ -45,14 +46,6 @@ def union(boxes: Iterable[Box | None]) -> Box | None:
         return None
     low, high = there[:, :2].min(0), there[:, 2:].max(0)
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
-
-
-def box_of(mask: np.ndarray) -> Box | None:
-    """Return the box around a mask, bool (H, W)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return None
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 @dataclass(frozen=True)

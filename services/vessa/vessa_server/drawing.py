@@ -16,7 +16,7 @@ from vessa_server.adaptation import Adaptation
 from vessa_server.features import Attended, Seen
 from vessa_server.items import SegmentItem
 from vessa_server.model.geometry import Square, Window, to_tensor
-from vessa_server.model.instructions import DEFAULT_INSTRUCTION, spell_out
+from vessa_server.model.instructions import DEFAULT_INSTRUCTION
 from vessa_server.model.prompts import MaskPrompts, hold_to_box, prompt_batch
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
@@ -155,7 +155,7 @@ class Drawing:
             return None
         overlays = torch.cat([self._overlay(p.chosen[0][0], p.views[0], p.class_id) for p in passes])
         targets = torch.cat([p.seen.pixels for p in passes])
-        names = [spell_out(p.class_name) for p in passes]
+        names = [p.class_name for p in passes]
         return self.model.see(overlays, targets, names, [DEFAULT_INSTRUCTION] * len(passes))[0]
 
     def _overlay(self, template: Template, view: View, class_id: int) -> Tensor:

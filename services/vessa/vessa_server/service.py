@@ -145,7 +145,7 @@ class Service:
         """Take no more work and finish what waits, for at most `drain_s` seconds."""
         self._stopping.set()
         if self._loaded is not None:
-            self._loaded.adapting.stop()
+            self._loaded.adapting.stop(self.settings.drain_s)
         if self._loaded is not None and not self._loaded.queue.drain(self.settings.drain_s):
             log.warning("the device thread was still busy after %g s", self.settings.drain_s)
 

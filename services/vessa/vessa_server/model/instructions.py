@@ -17,12 +17,12 @@ DEFAULT_INSTRUCTION = INSTRUCTIONS[0]
 
 def ask(instruction: str, class_name: str) -> str:
     """Return the text between the template and the target image."""
-    return f"{instruction} Structure: {class_name}. Target:"
+    return f"{instruction} Structure: {spell_out(class_name)}. Target:"
 
 
 def answer(class_name: str) -> str:
     """Return the answer that is teacher-forced; the state at <SEG> becomes the prompt."""
-    return f"The {class_name} is <SEG>"
+    return f"The {spell_out(class_name)} is <SEG>"
 
 
 _SHORT = {

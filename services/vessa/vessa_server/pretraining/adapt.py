@@ -19,18 +19,16 @@ from vessa.errors import InvalidRequest
 from vessa.schemas import AdaptationFigures
 from vessa_server.adaptation import Adaptation
 from vessa_server.bank import Bank
-from vessa_server.model.geometry import Square, to_tensor
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
-from vessa_server.model.vessa import Vessa, overlay
+from vessa_server.model.vessa import Vessa
 from vessa_server.pretraining.losses import LossWeights, mask_loss, soft_dice
-from vessa_server.pretraining.step import TaskBatch, prepare
-from vessa_server.pretraining.tasks import Pair, Pool
+from vessa_server.pretraining.step import TaskBatch, prepare, served
+from vessa_server.pretraining.tasks import Pair, Pool, pool_size, squares_of
 
 LEAST_TEMPLATES = 6
 LEAST_GAIN = 0.005  # of Dice on what is held out; less is noise
 HELD_PAIRS, BATCH, LR, WARMUP = 24, 4, 3e-5, 10
 CHECK_EVERY = 20  # steps
-POOL_SCALE = 1.5  # as in Stage 1: finer than what the network sees
 
 Progress = Callable[[float, int, float], None]
 
@@ -126,16 +124,9 @@ class _Student:
     @torch.no_grad()
     def see(self, batch: TaskBatch) -> _Seen:
         """Run all that stays as it is."""
-        batch, rows = batch.to(self.model.device), batch.rows
-        pairs = batch.targets.shape[0]
-        features = self.segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
-        memories = self.segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
-        h_seg = None
-        if self.model.language is not None:
-            seen = overlay(batch.templates[rows], batch.template_masks)
-            h_seg, _ = self.model.see(seen, batch.targets[rows], batch.class_names, batch.instructions)
-        own = features[pairs + rows]
-        return _Seen(batch, self.segmenter.attend(own, memories), h_seg, own)
+        batch = batch.to(self.model.device)
+        features, memories, h_seg = served(self.model, batch)
+        return _Seen(batch, self.segmenter.attend(features, memories), h_seg, features)
 
     def loss(self, seen: _Seen) -> Tensor:
         """Eq. 3; a share of the masks is drawn with the prompts that a student would send."""
@@ -162,14 +153,8 @@ def _pools(model: Vessa, bank: Bank, rng: np.random.Generator) -> tuple[Pool, Po
             f"bank '{bank.name}' holds {len(templates)} templates; "
             f"adaptation needs at least {LEAST_TEMPLATES}: add more annotated slices"
         )
-    size = int(POOL_SCALE * model.preset.segmenter.image_size)
-    images, masks = [], []
-    for t in templates:
-        square = Square(*t.mask.shape)
-        image = square.enter(to_tensor(t.image), size).mean(1)
-        images.append((image[0] * 255).round().byte().numpy())
-        mask = torch.from_numpy(t.mask.astype(np.float32))[None, None]
-        masks.append(square.enter(mask, size, "nearest-exact")[0, 0].byte().numpy())
+    size = pool_size(model.preset.segmenter.image_size)
+    images, masks = zip(*(squares_of(t.image, t.mask, size) for t in templates), strict=True)
     patients = sorted({t.group for t in templates})
     keys = [t.group for t in templates] if len(patients) >= 3 else [f"{i:05d}" for i in range(len(templates))]
     names = rng.permutation(sorted(set(keys))).tolist()

@@ -15,6 +15,15 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return torch.rand(count, generator=generator) * (high - low) + low
 
 
+def _corners(inside: Tensor) -> Tensor:
+    """Corners (B, 2, 2), (x, y) px, of the boxes around (B, S, S) bool; those of the image where empty."""
+    ends = []
+    for reduce in (1, 2):  # columns, then rows
+        line = inside.any(reduce).float()
+        ends.append(torch.stack([line.argmax(1).float(), line.shape[1] - line.flip(1).argmax(1).float()], 1))
+    return torch.stack(ends, 2)
+
+
 def windows_around(inside: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
     """Draw square windows around structures, as rough as those of a first look.
 
@@ -24,14 +33,11 @@ def windows_around(inside: Tensor, factor: Tensor, generator: torch.Generator) -
     """
     count, size = inside.shape[0], inside.shape[-1]
     windows = torch.tensor([0.0, 0.0, 1.0]).repeat(count, 1)
-    ends = []
-    for reduce in (1, 2):  # columns, then rows
-        line = inside[:, 0].any(reduce).float()
-        ends.append((line.argmax(1).float(), size - line.flip(1).argmax(1).float()))
+    low, high = _corners(inside[:, 0]).unbind(1)
     jitter = torch.rand(count, 3, generator=generator) - 0.5
-    extent = torch.maximum(ends[0][1] - ends[0][0], ends[1][1] - ends[1][0]) / size
+    extent = (high - low).amax(1) / size
     half = (extent * factor * (1 + 0.3 * jitter[:, 2])).clamp(0.15, 1.0)
-    middle = torch.stack([(low + high) / size - 1 for low, high in ends], 1)
+    middle = (low + high) / size - 1
     found = torch.cat([middle + 0.3 * extent[:, None] * jitter[:, :2], half[:, None]], 1)
     return torch.where(inside.flatten(1).any(1)[:, None], found, windows)
 
@@ -142,11 +148,7 @@ def rough_boxes(masks: Tensor, generator: torch.Generator, jitter: float = 0.05)
     """
     inside = masks[:, 0] > 0.5
     size = masks.shape[-1]
-    corners = torch.zeros(masks.shape[0], 2, 2)
-    for axis, reduce in ((0, 1), (1, 2)):
-        line = inside.any(reduce).float()
-        corners[:, 0, axis] = line.argmax(1)
-        corners[:, 1, axis] = size - line.flip(1).argmax(1).float()
+    corners = _corners(inside)
     corners = corners + torch.randn(corners.shape, generator=generator) * jitter * size * 0.3
     labels = torch.tensor([[2, 3]]).expand(masks.shape[0], -1).clone()
     labels[~inside.flatten(1).any(1)] = -1

@@ -23,13 +23,12 @@ from vessa_server.pretraining.tasks import (
     composite_pools,
     pool_of_dataset,
     pool_of_study,
+    pool_size,
     synthetic_pools,
 )
 
 VALIDATION_SHARE = 0.1
 MIN_GROUPS = 4  # two for validation; one whose slices are templates and one whose slices are targets
-POOL_SCALE = 1.5  # pools are finer than what the network sees, so that a second look finds more
-POOL_LIMIT = 512  # px; few medical slices are finer, and all of them are held in memory
 
 
 def pretrain(
@@ -55,7 +54,7 @@ def pretrain(
     processes = Processes(torch.device(device))
     torch.manual_seed(config.seed)
     model, origin = starting_model(preset, start, config)
-    size = min(POOL_LIMIT, int(POOL_SCALE * model.preset.segmenter.image_size))
+    size = pool_size(model.preset.segmenter.image_size)
     datasets = [open_dataset(folder) for folder in folders]
     for dataset in datasets:
         require_sound(dataset, min_groups=MIN_GROUPS)

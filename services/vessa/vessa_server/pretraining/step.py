@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vessa_server.model.geometry import resize
-from vessa_server.model.instructions import INSTRUCTIONS
-from vessa_server.model.segmenter import PromptBatch
+from vessa_server.model.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
+from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.pretraining.augment import (
     invert_together,
@@ -259,16 +259,22 @@ def training_loss(
     return loss, {k: v.detach() for k, v in figures.items()}
 
 
-def validation_scores(model: Vessa, _: nn.Module, batch: TaskBatch) -> Tensor:
-    """Dice of each mask (N,), drawn without prompts."""
+def served(model: Vessa, batch: TaskBatch) -> tuple[ImageFeatures, Tensor, Tensor | None]:
+    """Encode N masks' targets and templates as the service does: features, memories, states at <SEG>."""
     features = model.segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
     pairs, rows = batch.targets.shape[0], batch.rows
     memories = model.segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
     h_seg = None
     if model.language is not None:
         seen = overlay(batch.templates[rows], batch.template_masks)
-        instructions = [INSTRUCTIONS[0]] * len(rows)
+        instructions = [DEFAULT_INSTRUCTION] * len(rows)
         h_seg, _text_loss = model.see(seen, batch.targets[rows], batch.class_names, instructions)
-    logits, _iou, _presence = model.draw(features[pairs + rows], memories, h_seg)
+    return features[pairs + rows], memories, h_seg
+
+
+def validation_scores(model: Vessa, _: nn.Module, batch: TaskBatch) -> Tensor:
+    """Dice of each mask (N,), drawn without prompts."""
+    features, memories, h_seg = served(model, batch)
+    logits, _iou, _presence = model.draw(features, memories, h_seg)
     logits = resize(logits, (batch.target_masks.shape[-2], batch.target_masks.shape[-1]))
     return soft_dice((logits > 0).float() * 40 - 20, batch.target_masks, 1e-3)

@@ -30,6 +30,8 @@ from vessa_server.pretraining.synthetic import (
 
 MIN_AREA = 0.0015  # of the square; a structure of fewer pixels teaches nothing at the network's size
 BANK_SHARE = 0.05
+POOL_SCALE = 1.5  # pools are finer than what the network sees, so that a second look finds more
+POOL_LIMIT = 512  # px; few medical slices are finer, and all of them are held in memory
 CLASSES_A_PAIR = 2  # the image encoder costs most: what it says is used twice
 TAU = 0.1
 SHAPES = "shapes"  # name of the pools of random shapes, whose slices all show one layout
@@ -132,6 +134,20 @@ def pool_of_study(study: Study, name: str) -> Pool:
     return Pool(name, np.stack(study.images), np.stack(study.masks), study.groups, study.classes)
 
 
+def pool_size(image_size: int) -> int:
+    """Side of a pool's squares in px, for a network that sees `image_size` px."""
+    return min(POOL_LIMIT, int(POOL_SCALE * image_size))
+
+
+def squares_of(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make an image, uint8 (H, W[, 3]), gray, and it and its mask, uint8 (H, W), squares of `size` px."""
+    square = Square(*mask.shape)
+    gray = (square.enter(to_tensor(image), size).mean(1)[0] * 255).round()
+    label: Tensor = torch.from_numpy(mask.astype(np.float32))[None, None]
+    label = square.enter(label, size, "nearest-exact")[0, 0]
+    return gray.byte().numpy(), label.byte().numpy()
+
+
 def pool_of_dataset(dataset: Dataset, groups: Sequence[str], size: int) -> Pool:
     """Make a pool of some groups of a data set; color becomes gray, images become squares of `size` px."""
     wanted = set(groups)
@@ -142,11 +158,9 @@ def pool_of_dataset(dataset: Dataset, groups: Sequence[str], size: int) -> Pool:
         mask = dataset.mask(item)
         if mask is None:
             continue
-        square = Square(*mask.shape)
-        image = square.enter(to_tensor(dataset.image(item)), size).mean(1)
-        images.append((image[0] * 255).round().byte().numpy())
-        label: Tensor = torch.from_numpy(mask.astype(np.float32))[None, None]
-        masks.append(square.enter(label, size, "nearest-exact")[0, 0].byte().numpy())
+        image, label = squares_of(dataset.image(item), mask, size)
+        images.append(image)
+        masks.append(label)
         names.append(item.group)
     return Pool(dataset.name, np.stack(images), np.stack(masks), names, dict(dataset.classes))
 
