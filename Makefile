@@ -6,12 +6,24 @@
 #   format  let ruff rewrite what it can
 #   lock    resolve requirements.in anew into requirements.lock
 #   bench-trainer      our step beside UniMatch V2's, waiting for labels, what cached labels cost; ends in JSON too
+#   bench-scale        two replicas behind nginx over one, what a kill -9 under load loses; ends in JSON
+#   test-vllm   our language model in the real vLLM, on the CPU, beside the one in process; ends in JSON
+#   test-ray    replicas under Ray Serve: brings Ray into .venv, changes nothing that is locked
+#   test-compose       the compose stack: its job, offline, with each container killed; needs docker and root
+#   bench-service      HTTP beside the bare model, batches, LitServe, overload; the last line is one JSON object
+#   bench-suggest      suggested patients against random ones: ARGS="--data FOLDER"; minutes, taken up where it stopped
+#   proving     the proving ground with many more inputs than CI's: PROVING_EFFORT=20; docs/reliability.md
+#   soak        20 minutes of mixed load, slope of the service's memory: ARGS="--minutes N"; ends in JSON
 #   bench-annotator    time per image, new and seen before; the last line is one JSON object
 # PYTHON=/path/to/python3 chooses the interpreter of a new .venv, PYTEST_ARGS goes to pytest,
 # ARGS to the demo and the benchmarks.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup redis demo test test-all check format lock bench-annotator bench-trainer
+# What the proving ground is made of; all of it is in `test` too, with fewer inputs.
+PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
+           tests/e2e/test_sick.py tests/server/test_decoders.py tests/server/test_bad_input.py \
+           tests/server/test_security.py tests/server/test_keys.py tests/server/test_bank_access.py
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-compose test-vllm test-ray nginx
 
 BIN := .venv/bin
 # The stamp is named by what setup installs, so that a change of the lock is noticed and a fresh checkout's
@@ -37,16 +49,31 @@ $(STAMP):
 redis:
 	@command -v redis-server >/dev/null || sh scripts/apt-install.sh redis-server
 
+nginx:
+	@command -v nginx >/dev/null || PATH="$$PATH:/usr/sbin" command -v nginx >/dev/null || sh scripts/apt-install.sh nginx-light
+
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(ARGS)
 
-test: setup redis
+test: setup redis nginx
 	@ls $(FULLY_COVERED) >/dev/null  # a renamed file would leave the report, and the gate, unseen
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not vllm" --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report --include='$(subst $(space),$(comma),$(strip $(FULLY_COVERED)))' --fail-under=100
 
-test-all: setup redis
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+test-all: setup redis nginx
+	$(BIN)/python -m pytest -m "not vllm" --cov --cov-report=term $(PYTEST_ARGS)
+
+# VLLM_ENV=FOLDER is where vLLM's own environment is or will be made; 2.5 GB, its pins are not ours.
+VLLM_ENV ?= .venv-vllm
+test-vllm: setup
+	@if scripts/vllm/env.sh "$(VLLM_ENV)"; then \
+	    VLLM_ENV="$(abspath $(VLLM_ENV))" $(BIN)/python -m pytest -q -m vllm tests/vllm $(PYTEST_ARGS); \
+	else echo "skipped: the environment of vLLM cannot be made on this machine"; fi
+
+test-ray: setup redis
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --no-build-isolation \
+	    --editable './services/vessa[ray]'
+	$(BIN)/python -m pytest -q tests/server/test_replicas.py $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -71,5 +98,23 @@ lock: $(BIN)/uv
 bench-annotator: setup redis
 	@$(BIN)/python benchmarks/annotator.py $(ARGS)
 
+bench-service: setup
+	@$(BIN)/python benchmarks/service.py $(ARGS)
+
 bench-trainer: setup redis
 	@$(BIN)/python benchmarks/trainer.py $(ARGS)
+
+bench-scale: setup redis nginx
+	@$(BIN)/python benchmarks/scale.py $(ARGS)
+
+test-compose: setup
+	@$(BIN)/python tests/compose/run.py $(ARGS)
+
+proving: setup redis
+	PROVING_EFFORT=$(or $(PROVING_EFFORT),20) $(BIN)/python -m pytest $(PROVING) $(PYTEST_ARGS)
+
+soak: setup
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
+
+bench-suggest: setup
+	@$(BIN)/python benchmarks/suggest.py $(ARGS)

@@ -14,12 +14,10 @@ The last line is one JSON object.
 
 import argparse
 import json
-import os
 import secrets
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
+from serving import annotator, free_port, running
 from upstream_step import Sample, UpstreamStep
 
 from vessa.client import AnnotatorClient
@@ -57,50 +55,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
-def running(command: list[str], log: Path, ready: Callable[[], bool], **settings: str) -> Iterator[None]:
-    """Run a service of the benchmark's own until the block ends."""
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=file)
-    try:
-        deadline = time.monotonic() + 240
-        while not ready():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{command[0]} did not start:\n{log.read_text()[-2000:]}")
-            time.sleep(0.2)
-        yield
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@contextmanager
-def annotator(folder: Path, weights: str, threads: int) -> Iterator[AnnotatorClient]:
-    """A real annotator in a process of its own, and a client of it."""
-    port, key = free_port(), secrets.token_urlsafe(24)
-    url = f"http://127.0.0.1:{port}"
-
-    def ready() -> bool:
-        try:
-            return httpx.get(f"{url}/readyz", timeout=2).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    settings = {"VESSA_API_KEY": key, "VESSA_WEIGHTS": weights, "VESSA_STORE": f"folder:{folder / 'banks'}"}
-    settings |= {"VESSA_PORT": str(port), "VESSA_DEVICE": "cpu", "VESSA_THREADS": str(threads)}
-    command = [sys.executable, "-m", "vessa_server", "serve"]
-    log = folder / "annotator.log"
-    with (
-        running(command, log, ready, XDG_CONFIG_HOME=str(folder), **settings),
-        AnnotatorClient(url, key) as client,
-    ):
+def annotating(folder: Path, weights: str, threads: int) -> Iterator[AnnotatorClient]:
+    """A client of a real annotator in a process of its own."""
+    settings = {"VESSA_WEIGHTS": weights, "VESSA_THREADS": str(threads)}
+    with annotator(folder, **settings) as (url, key), AnnotatorClient(url, key) as client:
         yield client
 
 
@@ -219,7 +178,7 @@ def assisted(
         f"feedback.start={(first_pass + options.assisted_steps // 4) / total:.4f}",
         f"feedback.every={max(1, options.assisted_steps // 4)}",
     )
-    with annotator(folder, options.weights, options.threads) as client:
+    with annotating(folder, options.weights, options.threads) as client:
         bank = seed_labeled(client, dataset, config)
         feed = AnnotationFeed(client, dataset, bank, FolderCache(folder / "labels"), config.annotator)
         try:

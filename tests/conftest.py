@@ -14,11 +14,14 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import proving
 import pytest
+
+SERVE = ("-m", "vessa_server", "serve")
 
 
 def pytest_configure() -> None:
@@ -131,8 +134,9 @@ def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
     """
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(folder: Path, **settings: str) -> Service:
-        port, key = free_port(), "a-key-for-tests-0123456789"
+    def start(folder: Path, program: Sequence[str] = SERVE, **settings: str) -> Service:
+        port = int(settings.get("VESSA_PORT", free_port()))
+        key = "a-key-for-tests-0123456789"
         settings = {
             "VESSA_API_KEY": key,
             "VESSA_WEIGHTS": str(nano_weights),
@@ -142,7 +146,7 @@ def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
             "VESSA_THREADS": "1",  # more would only wait for each other on a small machine
             "XDG_CONFIG_HOME": str(folder),
         } | settings
-        command = [sys.executable, "-m", "vessa_server", "serve"]
+        command = [sys.executable, *program]
         with (folder / "log").open("a") as log:
             process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
         started.append(process)
@@ -190,3 +194,10 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seco
         time.sleep(0.2)
     process.kill()
     pytest.fail(f"the annotator did not become ready:\n{log.read_text()[-3000:]}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many inputs the proving ground has tried, for docs/reliability.md."""
+    if proving.tried:
+        counts = ", ".join(f"{what} {count}" for what, count in sorted(proving.tried.items()))
+        terminalreporter.write_line(f"inputs tried: {proving.tried.total()} ({counts})")

@@ -136,7 +136,10 @@ def test_gpu_override_adds_devices_and_nothing_else_to_the_trainer_command() -> 
 def test_dockerfiles_share_their_lower_layers_and_run_as_nobody_special() -> None:
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("Dockerfile.vessa", "Dockerfile.trainer")]
     lower = [text.split("ARG PYTHON_IMAGE", 1)[1].split("FROM dependencies AS wheels")[0] for text in texts]
+    images = [text.split("\nFROM ${PYTHON_IMAGE}\n", 1)[1].split("RUN useradd")[0] for text in texts]
     assert lower[0] == lower[1]
+    assert images[0] == images[1]
+    assert "COPY --from=dependencies" in images[0]
     for text in texts:
         assert "# syntax" not in text
         assert text.index("\nUSER vessa\n") < text.index("\nHEALTHCHECK ") < text.index("\nENTRYPOINT ")

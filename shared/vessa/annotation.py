@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from vessa.errors import VessaError
-from vessa.schemas import TemplateUse
+from vessa.schemas import Provenance, TemplateUse
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, Any]
@@ -59,7 +59,8 @@ class Annotation:
     labels: uint8 (H, W) with the bank's class ids; confidence: uint8 (H, W), 255 is certain;
     probabilities: float16 (K + 1, H, W), background first, when asked for; classes: id to name in
     the order of the request; scores: predicted IoU of each class; error: set when this item failed,
-    its arrays are None then
+    its arrays are None then; annotation_id: to ask for it again, then with `provenance` but without
+    confidence; adaptation: digest of the bank's own weights, None where the common ones served
     """
 
     image_id: str
@@ -73,6 +74,9 @@ class Annotation:
     bank_version: int = 0
     labels_version: str = ""
     error: VessaError | None = None
+    annotation_id: str = ""
+    adaptation: str | None = None
+    provenance: Provenance | None = None
 
 
 class SegmentOptions(TypedDict, total=False):

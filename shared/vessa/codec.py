@@ -60,6 +60,13 @@ def image_digest(image: np.ndarray[Any, Any]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def array_digest(array: np.ndarray[Any, Any]) -> str:
+    """Return `sha256:<hex>` of an array's type, shape and values: how provenance names mask logits."""
+    digest = hashlib.sha256(f"{array.dtype.name},{','.join(map(str, array.shape))}\n".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return f"sha256:{digest.hexdigest()}"
+
+
 def encode(tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str]) -> bytes:
     """Encode arrays and string metadata as one safetensors body."""
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}

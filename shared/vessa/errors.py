@@ -73,6 +73,18 @@ class UnknownImage(VessaError):
     code, status = "unknown_image", 404
 
 
+class UnknownJob(VessaError):
+    """No job of this id, or it is another key's."""
+
+    code, status = "unknown_job", 404
+
+
+class UnknownAnnotation(VessaError):
+    """The service keeps no annotation of this id, or no longer, or it is another key's."""
+
+    code, status = "unknown_annotation", 404
+
+
 class MethodNotAllowed(VessaError):
     """The route exists, the method does not."""
 
@@ -89,6 +101,12 @@ class ClassConflict(VessaError):
     """A class id already has another name in the bank."""
 
     code, status = "class_conflict", 409
+
+
+class JobUnfinished(VessaError):
+    """The job has no result yet."""
+
+    code, status = "job_unfinished", 409
 
 
 class TooLarge(VessaError):
@@ -157,6 +175,12 @@ class QueueFull(VessaError):
     code, status = "queue_full", 429
 
 
+class LimitReached(VessaError):
+    """The key has used up what it may at once, or in a minute; `retry_after` says when to come back."""
+
+    code, status = "limit_reached", 429
+
+
 class InternalError(VessaError):
     """A fault of the service."""
 
@@ -173,6 +197,12 @@ class StoreUnavailable(VessaError):
     """The template store cannot be reached."""
 
     code, status = "store_unavailable", 503
+
+
+class LanguageUnavailable(VessaError):
+    """The server of the language model cannot be used; `retry_after` says when to come back."""
+
+    code, status = "language_unavailable", 503
 
 
 class DeadlineExceeded(VessaError):

@@ -11,6 +11,8 @@ from vessa.errors import InvalidImage, TooLarge
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 _MAX_PIXELS = 64 << 20
+_MAX_SCANS = 100  # of a JPEG; a progressive one has about ten
+_STRIPS, _TILES = 273, 324  # tags of TIFF
 _ORIENTATION = 0x0112  # a tag of TIFF and EXIF; 1 is upright
 
 
@@ -59,6 +61,24 @@ def has_second_frame(image: Image.Image) -> bool:
     return True
 
 
+def has_many_scans(data: bytes, parts: int = 1) -> bool:
+    """Whether JPEG data would be decoded for hours: a scan of a few bytes goes over all pixels.
+
+    parts: JPEGs in the data
+    """
+    return data.count(b"\xff\xda") >= _MAX_SCANS + parts
+
+
+def jpeg_parts(image: Image.Image) -> int:
+    """Return how many JPEGs an image file is made of: the strips or tiles of a TIFF, 0 in another format."""
+    if image.format == "JPEG":
+        return 1
+    if image.format != "TIFF" or image.info.get("compression") not in ("jpeg", "tiff_jpeg"):
+        return 0
+    tags: Any = getattr(image, "tag_v2", {})
+    return max(1, len(tags.get(_STRIPS, ())), len(tags.get(_TILES, ())))
+
+
 def is_turned(image: Image.Image) -> bool:
     """Whether a TIFF's pixels would not come as they are stored, for Pillow turns them by their tag.
 
@@ -68,16 +88,31 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def to_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Scale numbers to uint8 so that their 0.5th to 99.5th percentile becomes 0 to 255.
+    """Scale numbers to uint8 so that their `robust_range` becomes 0 to 255.
 
-    Where these are equal, fewer than 1 % of the pixels differ from the rest, and the extremes become 0 and
-    255. Raises InvalidImage for numbers that are not finite.
+    Raises InvalidImage for numbers that are not finite.
+    """
+    return scale_to_bytes(pixels, *robust_range(pixels))
+
+
+def robust_range(pixels: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return the 0.5th and the 99.5th percentile: what a picture without a window shows as 0 and 255.
+
+    Where these are equal, fewer than 1 % of the pixels differ from the rest, and it is the extremes. Raises
+    InvalidImage for numbers that are not finite.
     """
     if not np.isfinite(pixels).all():
         raise InvalidImage("the image holds values that are not finite numbers")
     low, high = (float(value) for value in np.percentile(pixels, [0.5, 99.5]))
     if high <= low:
         low, high = float(pixels.min()), float(pixels.max())
+    return low, high
+
+
+def scale_to_bytes(
+    pixels: np.ndarray[Any, Any], low: float, high: float
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Scale numbers to uint8 so that `low` becomes 0 and `high` 255; what is beyond them is cut off."""
     scaled = (pixels - low) / max(high - low, float(np.finfo(np.float32).tiny)) * 255
     result: np.ndarray[Any, np.dtype[np.uint8]] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return result

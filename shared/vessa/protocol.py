@@ -14,17 +14,24 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from vessa.annotation import Annotation, Floats, Image, Prompts, TemplateChoice
-from vessa.codec import MEDIA_TYPE, TensorSpec, decode, encode
+from vessa.answers import read_annotation, read_annotations
+from vessa.codec import MEDIA_TYPE, encode
 from vessa.errors import (
     BadResponse,
     InvalidImage,
-    InvalidPrompt,
     InvalidRequest,
     ShapeMismatch,
     VessaError,
     error_from,
 )
-from vessa.schemas import AdaptationInfo, BankInfo, ErrorResponse, ItemInfo, ServiceInfo, TemplateInfo
+from vessa.prompts import check_prompts, prompt_bytes, prompt_shape, prompt_tensors
+from vessa.schemas import (
+    AdaptationInfo,
+    BankInfo,
+    ErrorResponse,
+    ServiceInfo,
+    TemplateInfo,
+)
 
 Repeat = Literal["always", "unsent", "never"]
 
@@ -32,13 +39,6 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 _MAX_ITEMS = 32  # images a request carries; larger batches become several requests
 _MAX_BYTES = 16 << 20  # tensors a request carries, unless a single item has more; the service takes 64 MiB
-_MAX_ANSWER = 1 << 31
-_LARGEST_LOGIT = 6e4  # float16 ends at 65504
-_ANSWER = {
-    "labels": TensorSpec(("U8",), ((None, None, None),)),
-    "confidence": TensorSpec(("U8",), ((None, None, None),)),
-    "probabilities": TensorSpec(("F16",), ((None, None, None, None),)),
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Call(Generic[_T]):
     rows: tuple[int, ...] = ()
 
 
-def _json(adapter: TypeAdapter[_T]) -> Callable[[httpx.Response], _T]:
+def reads(adapter: TypeAdapter[_T]) -> Callable[[httpx.Response], _T]:
+    """Return what reads an answer's JSON; it raises BadResponse."""
+
     def read(response: httpx.Response) -> _T:
         try:
             return adapter.validate_json(response.content)
@@ -97,7 +99,7 @@ def _retry_after(value: str) -> float | None:
 
 def info() -> Call[ServiceInfo]:
     """GET /info."""
-    return Call("GET", "/info", _json(TypeAdapter(ServiceInfo)))
+    return Call("GET", "/info", reads(TypeAdapter(ServiceInfo)))
 
 
 def ready() -> Call[bool]:
@@ -107,17 +109,17 @@ def ready() -> Call[bool]:
 
 def banks() -> Call[list[BankInfo]]:
     """GET /banks."""
-    return Call("GET", "/banks", _json(TypeAdapter(list[BankInfo])))
+    return Call("GET", "/banks", reads(TypeAdapter(list[BankInfo])))
 
 
 def bank(name: str) -> Call[BankInfo]:
     """GET /banks/{bank}."""
-    return Call("GET", f"/banks/{_segment(name)}", _json(TypeAdapter(BankInfo)))
+    return Call("GET", f"/banks/{quoted(name)}", reads(TypeAdapter(BankInfo)))
 
 
 def adapt(bank: str, seconds: float | None = None) -> Call[AdaptationInfo]:
     """POST /banks/{bank}/adapt, or GET when no `seconds` are given."""
-    path, read = f"/banks/{_segment(bank)}/adapt", _json(TypeAdapter(AdaptationInfo))
+    path, read = f"/banks/{quoted(bank)}/adapt", reads(TypeAdapter(AdaptationInfo))
     if seconds is None:
         return Call("GET", path, read)
     return Call("POST", path, read, {"params": {"seconds": seconds}}, "unsent")
@@ -125,45 +127,52 @@ def adapt(bank: str, seconds: float | None = None) -> Call[AdaptationInfo]:
 
 def forget_adaptation(bank: str) -> Call[None]:
     """DELETE /banks/{bank}/adapt."""
-    return Call("DELETE", f"/banks/{_segment(bank)}/adapt", lambda _: None)
+    return Call("DELETE", f"/banks/{quoted(bank)}/adapt", lambda _: None)
 
 
 def templates(bank: str) -> Call[list[TemplateInfo]]:
     """GET /templates."""
-    return Call("GET", "/templates", _json(TypeAdapter(list[TemplateInfo])), {"params": {"bank": bank}})
+    return Call("GET", "/templates", reads(TypeAdapter(list[TemplateInfo])), {"params": {"bank": bank}})
 
 
 def delete_template(bank: str, template: str) -> Call[None]:
     """DELETE /templates/{id}; a second one would answer 404, so it is not repeated."""
-    path = f"/templates/{_segment(template)}"
+    path = f"/templates/{quoted(template)}"
     return Call("DELETE", path, lambda _: None, {"params": {"bank": bank}}, "unsent")
 
 
 def delete_bank(name: str) -> Call[None]:
     """DELETE /banks/{bank}; a second one would answer 404, so it is not repeated."""
-    return Call("DELETE", f"/banks/{_segment(name)}", lambda _: None, repeat="unsent")
+    return Call("DELETE", f"/banks/{quoted(name)}", lambda _: None, repeat="unsent")
 
 
-def _segment(name: str) -> str:
+def annotation(identity: str) -> Call[Annotation]:
+    """GET /annotations/{id}."""
+    headers = {"Accept": MEDIA_TYPE}
+    return Call("GET", f"/annotations/{quoted(identity)}", read_annotation, {"headers": headers})
+
+
+def quoted(name: str) -> str:
     """Quote a name for use as one segment of a path; it cannot lead to another route."""
     if name in ("", ".", ".."):
         raise InvalidRequest(f"'{name}' is not a name")
     return quote(name, safe=":")
 
 
-def _binary(
+def binary(
     path: str,
     tensors: Mapping[str, Floats],
     metadata: Mapping[str, str],
     read: Callable[[httpx.Response], _T],
     rows: Sequence[int],
 ) -> Call[_T]:
+    """POST of a safetensors body. rows: which items of the caller's list it carries."""
     headers = {"Content-Type": MEDIA_TYPE, "Accept": f"{MEDIA_TYPE}, application/json"}
     options = {"content": encode(tensors, metadata), "headers": headers}
     return Call("POST", path, read, options, rows=tuple(rows))
 
 
-def _batches(
+def batches(
     shapes: Iterable[tuple[Any, ...]], sizes: Iterable[int], budget: int = _MAX_BYTES
 ) -> Iterator[list[int]]:
     """Group rows of equal shape into batches of at most _MAX_ITEMS and, if of several, `budget` bytes."""
@@ -187,14 +196,15 @@ def in_order(count: int, parts: Iterable[tuple[Call[list[_R]], list[_R]]]) -> li
     return [placed[i] for i in range(count)]
 
 
-def _check_list(names: Sequence[str | None] | None, what: str) -> None:
+def check_list(names: Sequence[str | None] | None, what: str) -> None:
     """Refuse a bare string: its letters would pass for names."""
     if isinstance(names, str):
         raise InvalidRequest(f"{what} must be a list of names, got the string '{names[:60]}'")
 
 
-def _check_images(images: Sequence[Image]) -> None:
-    for row, image in enumerate(images):
+def check_images(images: Iterable[Image], first: int = 0) -> None:
+    """Raise InvalidImage for what is no uint8 (H, W[, 3]). first: number of the first of them."""
+    for row, image in enumerate(images, first):
         if not isinstance(image, np.ndarray):
             raise InvalidImage(f"image {row} is a {type(image).__name__}; expected a numpy array", item=row)
         gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
@@ -219,8 +229,8 @@ def add_templates(
         raise InvalidRequest(
             f"{len(images)} images, {len(masks)} masks and {len(groups)} groups: expected one of each"
         )
-    _check_list(groups, "groups")
-    _check_images(images)
+    check_list(groups, "groups")
+    check_images(images)
     for row, (image, mask) in enumerate(zip(images, masks, strict=True)):
         if not isinstance(mask, np.ndarray) or mask.dtype != np.uint8:
             kind = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
@@ -236,11 +246,11 @@ def add_templates(
             "classes": json.dumps({str(c): n for c, n in classes.items()}),
             "groups": json.dumps([groups[r] for r in rows]),
         }
-        read = _json(adapter)
-        return _binary("/templates", tensors, metadata, lambda r: read(r).get("templates", []), rows)
+        read = reads(adapter)
+        return binary("/templates", tensors, metadata, lambda r: read(r).get("templates", []), rows)
 
     sizes = (i.nbytes + m.nbytes for i, m in zip(images, masks, strict=True))
-    return map(call, _batches((i.shape for i in images), sizes))
+    return map(call, batches((i.shape for i in images), sizes))
 
 
 def segment(
@@ -263,7 +273,7 @@ def segment(
     if (images is None) == (image_ids is None):
         raise InvalidRequest("give either images or image_ids")
     for names, what in ((image_ids, "image_ids"), (classes, "classes"), (groups, "groups")):
-        _check_list(names, what)
+        check_list(names, what)
     ids = list(image_ids or [])
     count = len(ids) if images is None else len(images)
     given = list(prompts) if prompts is not None else [None] * count
@@ -272,11 +282,11 @@ def segment(
         raise InvalidRequest(
             f"{count} items with {len(given)} prompts and {len(owners)} groups: expected one each"
         )
-    _check_images([] if images is None else images)
-    _check_prompts(given)
+    check_images([] if images is None else images)
+    check_prompts(given)
 
     def call(rows: list[int]) -> Call[list[Annotation]]:
-        tensors = _prompt_tensors([given[r] for r in rows])
+        tensors = prompt_tensors([given[r] for r in rows])
         metadata = {"bank": bank, "template_choice": template_choice, "seed": str(seed)}
         if images is not None:
             tensors["images"] = np.stack([images[r] for r in rows])
@@ -288,111 +298,9 @@ def segment(
         if probabilities:
             metadata["probabilities"] = "1"
         size = None if images is None else images[rows[0]].shape[:2]
-        return _binary("/segment", tensors, metadata, lambda r: _read_annotations(r, rows, size), rows)
+        return binary("/segment", tensors, metadata, lambda r: read_annotations(r, rows, size), rows)
 
-    shapes = [(() if images is None else images[i].shape, _prompt_shape(given[i])) for i in range(count)]
-    sizes = [(0 if images is None else images[i].nbytes) + _prompt_bytes(given[i]) for i in range(count)]
+    shapes = [(() if images is None else images[i].shape, prompt_shape(given[i])) for i in range(count)]
+    sizes = [(0 if images is None else images[i].nbytes) + prompt_bytes(given[i]) for i in range(count)]
     # An answer with probabilities has 2 (K + 1) bytes for each pixel that was sent.
-    return count, map(call, _batches(shapes, sizes, _MAX_BYTES // (4 if probabilities else 1)))
-
-
-_PROMPT_TYPES = {
-    "boxes": np.float32,
-    "points": np.float32,
-    "point_labels": np.int8,
-    "mask_logits": np.float16,
-    "mask_present": np.uint8,
-}
-
-
-def _given(prompts: Prompts | None) -> Iterator[tuple[str, Floats]]:
-    for name in _PROMPT_TYPES if prompts is not None else ():
-        value = getattr(prompts, name)
-        if value is not None:
-            yield name, np.asarray(value)
-
-
-def _check_prompts(prompts: Sequence[Prompts | None]) -> None:
-    """Refuse what would become other numbers on the wire; all else the service checks."""
-    for row, one in enumerate(prompts):
-        for name, value in _given(one):
-            if value.dtype.kind not in "biuf":
-                raise InvalidPrompt(f"{name} of image {row}: expected numbers, got {value.dtype}", item=row)
-            if name == "point_labels" and not np.isin(value, (-1, 0, 1)).all():
-                raise InvalidPrompt(f"point_labels of image {row}: expected 1, 0 or -1", item=row)
-
-
-def _prompt_shape(prompts: Prompts | None) -> tuple[Any, ...]:
-    """What must be equal for two items' prompts to share a tensor."""
-    return tuple((name, value.shape) for name, value in _given(prompts))
-
-
-def _prompt_bytes(prompts: Prompts | None) -> int:
-    return sum(value.size * np.dtype(_PROMPT_TYPES[name]).itemsize for name, value in _given(prompts))
-
-
-def _prompt_tensors(prompts: Sequence[Prompts | None]) -> dict[str, Floats]:
-    columns: dict[str, list[Floats]] = {}
-    for one in prompts:
-        for name, value in _given(one):
-            fits = np.clip(value, -_LARGEST_LOGIT, _LARGEST_LOGIT) if name == "mask_logits" else value
-            columns.setdefault(name, []).append(fits.astype(_PROMPT_TYPES[name]))
-    return {name: np.stack(column) for name, column in columns.items()}
-
-
-def _read_annotations(
-    response: httpx.Response, rows: Sequence[int], size: tuple[int, ...] | None
-) -> list[Annotation]:
-    """Read a safetensors answer to POST /segment.
-
-    rows: the items' places in the caller's list; size: (H, W) that was sent, None when ids were
-    """
-    try:
-        tensors, metadata = decode(response.content, _ANSWER, max_bytes=_MAX_ANSWER)
-        items = TypeAdapter(list[ItemInfo]).validate_json(metadata["items"])
-        classes = TypeAdapter(dict[int, str]).validate_json(metadata["classes"])
-        labels, confidence = tensors["labels"], tensors["confidence"]
-        common: dict[str, Any] = {
-            "classes": classes,
-            "model": metadata["model"],
-            "bank_version": int(metadata["bank_version"]),
-            "labels_version": metadata["labels_version"],
-        }
-        probabilities = tensors.get("probabilities")
-        _check_sizes(labels, confidence, probabilities, len(items), len(classes))
-        answered = [item for item in items if item.error is None]
-        if len(items) != len(rows) or any(item.status == "error" for item in answered):
-            raise ValueError("the items do not fit the request")
-        if size is not None and answered and labels.shape[1:] != size:
-            raise ValueError("the labels have another size than the images")
-    except (VessaError, KeyError, ValueError) as error:
-        raise BadResponse("the answer to POST /segment is not the annotator's protocol") from error
-    annotations = []
-    for place, (row, item) in enumerate(zip(rows, items, strict=True)):
-        if item.error is not None:
-            failure = error_from(item.error.code, item.error.message, row)
-            annotations.append(Annotation(item.image_id, error=failure, **common))
-            continue
-        annotations.append(
-            Annotation(
-                item.image_id,
-                # Copies: writable, and an item kept for long does not keep its whole batch.
-                labels[place].copy(),
-                confidence[place].copy(),
-                None if probabilities is None else probabilities[place].copy(),
-                templates=item.templates,
-                scores=item.scores,
-                **common,
-            )
-        )
-    return annotations
-
-
-def _check_sizes(
-    labels: Image, confidence: Image, probabilities: Floats | None, items: int, classes: int
-) -> None:
-    """Raise ValueError unless the arrays of an answer fit each other."""
-    if labels.shape != confidence.shape or labels.shape[0] != items:
-        raise ValueError("labels, confidence and items differ in number or size")
-    if probabilities is not None and probabilities.shape != (items, classes + 1, *labels.shape[1:]):
-        raise ValueError("probabilities do not fit the labels")
+    return count, map(call, batches(shapes, sizes, _MAX_BYTES // (4 if probabilities else 1)))

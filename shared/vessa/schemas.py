@@ -11,11 +11,12 @@ class _Frozen(BaseModel):
 
 
 class ErrorBody(_Frozen):
-    """code: stable; message: for people; item: index within a batch."""
+    """code: stable; message: for people; item: index within a batch; request_id: to find it in the log."""
 
     code: str
     message: str
     item: int | None = None
+    request_id: str | None = None
 
 
 class ErrorResponse(_Frozen):
@@ -36,10 +37,17 @@ class TemplateInfo(_Frozen):
     created: bool = True
 
 
+class TemplateInfos(_Frozen):
+    """Answer to a POST /templates of many."""
+
+    templates: list[TemplateInfo]
+
+
 class BankInfo(_Frozen):
     """One template bank. version: raised by each change; templates: how many; groups: patients.
 
-    adapted: whether weights of its own serve it
+    adapted: whether weights of its own serve it; owner: name of the key that made it, None where none is
+    known; shared: whether other keys may use it
     """
 
     name: str
@@ -48,6 +56,8 @@ class BankInfo(_Frozen):
     groups: list[str]
     classes: dict[int, str]
     adapted: bool = False
+    owner: str | None = None
+    shared: bool = False
 
 
 class AdaptationFigures(_Frozen):
@@ -99,8 +109,15 @@ class ClassMask(_Frozen):
     rle: Rle
 
 
-class SegmentAnswer(_Frozen):
-    """JSON answer for one image."""
+class Provenance(_Frozen):
+    """What made an answer: the same again makes the same labels.
+
+    height, width: px; bank_version: the bank's state; model: digest of the weights; adaptation: digest of the
+    bank's own, None where the common ones served; labels_version: of pre- and post-processing; classes: id to
+    name, in the order asked for; group: whose templates were not used; seed: the request's; boxes: XYXY
+    px, points: (x, y, label) px, mask_logits: `vessa.codec.array_digest`, each by the class it was given for;
+    templates: those that guided each class; scores: predicted IoU in [0, 1]
+    """
 
     image_id: str
     height: int
@@ -108,18 +125,78 @@ class SegmentAnswer(_Frozen):
     bank: str
     bank_version: int
     model: str
-    masks: list[ClassMask]
+    adaptation: str | None = None
+    labels_version: str = ""
+    classes: dict[int, str] = {}
+    group: str | None = None
+    template_choice: str = "top1"
+    seed: int = 0
+    boxes: dict[str, list[float]] = {}
+    points: dict[str, list[tuple[float, float, int]]] = {}
+    mask_logits: dict[str, str] = {}
     templates: dict[str, list[TemplateUse]]
+    scores: dict[str, float] = {}
+
+
+class SegmentAnswer(Provenance):
+    """JSON answer for one image. annotation_id: names it for GET /annotations/{id}."""
+
+    annotation_id: str = ""
+    masks: list[ClassMask]
 
 
 class ItemInfo(_Frozen):
-    """What a batch answer says of one item besides its arrays."""
+    """What a batch answer says of one item besides its arrays.
+
+    annotation_id: names it for GET /annotations/{id}; bank_version, adaptation: see Provenance
+    """
 
     status: Literal["ok", "error"]
     error: ErrorBody | None = None
     image_id: str
+    annotation_id: str = ""
+    bank_version: int | None = None
+    adaptation: str | None = None
     templates: dict[str, list[TemplateUse]] = {}
     scores: dict[str, float] = {}
+
+
+class Suggestion(_Frozen):
+    """What to annotate next.
+
+    group: the patient, an image's id where it has none; image_ids: its images, the least covered first; gain:
+    share in [0, 1] of the candidates' coverage loss that it takes away
+    """
+
+    group: str
+    image_ids: list[str]
+    gain: float
+
+
+class Suggestions(_Frozen):
+    """Answer of POST /banks/{bank}/suggest: suggestions, the best first.
+
+    bank_version: 0 for a bank that is not there yet; image_ids: of the candidates, in the request's order;
+    unknown: those of them whose pixels the service needs first. Then there are no suggestions
+    """
+
+    bank: str
+    bank_version: int
+    image_ids: list[str]
+    unknown: list[str] = []
+    suggestions: list[Suggestion] = []
+
+
+class JobInfo(_Frozen):
+    """A volume in the background. done: of its slices; result: nifti or dicom-seg; error: why it failed."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed"]
+    bank: str
+    slices: int
+    done: int
+    result: Literal["nifti", "dicom-seg"]
+    error: str | None = None
 
 
 class ServiceInfo(_Frozen):

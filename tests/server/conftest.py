@@ -18,6 +18,7 @@ from PIL import Image
 
 from vessa.codec import MEDIA_TYPE, encode
 from vessa_server.app import create_app
+from vessa_server.keys import Keys, Role, create_key
 from vessa_server.settings import Settings
 from vessa_server.template import Template, View, template_id
 
@@ -83,8 +84,19 @@ class Server:
         """POST bytes (or chunks) as safetensors."""
         return self.http.post(path, content=body, headers={"Content-Type": MEDIA_TYPE, **headers})
 
+    def as_key(self, key: str) -> Server:
+        """The same app for another key's holder."""
+        http = TestClient(self.app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {key}"})
+        return Server(http, self.settings, self.app)
+
     def seed(self, bank: str, count: int = 2) -> list[dict[str, Any]]:
         """Add `count` examples, each of a group of its own: p0, p1, ..."""
+        response = self.seed_answer(bank, count)
+        assert response.status_code == 201, response.text
+        return response.json()["templates"]
+
+    def seed_answer(self, bank: str, count: int = 2) -> Any:
+        """What the service answers to them."""
         images, masks = zip(*(draw_example(i) for i in range(count)), strict=True)
         names = json.dumps({str(key): name for key, name in CLASSES.items()})
         groups = json.dumps([f"p{i}" for i in range(count)])
@@ -92,9 +104,7 @@ class Server:
             {"images": np.stack(images), "masks": np.stack(masks)},
             {"bank": bank, "classes": names, "groups": groups},
         )
-        response = self.send("/templates", body)
-        assert response.status_code == 201, response.text
-        return response.json()["templates"]
+        return self.send("/templates", body)
 
 
 @pytest.fixture
@@ -123,11 +133,30 @@ def server_of() -> Iterator[Callable[..., Server]]:
 def server(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One ready app for all tests that only need banks of their own."""
     folder = tmp_path_factory.mktemp("banks")
-    settings = Settings(api_key=KEY, weights=str(nano_weights), device="cpu", store=f"folder:{folder}")
+    store, keys = f"folder:{folder}", tmp_path_factory.mktemp("keys") / "keys.jsonl"
+    settings = Settings(api_key=KEY, weights=str(nano_weights), device="cpu", store=store, keys_file=keys)
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {KEY}"}) as http:
         wait_ready(http)
         yield Server(http, settings, app)
+
+
+@pytest.fixture
+def key_of(server: Server) -> Iterator[Callable[..., str]]:
+    """Make keys of the shared server: `key_of(role, name, **limits)`; revoked after the test."""
+    keys: Keys = server.app.state.access.keys
+    made: list[str] = []
+
+    def make(role: str, name: str | None = None, **limits: int) -> str:
+        name = name or role
+        if name in made:
+            keys.remove(name)
+        made.append(name)
+        return create_key(keys, name, Role[role], **limits)
+
+    yield make
+    for name in made:
+        keys.remove(name)
 
 
 def wait_ready(http: TestClient, seconds: float = 60) -> None:

@@ -153,6 +153,8 @@ def test_only_its_own_bank_is_served_by_it(annotator: Annotator, example: Any) -
     assert annotator.banks.get("bank").version == bank.version + 1  # cached labels are of the old weights
     assert annotator.banks.get("bank").info().adapted
     mixed = annotator.segment(items)
+    own = shaken(annotator).digest
+    assert [answer.adaptation for answer in mixed] == [own, None, own]
     assert np.abs(mixed[0].confidence.astype(int) - plain[0].confidence).max() > 2
     assert np.abs(mixed[1].confidence.astype(int) - plain[1].confidence).max() <= 2
     assert np.array_equal(mixed[0].labels, mixed[2].labels)

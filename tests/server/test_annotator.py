@@ -1,5 +1,7 @@
 """The paper's inference on the untrained nano model: retrieval, prompts, fusion, what is kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from vessa_server.annotator import Annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
 from vessa_server.model import checkpoint
+from vessa_server.model.prefix import InProcess
 from vessa_server.store import FolderStore
 
 CLASSES = {1: "liver", 4: "spleen"}
@@ -126,18 +129,20 @@ def test_a_request_with_prompts_alone_only_decodes(annotator):
     assert annotator.clock.seconds["attend"] > spent["attend"]
 
 
-def test_the_budget_counts_what_was_kept_of_each_class(model, annotator):
+def test_one_budget_counts_images_what_was_kept_of_each_class_and_templates(model, annotator):
     item = query()
     roomy = Annotator(model[0], annotator.banks, 1 << 30, model[1])
     roomy.segment([item])
-    whole = roomy._held.nbytes
+    whole, kept = roomy._held.nbytes, dict(roomy._held)
+    assert whole == sum(value.nbytes for value in kept.values())
+    assert {key[0] for key in kept if key != item.image_id} == {"memory", "prefix"}
+    grown = kept[item.image_id].nbytes
     roomy.leave_out(frozenset())
-    features = roomy._held.nbytes
-    assert features < whole
-    tight = Annotator(model[0], annotator.banks, (features + whole) // 2, model[1])
+    assert kept[item.image_id].nbytes < grown
+    tight = Annotator(model[0], annotator.banks, grown - 1, model[1])
     the_only(tight.segment([item]))
     assert not tight.holds(item.image_id)
-    assert tight._held.nbytes == 0
+    assert tight._held.nbytes < grown
 
 
 def test_an_image_is_not_lost_to_its_neighbors_in_a_batch(model, annotator):
@@ -149,6 +154,13 @@ def test_an_image_is_not_lost_to_its_neighbors_in_a_batch(model, annotator):
     assert tight.holds(first.image_id)
     answers = tight.segment([query(2), SegmentItem(first.image_id, None, "abdomen"), first])
     assert all(isinstance(a, SegmentResult) for a in answers), answers
+
+
+def test_a_template_is_read_once_for_all_images(annotator, monkeypatch):
+    first = query(11)
+    the_only(annotator.segment([first]))
+    monkeypatch.setattr(InProcess, "read_templates", lambda *_: pytest.fail("it was read before"))
+    the_only(annotator.segment([replace(first, image_id="sha256:another")]))
 
 
 def test_what_does_not_fit_the_budget_is_not_kept(model, annotator):

@@ -77,28 +77,53 @@ def test_waiting_items_are_processed_together_up_to_the_limit(queue_of: Any, dev
     assert device.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
-def test_an_idle_device_starts_at_once_and_a_busy_one_waits_for_a_fuller_batch(
-    queue_of: Any, device: Device
-) -> None:
-    queue = queue_of(max_batch=2, wait_s=0.5)
+def test_one_client_alone_waits_for_nobody(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_batch=4, wait_s=60)
 
-    async def scenario() -> tuple[float, float]:
-        await asyncio.sleep(0.05)
-        start = time.monotonic()
-        await queue.submit(1)
-        idle = time.monotonic() - start
-        pair = [asyncio.create_task(queue.submit(2))]
-        await asyncio.sleep(0.1)
-        pair.append(
-            asyncio.create_task(queue.submit(3))
-        )  # fills the batch, which starts before the wait is over
-        await asyncio.gather(*pair)
-        return idle, time.monotonic() - start
+    async def scenario() -> None:
+        async with asyncio.timeout(20):
+            await queue.submit(1)
+            await queue.submit(2)
+            await queue.submit_all([3, 4])
+            await queue.submit_all([5, 6])
 
-    idle, full = asyncio.run(scenario())
-    assert idle < 0.3
-    assert full < 0.5
-    assert device.batches == [[1], [2, 3]]
+    asyncio.run(scenario())
+    assert device.batches == [[1], [2], [3, 4], [5, 6]]
+
+
+def test_clients_that_came_at_once_are_waited_for(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_batch=4, wait_s=60)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(20):
+            device.go.clear()
+            first = asyncio.create_task(queue.submit(1))
+            await until(lambda: len(device.batches) == 1)
+            second = asyncio.create_task(queue.submit(2))
+            await until(lambda: queue.depth == 1)
+            device.go.set()
+            await first
+            await asyncio.sleep(0.1)
+            assert len(device.batches) == 1
+            await asyncio.gather(second, queue.submit(3))
+            await asyncio.gather(queue.submit(4), queue.submit(5))
+
+    asyncio.run(scenario())
+    assert device.batches == [[1], [2, 3], [4, 5]]
+
+
+def test_who_does_not_come_again_is_waited_for_but_once(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_batch=4, wait_s=0.2)
+
+    async def scenario() -> None:
+        await queue.submit_all([1, 2, 3])
+        await queue.submit(4)
+        queue.wait_s = 60
+        async with asyncio.timeout(20):
+            await queue.submit(5)
+
+    asyncio.run(scenario())
+    assert device.batches == [[1, 2, 3], [4], [5]]
 
 
 def test_an_error_of_one_item_is_its_own(queue_of: Any) -> None:

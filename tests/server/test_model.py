@@ -67,13 +67,13 @@ def test_patches_are_those_of_qwens_own_processor(model):
         images=[Image.fromarray(p) for p in pixels], return_tensors="pt"
     )
     tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    patches, grid = model.language._pixels(tensors)
+    patches, grid = model.language.pixels(tensors)
     assert torch.allclose(patches, own["pixel_values"], atol=1e-6)
     assert torch.equal(grid, own["image_grid_thw"])
 
 
 def test_the_conversation_has_two_images_and_ends_in_seg(model):
-    tokens, _ = model.language._encode("Segment it.", "liver")
+    tokens, _ = model.language.encode("Segment it.", "liver")
     image = model.language.model.config.image_token_id
     assert tokens[-1] == model.language.seg_id
     assert tokens.count(model.language.seg_id) == 1

@@ -134,7 +134,7 @@ def test_seg_takes_a_spare_row_and_no_tensor_changes(qwen, tmp_path):
     rows = language.model.config.text_config.vocab_size
     assert language.seg_id == rows - 16
     assert (tmp_path / "language" / "model.safetensors").samefile(qwen / "model.safetensors")
-    tokens, _ = language._encode("Segment it.", "liver")
+    tokens, _ = language.encode("Segment it.", "liver")
     assert tokens[-1] == language.seg_id
     size = language.processor.image_processor.size
     assert size["shortest_edge"] == size["longest_edge"] == 128**2

@@ -305,7 +305,7 @@ def test_every_failure_has_the_same_form(server: Any, method: str, path: str, st
     answer = server.http.request(method, path)
     assert answer.status_code == status, answer.text
     assert set(answer.json()) == {"error"}
-    assert set(answer.json()["error"]) == {"code", "message", "item"}
+    assert set(answer.json()["error"]) == {"code", "message", "item", "request_id"}
     assert answer.json()["error"]["code"] == code
     assert answer.headers["content-type"] == "application/json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -28,27 +29,44 @@ def _no_waits() -> Iterator[None]:
 
 
 @pytest.fixture(params=["sync", "async"])
-def ask(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Call one method of the sync and of the async client: `ask(handler, method, *arguments)`.
+def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Call one method of the sync and of the async client: `call(url, settings, method, *arguments)`."""
 
-    handler: answers the requests in place of the network; client: options of the client
-    """
-
-    def call(
-        handler: Handler, method: str, *arguments: Any, client: dict[str, Any] | None = None, **options: Any
-    ) -> Any:
-        settings = {"transport": httpx.MockTransport(handler), **(client or {})}
+    def make(url: str, settings: dict[str, Any], method: str, *arguments: Any, **options: Any) -> Any:
         if request.param == "sync":
-            with AnnotatorClient("http://annotator", KEY, **settings) as one:
+            with AnnotatorClient(url, KEY, **settings) as one:
                 return getattr(one, method)(*arguments, **options)
 
         async def run() -> Any:
-            async with AsyncAnnotatorClient("http://annotator", KEY, **settings) as one:
+            async with AsyncAnnotatorClient(url, KEY, **settings) as one:
                 return await getattr(one, method)(*arguments, **options)
 
         return asyncio.run(run())
 
-    return call
+    return make
+
+
+@pytest.fixture
+def ask(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a method without a service: `ask(handler, method, *arguments)`.
+
+    handler: answers the requests in place of the network; client: options of the client
+    """
+
+    def make(
+        handler: Handler, method: str, *arguments: Any, client: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        settings = {"transport": httpx.MockTransport(handler), **(client or {})}
+        return call("http://annotator", settings, method, *arguments, **options)
+
+    return make
+
+
+@pytest.fixture
+def ask_annotator(call: Callable[..., Any], annotator: Any) -> Callable[..., Any]:
+    """Call a method of a client of the running annotator: `ask_annotator(method, *arguments)`."""
+    assert annotator.api_key == KEY
+    return partial(call, annotator.url, {})
 
 
 def read_request(request: httpx.Request) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`vessa seed|segment|banks` against a running annotator, as a user would call them."""
+"""`vessa seed|segment|annotation|suggest|banks` against a running annotator, as a user would call them."""
 
 from __future__ import annotations
 
@@ -109,6 +109,62 @@ def test_segment_writes_a_label_map_and_an_overlay(run: Any, folder: Path, bank:
     assert set(result["scores"]) == {"disk"}
     assert result["bank_version"] == 1
     assert re.search(r"disk: \d+ px, score \d\.\d\d, template of p2 \(\d\.\d\d\)", err)
+
+
+def test_an_annotation_is_told_again(run: Any, folder: Path, bank: str, tmp_path: Path) -> None:
+    run("seed", folder, "--bank", bank)
+    first = run("segment", folder / "images" / "p3_00.png", "--bank", bank, "--group", "p1", "--json")
+    identity = last(first[1])["annotation_id"]
+    assert identity in first[2]
+    code, out, err = run("annotation", identity, "--out", "again.png", "--json")
+    assert code == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "mask.png").read_bytes()
+    made = last(out)
+    assert (made["bank"], made["bank_version"], made["group"]) == (bank, 1, "p1")
+    assert made["templates"]["disk"][0]["group"] == "p2"
+    assert made["model"] in err
+
+
+def test_suggestions_are_ranked_by_patient(run: Any, folder: Path, bank: str) -> None:
+    for name in ("p4_00", "p4_01"):
+        Image.fromarray(np.full((40, 48), 9 * int(name[-1]), np.uint8)).save(
+            folder / "images" / f"{name}.png"
+        )
+    (folder / "images" / "p5_00.png").write_bytes(b"broken")
+    run("seed", folder, "--bank", bank)
+    code, out, err = run("suggest", folder, "--bank", bank, "--json")
+    assert code == 0
+    result = last(out)
+    assert (result["bank"], result["bank_version"], result["images"]) == (bank, 1, 3)
+    assert result["skipped"] == ["p5_00"]
+    assert {one["group"]: sorted(one["images"]) for one in result["suggestions"]} == {
+        "p3": ["p3_00"],
+        "p4": ["p4_00", "p4_01"],
+    }
+    first, second = (one["gain"] for one in result["suggestions"])
+    assert 1 >= first >= second >= 0
+    assert "p5_00 is left out" in err
+    assert re.search(r"1 .*p\d.*\d%", err)
+
+
+def test_suggestions_from_a_folder_of_images_name_files(run: Any, folder: Path, bank: str) -> None:
+    (folder / "images" / "p3_00.png").rename(folder / "images" / "p3[b].png")
+    code, out, err = run("suggest", folder / "images", "--bank", bank, "--count", "3", "--json")
+    assert code == 0
+    result = last(out)
+    assert (result["bank_version"], len(result["suggestions"])) == (0, 3)
+    for one in result["suggestions"]:
+        assert one["group"] is None
+        assert one["images"][0] in {"p1_00.png", "p2_00.png", "p3[b].png"}
+        assert one["images"][0] in err
+
+
+def test_nothing_to_annotate_is_said(folder: Path, tmp_path: Path) -> None:
+    (folder / "images" / "p3_00.png").unlink()
+    done = vessa("suggest", folder, VESSA_URL=NO_SERVICE)
+    assert done.returncode == 1
+    assert "invalid_dataset" in done.stderr
+    assert "no image without a mask" in done.stderr
 
 
 def test_without_json_nothing_is_on_stdout(run: Any, folder: Path, bank: str, tmp_path: Path) -> None:

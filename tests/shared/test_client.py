@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import stamina
 
-from vessa.client import AnnotatorClient, AsyncAnnotatorClient, find_key
+from vessa.client import AnnotatorClient, AsyncAnnotatorClient
 from vessa.errors import (
     ERRORS,
     BadResponse,
@@ -24,6 +24,7 @@ from vessa.errors import (
     Unreachable,
     VessaError,
 )
+from vessa.sending import find_key
 
 BANK = {"name": "b", "version": 3, "templates": 1, "groups": ["p"], "classes": {"1": "liver"}}
 INFO = {
@@ -212,6 +213,15 @@ def test_an_error_of_a_newer_service_keeps_its_code(ask):
 def test_answers_of_something_else_are_bad_responses(ask, answer):
     with pytest.raises(BadResponse):
         ask(Script(answer), "banks")
+
+
+def test_a_500_is_repeated_when_it_is_a_proxys_alone(ask):
+    answered = httpx.Response(200, json=[])
+    assert ask(Script(httpx.Response(500, text="the actor died"), answered), "banks") == []
+    script = Script(failure(500, "internal"), answered)
+    with pytest.raises(InternalError):
+        ask(script, "banks")
+    assert len(script.requests) == 1
 
 
 def test_item_numbers_are_those_of_the_callers_list(ask, segmented):

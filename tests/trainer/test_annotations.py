@@ -55,10 +55,10 @@ def feed_of(wired, dataset, bank, tiny, tmp_path):
     """Make feeds; they are closed when the test ends."""
     opened = []
 
-    def make(*overrides, kept=8192):
+    def make(*overrides, **options):
         cache = FolderCache(tmp_path / "labels")
         config = tiny(*overrides).annotator
-        opened.append(AnnotationFeed(wired, dataset, bank, cache, config, kept=kept))
+        opened.append(AnnotationFeed(wired, dataset, bank, cache, config, **options))
         return opened[-1]
 
     yield make
@@ -105,6 +105,20 @@ def test_labels_come_in_the_order_of_need_one_request_an_image(feed_of, wire, na
     assert feed.stats()["requests"] == len(wire.asked)
 
 
+def test_what_another_process_asks_for_is_waited_for_and_not_asked(feed_of, wire, names, tmp_path):
+    one, other = feed_of(), feed_of()
+    gate = Gate(wire)
+    one.prefetch(names[:2])
+    assert gate.arrived.wait(30)
+    other.prefetch(names[:3])
+    wait_for(lambda: len(wire.asked) == 2)  # the third image is nobody's yet
+    gate.opened.set()
+    assert [len(feed.get(names[:3])) for feed in (other, one)] == [3, 3]
+    assert sorted(len(ids) for ids in wire.asked) == [1, 2]
+    assert one.stats()["images"] + other.stats()["images"] == 3
+    assert list((tmp_path / "labels").glob("*/.*.claim")) == []
+
+
 def test_what_somebody_waits_for_comes_first(feed_of, wire, names, name_of):
     gate = Gate(wire)
     feed = feed_of("annotator.batch=1")
@@ -130,6 +144,22 @@ def test_the_old_label_stays_in_use_until_the_new_one_comes(feed_of, wire, names
     assert new is not old
     assert not np.array_equal(new.confidence, old.confidence)
     assert wire.by_id == [False, True]
+
+
+def test_an_exact_feed_waits_for_the_new_label(feed_of, wire, names):
+    feed = feed_of(exact=True)
+    (old,) = feed.get(names[:1])
+    gate = Gate(wire)
+    feed.refresh(names[:1], [prompts_of(8)])
+    threading.Timer(0.2, gate.opened.set).start()
+    (new,) = feed.take(names[:1])
+    assert new is not old
+    assert not np.array_equal(new.confidence, old.confidence)
+    feed.refresh(names[:1], [prompts_of(4)])
+    feed.refresh(names[:1], [prompts_of(12)])
+    (newest,) = feed.take(names[:1])
+    assert feed._answers[names[0]].boxes[0].tolist() == [12, 12, 20, 20]
+    assert not np.array_equal(newest.confidence, new.confidence)
 
 
 def test_first_labels_go_before_refreshed_ones(feed_of, wire, names, name_of):
@@ -202,7 +232,7 @@ def test_an_annotator_that_is_away_is_waited_for(feed_of, wire, names, answer_of
 
 
 def test_patience_ends(feed_of, wire, names, answer_of):
-    feed = feed_of("annotator.patience_s=0.3")
+    feed = feed_of("annotator.patience_s=2")
     feed.get(names[:1])
     wire.fault = lambda _: answer_of(503, "not_ready")
     with pytest.raises(Unreachable, match="waited .* s for labels of 2 images: not_ready, says the test"):

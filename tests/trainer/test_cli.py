@@ -171,7 +171,7 @@ def test_predict_takes_a_data_set_too(call, trained, phantoms, tmp_path):
     code, _, said = call("predict", trained, phantoms, tmp_path / "masks")
     assert code == 0
     assert "18 masks in" in said
-    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == sorted(
+    assert sorted(p.name for p in (tmp_path / "masks").glob("*.png")) == sorted(
         p.name for p in (phantoms / "images").iterdir()
     )
 

@@ -14,6 +14,11 @@ from vessa_trainer.loop import Interrupted, Run
 ALL = FeedbackConfig(prompts=("boxes", "points", "mask_logits"), min_confidence=0.8)
 
 
+def stop_after_4(step):
+    if step == 4:
+        raise KeyboardInterrupt
+
+
 def probabilities_of(*regions, size=(20, 30), classes=4):
     """Background everywhere but in regions (class, rows, columns, probability)."""
     probability = torch.zeros(classes, *size)
@@ -118,17 +123,17 @@ def due_steps(rounds, steps):
     return begun
 
 
-def test_rounds_begin_in_the_middle_and_come_every_so_often(tiny):
+def test_rounds_begin_in_the_middle_and_come_every_so_often(tiny, tmp_path):
     config = tiny("feedback.start=0.5", "feedback.every=3", steps=20)
-    assert due_steps(FeedbackRounds(config), range(20)) == [10, 13, 16, 19]
+    assert due_steps(FeedbackRounds(config, tmp_path), range(20)) == [10, 13, 16, 19]
     from_the_start = tiny("feedback.start=0", "feedback.every=8", steps=20)
-    assert due_steps(FeedbackRounds(from_the_start), range(20)) == [0, 8, 16]
+    assert due_steps(FeedbackRounds(from_the_start, tmp_path), range(20)) == [0, 8, 16]
 
 
-def test_a_resumed_run_begins_the_round_it_is_in(tiny):
+def test_a_resumed_run_begins_the_round_it_is_in(tiny, tmp_path):
     config = tiny("feedback.start=0.5", "feedback.every=3", steps=20)
-    assert due_steps(FeedbackRounds(config), range(14, 20)) == [14, 16, 19]
-    assert due_steps(FeedbackRounds(config), range(4, 12)) == [10]
+    assert due_steps(FeedbackRounds(config, tmp_path), range(14, 20)) == [14, 16, 19]
+    assert due_steps(FeedbackRounds(config, tmp_path), range(4, 12)) == [10]
 
 
 @pytest.fixture
@@ -146,7 +151,8 @@ def run_of(client, dataset, tiny):
         refresh = feed.refresh
 
         def noting(names, prompts):
-            sent.append((run.step, list(names)))
+            if names[0] in run.unlabeled.rows:  # not those of validation images
+                sent.append((run.step, list(names)))
             refresh(names, prompts)
 
         feed.refresh = noting
@@ -173,19 +179,54 @@ def test_a_round_sends_the_images_of_its_own_steps(run_of, source):
 
 
 def test_rounds_go_on_after_a_resume(run_of):
-    def stop(step):
-        if step == 4:
-            raise KeyboardInterrupt
-
     run, sent = run_of()
     with pytest.raises(Interrupted):
-        run.train(stop)
+        run.train(stop_after_4)
     assert [step for step, _ in sent] == [3]
-    again, sent = run_of()
+    again, later = run_of()
     assert again.resume()
+    ((step, names),) = later  # what is left of the round, with the prompts that it had
+    assert (step, sorted(names)) == (4, coming(again, 4, 5))
+    assert set(names) <= set(sent[0][1])
     again.train()
-    assert [step for step, _ in sent] == [4, 5]
-    assert sorted(sent[0][1]) == coming(again, 4, 5)
+    assert [step for step, _ in later] == [4, 5]
+
+
+def test_prompts_of_a_round_come_back_as_they_were(run_of):
+    run, _ = run_of('feedback.prompts=["boxes","points","mask_logits"]', "feedback.min_confidence=0.3")
+    with pytest.raises(Interrupted):
+        run.train(stop_after_4)
+    before = run.feed._prompts
+    again, _ = run_of('feedback.prompts=["boxes","points","mask_logits"]', "feedback.min_confidence=0.3")
+    again.resume()
+    after = again.feed._prompts
+    assert sorted(after) == coming(again, 4, 5)
+    for name, prompts in after.items():
+        for kind, value in vars(prompts).items():
+            assert np.array_equal(value, getattr(before[name], kind))
+            assert value.dtype == getattr(before[name], kind).dtype
+
+
+def test_rounds_that_a_killed_run_began_after_its_checkpoint_are_begun_anew(run_of):
+    run, _ = run_of()
+    with pytest.raises(Interrupted):
+        run.train(stop_after_4)
+    folder = run.out / "feedback"
+    assert [p.name for p in folder.iterdir()] == ["000000-0000.safetensors"]
+    again, sent = run_of()
+    (again.out / "last.safetensors").unlink()  # as if it had not been written yet
+    again.resume()
+    assert list(folder.iterdir()) == []
+    assert sent == []
+
+
+def test_rounds_that_are_over_are_forgotten(run_of):
+    run, _ = run_of("feedback.start=0", "checkpoint_every=3")
+    kept = {}
+    run.train(lambda step: kept.update({step: sorted(p.name for p in (run.out / "feedback").iterdir())}))
+    rounds = ["000000-0000.safetensors", "000001-0000.safetensors"]
+    assert kept[2] == rounds[:1]
+    assert kept[3] == rounds[1:]  # round 0 ended with step 2, and step 3 was saved
 
 
 def test_without_feedback_nothing_is_sent(run_of):

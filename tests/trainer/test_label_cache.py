@@ -16,6 +16,7 @@ import redis
 
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
+from vessa_trainer import label_cache
 from vessa_trainer.config import CacheConfig
 from vessa_trainer.label_cache import FolderCache, RedisCache, label_key, open_cache, pack, unpack
 from vessa_trainer.step import PseudoLabel
@@ -78,6 +79,26 @@ def test_two_caches_of_one_place_share_their_labels(cache_of):
     key = new_key()
     cache_of()[0].put({key: label_of()})
     assert same(cache_of()[0].get([key])[0], label_of())
+
+
+def test_of_two_that_lack_a_label_one_asks(cache_of):
+    (one, _), (other, _) = cache_of(), cache_of()
+    keys = [new_key() for _ in range(3)]
+    assert one.claim(keys[:2]) == set(keys[:2])
+    assert other.claim(keys) == {keys[2]}
+    assert one.claim(keys[:1]) == set()
+    one.release(keys[:2])
+    assert other.claim(keys[:2]) == set(keys[:2])
+    one.release([])
+    assert one.claim([]) == set()
+
+
+def test_a_claim_of_somebody_who_was_killed_ends(cache_of, monkeypatch):
+    monkeypatch.setattr(label_cache, "_CLAIM_S", 1)
+    key = new_key()
+    assert cache_of()[0].claim([key]) == {key}
+    time.sleep(1.2)
+    assert cache_of()[0].claim([key]) == {key}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from vessa_trainer import checkpoint, loop
 from vessa_trainer.annotations import AnnotationFeed
 from vessa_trainer.fit import seed_labeled
 from vessa_trainer.label_cache import open_cache
-from vessa_trainer.loop import Interrupted, Run, evaluate, load_best, predict_slice
+from vessa_trainer.loop import Interrupted, Run, evaluate
+from vessa_trainer.predict import load_best, predict_slice
 from vessa_trainer.student import build_student
 
 RESUME = "vessa-trainer fit --out here --resume"
@@ -82,6 +83,7 @@ def test_a_run_of_each_method_learns_and_is_scored(run_of, tiny, dataset, method
     assert ("loss_vessa" in last) == ("feed" in last) == (method == "vessa")
     assert ("loss_unsup" in last) == (method != "supervised")
     board = EventAccumulator(str(run.out / "tensorboard")).Reload()
+    assert all(("val_vessa" in r) == (method == "vessa") for r in rows if "val_teacher" in r)
     assert {"train/loss", "val/teacher_dice", "val/student_dice"} <= set(board.Tags()["scalars"])
 
 
@@ -218,7 +220,7 @@ def test_what_is_no_checkpoint_of_a_run_is_refused(run_of, tiny):
 @pytest.fixture
 def impatient(wired, dataset, tiny):
     """A run whose labels go over `wire`, with little patience."""
-    config = tiny("semi.method=vessa", "annotator.patience_s=0.3", "annotator.lookahead_batches=0", steps=6)
+    config = tiny("semi.method=vessa", "annotator.patience_s=2", "annotator.lookahead_batches=0", steps=6)
     bank = seed_labeled(wired, dataset, config)
     feeds = []
 

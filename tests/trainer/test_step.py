@@ -192,7 +192,7 @@ def hand_made():
 
 
 SUPERVISED = 0.5 * np.log(2) + 0.5 * 1.0  # nothing is foreground: Dice is lost wholly
-OBJECTIVE = ("steps=100", "semi.method=vessa", "semi.lambda_u=0.5")
+OBJECTIVE = ("steps=100", "semi.method=vessa", "semi.lambda_u=0.5", "semi.alpha_v_floor=0")
 
 
 def test_the_supervised_objective_is_equation_4(hand_made, generator):
@@ -248,7 +248,7 @@ def test_equation_6_averages_both_strong_views(hand_made, generator):
     loss, figures = compute_loss(student, teacher, labeled, alone, config_of("semi.lambda_u=2"), 0, generator)
     assert figures["loss_unsup"] == pytest.approx(np.log(2), rel=1e-4)
     assert loss.item() == pytest.approx(SUPERVISED + 2 * np.log(2), rel=1e-4)
-    assert set(figures) == {"loss", "loss_sup", "loss_unsup", "confident"}
+    assert set(figures) == {"loss", "loss_sup", "loss_unsup", "confident", "share_teacher_1"}
 
 
 def test_a_unet_learns_from_unlabeled_pixels_by_dice(hand_made, generator):
@@ -327,16 +327,16 @@ def test_a_real_student_gets_a_finite_loss_by_each_method(shapes, data, generato
     labeled = labeled_batch(data, ROWS, config, generator)
     unlabeled = None
     if method != "supervised":
-        unlabeled = unlabeled_views(data, ROWS, config, source, generator).to("cpu")
+        unlabeled = unlabeled_views(data, ROWS, config, source, generator)
     loss, figures = compute_loss(student, teacher, labeled, unlabeled, config, 10, generator)
     loss.backward()
     assert torch.isfinite(loss)
     assert loss.item() == figures["loss"] > 0
     expected = {"loss", "loss_sup"}
     if method != "supervised":
-        expected |= {"loss_unsup", "confident"}
+        expected |= {"loss_unsup", "confident", "share_teacher_1"}
     if method == "vessa":
-        expected |= {"loss_teacher", "loss_vessa", "eta", "vessa_confident", "agreement"}
+        expected |= {"loss_teacher", "loss_vessa", "eta", "vessa_confident", "agreement", "share_vessa_1"}
     assert set(figures) == expected
 
 

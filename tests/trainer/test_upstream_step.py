@@ -1,32 +1,22 @@
 """The step that `make bench-trainer` times ours against is UniMatch V2's, on the same network."""
 
-import importlib.util
 from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import upstream_step as upstream
 from PIL import Image
 
 from vessa_trainer.config import load_config
 from vessa_trainer.student import build_student
 
-SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "upstream_step.py"
 CROP, BATCH = 32, 4
 
 
-@pytest.fixture(scope="module")
-def upstream():
-    spec = importlib.util.spec_from_file_location("upstream_step", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def samples(upstream, tmp_path):
+def samples(tmp_path):
     """Six images with a bright disk and masks that mark it; sizes differ from the crop."""
     y, x = np.mgrid[:40, :48]
     found = []
@@ -40,7 +30,7 @@ def samples(upstream, tmp_path):
 
 
 @pytest.fixture
-def step(upstream, samples):
+def step(samples):
     torch.manual_seed(0)
     config = load_config(None, ["student.widths=[4,8,16]", f"student.crop={CROP}"])
     network = build_student(config.student, 1, 2)

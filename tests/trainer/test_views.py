@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as TF
 
 from vessa_trainer import views
 from vessa_trainer.config import ViewsConfig
@@ -63,7 +64,7 @@ def test_mirrored_views_are_mirrored(shapes, generator):
 def test_strong_views_change_gray_images_within_range(shapes, generator):
     config = ViewsConfig(jitter_p=1.0, blur_p=1.0, noise_p=1.0)
     image = shapes[:, None] * 0.5 + 0.2
-    one, other = (views.strong_view(image, config, generator) for _ in "ab")
+    one, other = (views.strong_view(image, config, views.draw_seeds(len(image), generator)) for _ in "ab")
     assert one.shape == image.shape
     assert not torch.equal(one, other)
     assert one.min() >= 0
@@ -73,13 +74,44 @@ def test_strong_views_change_gray_images_within_range(shapes, generator):
 def test_strong_views_change_color_images(generator):
     image = torch.rand(2, 3, 16, 16, generator=generator)
     config = ViewsConfig(jitter_p=1.0, grayscale_p=1.0, blur_p=0.0)
-    gray = views.strong_view(image, config, generator)
+    gray = views.strong_view(image, config, views.draw_seeds(len(image), generator))
     assert torch.allclose(gray[:, 0], gray[:, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_is_changed_as_each_image_alone(channels, generator):
+    images, config = torch.rand(6, channels, 32, 48, generator=generator), ViewsConfig()
+    seeds = views.draw_seeds(6, generator)
+    alone = [views.strong_view(images[i : i + 1], config, [seed]) for i, seed in enumerate(seeds)]
+    assert torch.allclose(views.strong_view(images, config, seeds), torch.cat(alone), atol=1e-6)
+    assert len({views.draw_changes(config, channels == 1, seed) for seed in seeds}) == 6
+
+
+def test_gray_images_are_changed_as_torchvision_would(generator):
+    images, seeds = torch.rand(8, 1, 32, 48, generator=generator), views.draw_seeds(8, generator)
+    config = ViewsConfig(jitter_p=0.7, blur_p=0.7, noise_p=0.0)
+    ours = views.strong_view(images, config, seeds)
+    for image, one, seed in zip(images, ours, seeds, strict=True):
+        change = views.draw_changes(config, True, seed)
+        image = TF.adjust_gamma(image, change.gamma)
+        image = (image - image.mean()) * change.contrast + image.mean()
+        image = image * change.brightness
+        if change.sigma:
+            image = TF.gaussian_blur(image, [2 * round(2 * change.sigma) + 1] * 2, [change.sigma] * 2)
+        assert torch.allclose(one, image.clamp(0, 1), atol=1e-6)
+
+
+def test_noise_has_the_drawn_strength():
+    images, seeds = torch.full((4, 1, 64, 64), 0.5), [3, 4, 5, 6]
+    config = ViewsConfig(jitter_p=0.0, blur_p=0.0, noise_p=1.0)
+    noisy = views.strong_view(images, config, seeds)
+    drawn = torch.tensor([views.draw_changes(config, True, seed).noise for seed in seeds])
+    assert torch.allclose(noisy.std((1, 2, 3)), drawn, rtol=0.05)
 
 
 def test_a_strong_view_may_leave_an_image_as_it_is(shapes, generator):
     config = ViewsConfig(jitter_p=0.0, blur_p=0.0, noise_p=0.0)
-    assert torch.equal(views.strong_view(shapes[:, None], config, generator), shapes[:, None])
+    assert torch.equal(views.strong_view(shapes[:, None], config, [0] * 4), shapes[:, None])
 
 
 def test_cutmix_boxes_have_the_published_area_and_aspect(generator):

@@ -3,7 +3,8 @@
 A background thread takes names in the sampler's order, looks in the cache, asks the annotator for
 the rest in batches, and keeps what came. The step takes labels that are there, and waits only for
 those that are not, or goes on without them (`max_wait_s`). First labels go before those that are
-asked again with prompts; until the new label comes, the old one stays in use.
+asked again with prompts; until the new label comes, the old one stays in use, except in an exact feed,
+where a step waits for the new one: which label it learns from then depends on no clock.
 """
 
 import logging
@@ -20,11 +21,25 @@ from vessa.errors import Unreachable, VessaError
 from vessa.schemas import BankInfo
 from vessa_trainer.agreement import EchoCheck, PooledDice
 from vessa_trainer.config import AnnotatorConfig
+from vessa_trainer.incidents import ANNOTATOR, Incidents
 from vessa_trainer.label_cache import LabelCache
 from vessa_trainer.label_fetch import LabelFetcher, Wanted
 from vessa_trainer.step import PseudoLabel
 
 _log = logging.getLogger(__name__)
+_ELSEWHERE_PAUSE = 0.05  # seconds until the cache is asked again for what another process is asking for
+COUNTS = (  # of `stats`: what may be summed over several feeds
+    "requests",
+    "images",
+    "cache_hits",
+    "cache_failures",
+    "failed_items",
+    "refreshed",
+    "interruptions",
+    "wait_seconds",
+    "taken",
+    "late",
+)
 _FIRST_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds between tries while the annotator is away
 
 
@@ -45,10 +60,13 @@ class AnnotationFeed:
         *,
         kept: int = 8192,
         seed: int = 0,
+        exact: bool = False,
+        incidents: Incidents | None = None,
     ) -> None:
         """Start the background thread.
 
-        bank: the seeded bank; kept: labels held in memory; seed: of template_choice "sample". Raises
+        bank: the seeded bank; kept: labels held in memory; seed: of template_choice "sample"; exact: steps
+        wait for labels asked again; incidents: where it is noted that the annotator was away. Raises
         VessaError when the annotator does not answer.
         """
         self._fetcher = LabelFetcher(client, dataset, bank, cache, config, seed)
@@ -66,6 +84,8 @@ class AnnotationFeed:
         self._flying: set[str] = set()
         self._labels: OrderedDict[str, PseudoLabel] = OrderedDict()
         self._prompts: dict[str, Prompts] = {}
+        self._answers: dict[str, Prompts | None] = {}  # what each label was asked with
+        self._exact, self._incidents = exact, incidents
         self._arrived = time.monotonic()
         self._away: VessaError | None = None
         self._broken: BaseException | None = None
@@ -82,14 +102,14 @@ class AnnotationFeed:
                     self._again.pop(name, None)
             self._changed.notify_all()
 
-    def get(self, names: Sequence[str]) -> list[PseudoLabel]:
-        """Return labels, waiting for those on their way.
+    def get(self, names: Sequence[str], *, newest: bool = False) -> list[PseudoLabel]:
+        """Return labels, waiting for those on their way; `newest`: also for those asked again.
 
         Raises Unreachable when no label came for `patience_s` seconds, or at once the error that
         waiting does not cure.
         """
         with self._changed:
-            self._wait(names, None)
+            self._wait(names, None, exact=newest or self._exact)
             return [self._labels[name] for name in names]
 
     def take(self, names: Sequence[str]) -> list[PseudoLabel | None]:
@@ -99,7 +119,7 @@ class AnnotationFeed:
         raises: Unreachable also when steps went without labels for `patience_s` seconds while none came.
         """
         with self._changed:
-            self._wait(names, self._config.max_wait_s)
+            self._wait(names, self._config.max_wait_s, exact=self._exact)
             labels = [self._labels.get(name) for name in names]
             late = labels.count(None)
             if late and not self._late:
@@ -108,13 +128,13 @@ class AnnotationFeed:
             self._late += late
             return labels
 
-    def _wait(self, names: Sequence[str], limit: float | None) -> None:
+    def _wait(self, names: Sequence[str], limit: float | None, *, exact: bool) -> None:
         """Wait until the labels are here, for `limit` seconds if given. Called with the condition held."""
         started = time.monotonic()
         while True:
             if self._broken is not None:  # also when all labels are here: nothing new would ever come
                 raise self._broken
-            if not (missing := [n for n in names if n not in self._labels]):
+            if not (missing := [n for n in names if self._lacks(n, exact)]):
                 self._short_since = None
                 break
             self._urge(missing)
@@ -135,6 +155,12 @@ class AnnotationFeed:
         for name in names:
             if name in self._labels:
                 self._labels.move_to_end(name)
+
+    def _lacks(self, name: str, exact: bool) -> bool:
+        """Whether a label is still to come; `exact`: or a newer one."""
+        if name not in self._labels:
+            return True
+        return exact and self._answers[name] is not self._prompts.get(name)
 
     def _urge(self, names: Sequence[str]) -> None:
         """Put names that somebody waits for before all others."""
@@ -201,6 +227,8 @@ class AnnotationFeed:
                     self._broken = error
                     self._changed.notify_all()
                 return
+            if result.elsewhere:
+                self._look_again(result.elsewhere, pause=0.0 if result.labels else _ELSEWHERE_PAUSE)
             if result.reason is None:
                 if result.asked:
                     self._back()
@@ -219,11 +247,22 @@ class AnnotationFeed:
             self._flying.update(names)
             return [Wanted(self._slices[n], self._prompts.get(n)) for n in names]
 
+    def _look_again(self, elsewhere: Sequence[Wanted], pause: float) -> None:
+        """Put names that another process is asking for behind the others of their queue."""
+        with self._changed:
+            for wanted in elsewhere:
+                self._flying.discard(wanted.item.name)
+                queue = self._again if wanted.item.name in self._labels else self._first
+                queue[wanted.item.name] = None
+            self._changed.wait_for(lambda: self._closed, timeout=pause)
+
     def _postpone(self, late: Sequence[Wanted], error: VessaError, pause: float) -> None:
         """Put names back in front of their queue and wait."""
         with self._changed:
             if self._away is None:
                 self._interruptions += 1
+                if self._incidents is not None:
+                    self._incidents.away(ANNOTATOR, error.message)
                 _log.warning("waiting for the annotator: %s", error.message)
             self._away = error
             for wanted in reversed(late):
@@ -237,6 +276,8 @@ class AnnotationFeed:
     def _back(self) -> None:
         with self._changed:
             if self._away is not None:
+                if self._incidents is not None:
+                    self._incidents.back(ANNOTATOR)
                 _log.warning("the annotator answers again")
             self._away = None
 
@@ -250,13 +291,13 @@ class AnnotationFeed:
                 self._echo.add(name, wanted.prompts, old.labels, label.labels)
             if truth is not None and truth.shape == label.labels.shape:
                 self._quality.add(name, label.labels, truth)
-            self._labels[name] = label
+            self._labels[name], self._answers[name] = label, wanted.prompts
             self._labels.move_to_end(name)
             self._flying.discard(name)
             if self._prompts.get(name) is not wanted.prompts:  # newer ones came meanwhile
                 self._again[name] = None
             while len(self._labels) > self._kept:
-                self._labels.popitem(last=False)
+                del self._answers[self._labels.popitem(last=False)[0]]
             self._arrived = time.monotonic()
             self._changed.notify_all()
 

@@ -29,6 +29,13 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> N
         fresh.unlink(missing_ok=True)  # what a full disk cut short
 
 
+def sweep(folder: Path) -> None:
+    """Delete what a kill left of checkpoints that were being written."""
+    for name in (LAST, BEST):
+        for left in folder.glob(f".{name}.*"):
+            left.unlink(missing_ok=True)
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write` wrote. Raises InvalidWeights when the file is missing or damaged."""
     try:

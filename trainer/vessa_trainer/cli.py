@@ -1,24 +1,20 @@
-"""`vessa-trainer fit|evaluate|predict|compare|table1..4|verify`: the trainer's command line."""
+"""`vessa-trainer fit|evaluate|predict|export|compare|table1..4|verify`: the trainer's command line."""
 
 import json
 import logging
 import shlex
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import track
 
 from vessa.datasets import open_dataset
 from vessa.datasets import verify as find_faults
 from vessa.errors import InvalidDataset, VessaError
-from vessa.images import read_image
 from vessa_trainer.config import DEFAULT_METHODS, Config, load_config, shipped
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -212,7 +208,7 @@ def evaluate(
     from vessa.report.tables import Row, table
     from vessa_trainer.data import cases_of
     from vessa_trainer.loop import evaluate as score
-    from vessa_trainer.loop import load_best
+    from vessa_trainer.predict import load_best
 
     config = _config(run / "config.yaml", None, data=data)
     dataset = open_dataset(config.data.root)
@@ -231,43 +227,48 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    images: Annotated[Path, typer.Argument(help="A data folder, or a folder of PNG, JPEG or TIFF images.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the masks: 8-bit PNG with class ids, same size.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="A data set, a folder of PNG, JPEG, TIFF or NIfTI files, one such file, or a DICOM series.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTPUT",
+            help="Folder for the masks, each as large as its image: 8-bit PNG of class ids, HDF5 for HDF5, "
+            "NIfTI with the same affine for NIfTI, DICOM SEG for DICOM.",
+        ),
+    ],
+    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: slower.")] = False,
+    axis: Annotated[
+        str, typer.Option(help="How volumes are cut: auto, axial, coronal or sagittal.")
+    ] = "auto",
+    nifti: Annotated[bool, typer.Option("--nifti", help="NIfTI for DICOM, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Segment a folder of images with a run's best teacher."""
-    from vessa_trainer.loop import load_best, predict_slice
+    """Segment images and volumes with a run's best teacher. What is there already is skipped."""
+    from vessa_trainer.predict import predict as run_on
 
-    config = _config(run / "config.yaml", None)
-    model, channels, classes = load_best(run, config)
-    sources = _images(images)
-    if out.resolve() in (images.resolve(), (images / "images").resolve()):
-        raise InvalidDataset(f"{out} holds the images, and masks would replace them: give another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, read in track(sources.items(), "predicting", console=_console, transient=True):
-        probability = predict_slice(model, [read()], config, channels)[0]
-        Image.fromarray(probability.argmax(0).byte().numpy()).save(out / f"{name}.png")
-    _console.print(f"{len(sources)} masks in {out}", highlight=False)
-    _finish({"masks": len(sources), "out": str(out), "classes": classes}, as_json)
+    result = run_on(run, source, out, _console, flips=flips, axis=axis, nifti=nifti)
+    _console.print(f"{result['masks']} masks in {out}, {result['skipped']} were there", highlight=False)
+    _finish(result, as_json)
 
 
-def _images(folder: Path) -> dict[str, Any]:
-    """Names and readers of a folder's images, whatever its layout."""
-    try:
-        dataset = open_dataset(folder)
-    except InvalidDataset:
-        paths = sorted(
-            p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-        )
-        if not paths:
-            raise InvalidDataset(f"{folder} is no data set and holds no PNG, JPEG or TIFF images") from None
-        twice = [name for name, count in Counter(p.stem for p in paths).items() if count > 1]
-        if twice:
-            raise InvalidDataset(
-                f"{folder} holds several images called {twice[0]}: each needs its own name"
-            ) from None
-        return {p.stem: lambda p=p: read_image(p) for p in paths}
-    return {s.name: lambda s=s: dataset.image(s) for s in dataset.slices()}
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Argument(help="The .onnx file.")],
+    as_json: Json = False,
+) -> None:
+    """Write a run's best teacher as ONNX, and check that it computes the same."""
+    from vessa_trainer.export import export as write
+
+    result = write(run, out)
+    _console.print(f"{out}: differs by at most {result['difference']:.1e}", highlight=False)
+    _finish(result, as_json)
 
 
 @app.command()
@@ -300,6 +301,7 @@ def main() -> None:
     """Run the command line; a VessaError becomes one clear line and exit code 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` saves the run as Ctrl-C does
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_console)])
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # it says that it tries again, but not why
     try:
         app()
     except VessaError as error:

@@ -28,7 +28,8 @@ class DataConfig:
 
     Split files are looked up in the data folder first, then in the working directory. Where none of the four
     exists the groups are split by `split_seed`: `val_share`, `test_share`, and of the rest
-    `labeled_groups` groups are labeled.
+    `labeled_groups` groups are labeled. prepared: a folder where decoded and resized images are kept in
+    files, for sets that memory does not hold; None keeps them in memory. prepared_gb: what it may hold.
     """
 
     root: str = ""
@@ -40,6 +41,8 @@ class DataConfig:
     labeled_groups: int = 1
     val_share: float = 0.1
     test_share: float = 0.2
+    prepared: str | None = None
+    prepared_gb: float = 50.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ class SemiConfig:
     annotator; semisam, a mean teacher beside an annotator that is asked with the teacher's prompts (see
     `vessa_trainer.semisam`); vessa_alone trains nothing and scores the annotator.
     vessa_gate: 'own' gates VESSA's term with its own confidence >= `vessa_threshold`, 'teacher' with the
-    teacher's confidence as Eq. 8 of the paper has it. alpha_v_floor: VESSA's weight never falls below it.
+    teacher's confidence as Eq. 8 of the paper has it. alpha_v_floor: below which VESSA's weight never falls;
+    0 is the hand-over of Eq. 9, 1 keeps the whole weight to the end.
     ema_decay: None is UniMatch V2's 0.996, or less in a short run, where the teacher would still average over
     the student's first steps when it has to teach.
     unlabeled_loss: 'ce' is Eq. 5 and UniMatch V2; 'dice' is UniMatch v1's recipe for medical images. None
@@ -125,7 +129,7 @@ class SemiConfig:
     ema_decay: float | None = None
     vessa_gate: Literal["own", "teacher"] = "own"
     vessa_threshold: float = 0.8
-    alpha_v_floor: float = 0.0
+    alpha_v_floor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,8 @@ class AnnotatorConfig:
     annotator without one of them; sam2: SAM 2.1's memory with official weights, no language model and no
     Stage 1; prompts_only: neither, so that it draws what it gets prompts for. patience_s: how long the
     annotator may be away before the run stops. max_wait_s: how long a step waits for labels that are late; it
-    goes on without them, and they count from when they come. None waits for each: only then does a seed give
-    the same run again.
+    goes on without them, and they count from when they come. None waits for the first label of each image:
+    with it, and without feedback, a seed gives the same run again; with feedback `deterministic` does.
     """
 
     url: str | None = None
@@ -167,7 +171,7 @@ class FeedbackConfig:
     enabled: bool = True
     start: float = 0.5
     every: int = 500
-    prompts: tuple[str, ...] = ("boxes", "mask_logits")
+    prompts: tuple[str, ...] = ("boxes",)
     source: Literal["teacher", "student"] = "teacher"
     min_confidence: float = 0.8
 
@@ -178,6 +182,9 @@ class Config:
 
     title: what tables call it.
     bf16: the networks compute in bfloat16 where autocast holds it safe; weights and losses stay float32.
+    trackers: where figures go besides TensorBoard; each is an extra of this distribution.
+    deterministic: one seed gives the same run again, bit by bit, on the same machine: torch takes no
+    operations that depend on the order of threads, and steps wait for labels asked again with feedback.
     """
 
     title: str = ""
@@ -196,10 +203,12 @@ class Config:
     seed: int = 0
     device: str = "cpu"
     bf16: bool = False
+    deterministic: bool = False
     threads: int = 0
     eval_every: int = 250
     checkpoint_every: int = 250
     out: str = "runs/run"
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges that no type can express."""
@@ -313,6 +322,7 @@ def _check(config: Config) -> None:
         "annotator.patience_s": config.annotator.patience_s,
         "data.labeled_groups": config.data.labeled_groups,
         "optim.lr": config.optim.lr,
+        "data.prepared_gb": config.data.prepared_gb,
     }
     if config.cache.expire_s is not None:
         positive["cache.expire_s"] = config.cache.expire_s
@@ -355,6 +365,11 @@ def _check(config: Config) -> None:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")
     if semi.method == "semisam" and not feedback.enabled:
         raise InvalidConfig("method semisam asks the annotator with prompts: feedback.enabled must be true")
+    if config.deterministic and config.annotator.max_wait_s is not None:
+        raise InvalidConfig(
+            "deterministic runs wait for every label: annotator.max_wait_s must be null, got "
+            f"{config.annotator.max_wait_s}"
+        )
     if feedback.enabled and not feedback.prompts:
         raise InvalidConfig("feedback.prompts must name at least one of boxes, points, mask_logits")
     for name in ("scale", "gamma", "contrast", "brightness", "blur_sigma", "noise_std"):

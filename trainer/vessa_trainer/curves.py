@@ -30,6 +30,14 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def truncate_metrics(run: Path, step: int) -> None:
+    """Drop the rows after a step, and a line cut by a kill: a run that is taken up writes them again."""
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    fresh = run / ".metrics.jsonl"
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fresh.replace(run / "metrics.jsonl")
+
+
 def write_progress(run: Path, title: str) -> None:
     """Draw a run's progress.png anew."""
     fresh = run / ".progress.png"
@@ -44,7 +52,11 @@ def progress_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     figure.suptitle(title, color=_INK, fontsize=12)
     _curves(axes[0, 0], rows, {k: k.removeprefix("loss_") for k in _LOSSES}, smooth=True)
     _finish(axes[0, 0], "loss", bottom=0)
-    for key, name, color in (("val_teacher", "teacher", PALETTE[1]), ("val_student", "student", PALETTE[2])):
+    for key, name, color in (
+        ("val_teacher", "teacher", PALETTE[1]),
+        ("val_student", "student", PALETTE[2]),
+        ("val_vessa", "VESSA", PALETTE[3]),
+    ):
         points = validation_dice(rows, key)
         if points:
             axes[0, 1].plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=color)

@@ -1,5 +1,6 @@
-"""Splits, and images prepared once: decoded, put on squares of one size and kept in memory."""
+"""Splits, and images prepared once: decoded, put on squares of one size, kept in memory or in files."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from vessa.datasets import Case, Dataset, Slice
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import DataConfig
+from vessa_trainer.mapped import MappedSquares, Square, key_of
 
 
 @dataclass(frozen=True)
@@ -116,34 +118,63 @@ class Frame:
 class Prepared:
     """Slices on squares. images: (N, C, S, S) uint8; masks: (N, S, S) uint8; valid: (N, S, S) bool."""
 
-    def __init__(self, dataset: Dataset, slices: Sequence[Slice], size: int, *, need_masks: bool) -> None:
-        """Decode and resize; `need_masks` raises InvalidDataset for a slice without annotation."""
+    def __init__(
+        self,
+        dataset: Dataset,
+        slices: Sequence[Slice],
+        size: int,
+        *,
+        need_masks: bool,
+        folder: Path | None = None,
+        limit_bytes: float = math.inf,
+    ) -> None:
+        """Decode and resize; `need_masks` raises InvalidDataset for a slice without annotation.
+
+        folder: where squares are kept in files, for this run and others, instead of in memory; limit_bytes:
+        of that folder.
+        """
         self.slices = list(slices)
         self.rows = {s.name: i for i, s in enumerate(self.slices)}
-        self.size = size
-        images, masks, valid, self.frames = [], [], [], []
-        for item in track(self.slices, "preparing images", transient=True):
-            image = dataset.image(item)
-            mask = dataset.mask(item) if need_masks else np.zeros(image.shape[:2], np.uint8)
-            if mask is None:
-                raise InvalidDataset(f"{item.name} is in a labeled split but has no mask")
-            if mask.max(initial=0) > max(dataset.classes):
-                raise InvalidDataset(
-                    f"the mask of {item.name} holds class id {mask.max()}, '{dataset.name}' names ids up to "
-                    f"{max(dataset.classes)}"
-                )
-            frame = Frame(image.shape[0], image.shape[1], size)
-            pixels = torch.from_numpy(image).float()
-            pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-            images.append(frame.enter(pixels, "bilinear").round().byte())
-            masks.append(frame.enter(torch.from_numpy(mask)[None].float(), "nearest-exact")[0].byte())
-            valid.append(frame.enter(torch.ones(1, *mask.shape), "nearest-exact")[0] > 0)
-            self.frames.append(frame)
-        if not images:
+        self.size, self._dataset, self._need_masks = size, dataset, need_masks
+        if not self.slices:
             raise InvalidDataset("a split holds no images")
-        if len({i.shape[0] for i in images}) > 1:
-            images = [i.expand(3, -1, -1) for i in images]
-        self.images, self.masks, self.valid = torch.stack(images), torch.stack(masks), torch.stack(valid)
+        bar = track(range(len(self.slices)), "preparing images", transient=True)
+        self._mapped: MappedSquares | None = None
+        if folder is None:
+            images, masks, valid, sizes = zip(*(self._square(row) for row in bar), strict=True)
+            if len({i.shape[0] for i in images}) > 1:
+                images = tuple(np.broadcast_to(i, (3, *i.shape[1:])) for i in images)
+            self.images, self.masks, self.valid = (
+                torch.from_numpy(np.stack(a)) for a in (images, masks, valid)
+            )
+        else:
+            key = key_of(dataset, self.slices, size, need_masks)
+            self._mapped = MappedSquares(folder, key, len(self.slices), self._square, limit_bytes)
+            arrays = (self._mapped.images, self._mapped.masks, self._mapped.valid)
+            self.images, self.masks, self.valid = (torch.from_numpy(a) for a in arrays)
+            sizes = tuple((int(h), int(w)) for h, w in self._mapped.sizes)
+        self.frames = [Frame(height, width, size) for height, width in sizes]
+
+    def _square(self, row: int) -> Square:
+        item, dataset = self.slices[row], self._dataset
+        image = dataset.image(item)
+        mask = dataset.mask(item) if self._need_masks else np.zeros(image.shape[:2], np.uint8)
+        if mask is None:
+            raise InvalidDataset(f"{item.name} is in a labeled split but has no mask")
+        if mask.max(initial=0) > max(dataset.classes):
+            raise InvalidDataset(
+                f"the mask of {item.name} holds class id {mask.max()}, '{dataset.name}' names ids up to "
+                f"{max(dataset.classes)}"
+            )
+        frame = Frame(image.shape[0], image.shape[1], self.size)
+        pixels = torch.from_numpy(image).float()
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        return (
+            frame.enter(pixels, "bilinear").round().byte().numpy(),
+            frame.enter(torch.from_numpy(mask)[None].float(), "nearest-exact")[0].byte().numpy(),
+            (frame.enter(torch.ones(1, *mask.shape), "nearest-exact")[0] > 0).numpy(),
+            (image.shape[0], image.shape[1]),
+        )
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -157,9 +188,11 @@ class Prepared:
         """Give gray images the channels of others that they are learned with."""
         self.images = self.images.expand(-1, channels, -1, -1)
 
-    def floats(self, rows: Sequence[int]) -> Tensor:
-        """Images of some rows, (B, C, S, S) float in [0, 1]."""
-        return self.images[list(rows)].float() / 255
+    def floats(self, rows: Sequence[int], device: str | torch.device = "cpu") -> Tensor:
+        """Images of some rows on a device, (B, C, S, S) float in [0, 1]; they travel as bytes."""
+        if self._mapped is not None:
+            self._mapped.check(rows)
+        return self.images[list(rows)].to(device).float() / 255
 
 
 class Order:

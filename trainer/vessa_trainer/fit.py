@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +19,16 @@ from vessa.images import read_image
 from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
 from vessa.schemas import BankInfo
 from vessa_trainer import checkpoint
-from vessa_trainer.annotations import AnnotationFeed
+from vessa_trainer.advice import Advice, never_labeled, over_run
+from vessa_trainer.annotations import COUNTS, AnnotationFeed
 from vessa_trainer.config import Config, load_config, save_config, to_dict
-from vessa_trainer.curves import write_progress
+from vessa_trainer.curves import read_metrics, write_progress
 from vessa_trainer.data import cases_of, read_splits
+from vessa_trainer.incidents import Incidents, interruptions
 from vessa_trainer.label_cache import open_cache
-from vessa_trainer.loop import Run, load_best, predict_labels
+from vessa_trainer.loop import Run
+from vessa_trainer.predict import load_best, predict_labels
+from vessa_trainer.processes import Processes, join
 from vessa_trainer.report import SUMMARY, write_run_report
 from vessa_trainer.seeding import bank_name, seed_bank
 from vessa_trainer.served import check_served
@@ -31,7 +36,7 @@ from vessa_trainer.served import check_served
 _log = logging.getLogger(__name__)
 _WHO = ("model", "labels_version", "preset", "parts", "trained_on")
 # What may differ between the starts of one run: where things are, and how fast.
-_PLACE = ("title", "out", "device", "threads", "batch_eval", "checkpoint_every", "cache")
+_PLACE = ("title", "out", "device", "threads", "batch_eval", "checkpoint_every", "cache", "trackers")
 _ANNOTATOR_PLACE = ("url", "api_key", "serves", "batch", "lookahead_batches", "patience_s")
 
 
@@ -62,20 +67,31 @@ def fit(config: Config, *, resume_line: str, resume: bool = True) -> dict[str, A
         raise InvalidConfig(f"{out} holds a run: --resume goes on with it, another --out starts a new one")
     if (summary := finished(config)) is not None:
         return summary
-    dataset = open_dataset(config.data.root)
+    dataset, processes = open_dataset(config.data.root), join(config.device)
     if not config.annotated:
-        return _train(config, dataset, None, {}, resume_line)
+        return _train(config, dataset, None, {}, resume_line, processes)
     with AnnotatorClient(config.annotator.url, config.annotator.api_key) as client:
         info = check_served(client, config.annotator)
-        bank = seed_labeled(client, dataset, config)
+        if processes.first:
+            seed_labeled(client, dataset, config)
+        processes.wait()
+        bank = client.bank(bank_of(dataset, config))
         source = {"bank": bank.model_dump()} | {k: getattr(info, k) for k in _WHO}
+        incidents = Incidents(out)
         feed = AnnotationFeed(
-            client, dataset, bank, open_cache(config.cache), config.annotator, seed=config.seed
+            client,
+            dataset,
+            bank,
+            open_cache(config.cache, incidents),
+            config.annotator,
+            seed=config.seed,
+            exact=config.deterministic,
+            incidents=incidents,
         )
         try:
             if config.semi.method == "vessa_alone":
                 return _score_alone(config, dataset, feed, source)
-            return _train(config, dataset, feed, source, resume_line)
+            return _train(config, dataset, feed, source, resume_line, processes)
         finally:
             feed.close()
 
@@ -83,8 +99,13 @@ def fit(config: Config, *, resume_line: str, resume: bool = True) -> dict[str, A
 def seed_labeled(client: AnnotatorClient, dataset: Dataset, config: Config) -> BankInfo:
     """Fill the bank of a config with its labeled groups."""
     labeled = read_splits(dataset, config.data).labeled
-    name = config.annotator.bank or bank_name(dataset, config.data.labeled, labeled)
-    return seed_bank(client, dataset, labeled, name)
+    return seed_bank(client, dataset, labeled, bank_of(dataset, config))
+
+
+def bank_of(dataset: Dataset, config: Config) -> str:
+    """Return the name of the bank that a config's labels come from."""
+    labeled = read_splits(dataset, config.data).labeled
+    return config.annotator.bank or bank_name(dataset, config.data.labeled, labeled)
 
 
 def without_key(config: Config) -> dict[str, Any]:
@@ -112,6 +133,8 @@ def _score_alone(
         "groups": {k: len(v) for k, v in vars(splits).items()},
         "annotator": source,
         "feed": feed.stats(),
+        "interruptions": interruptions(out),
+        "advice": [],
         **{key: score_labels(dataset, cases[key], labels[key]).to_dict() for key in cases},
         "config": without_key(config),
     }
@@ -135,16 +158,28 @@ def read_labels(run: Path, cases: Sequence[Case]) -> dict[str, list[np.ndarray]]
 
 
 def _train(
-    config: Config, dataset: Dataset, feed: AnnotationFeed | None, source: dict[str, Any], resume_line: str
+    config: Config,
+    dataset: Dataset,
+    feed: AnnotationFeed | None,
+    source: dict[str, Any],
+    resume_line: str,
+    processes: Processes,
 ) -> dict[str, Any]:
-    run = Run(config, dataset, feed, resume_line)
+    run = Run(config, dataset, feed, resume_line, processes)
     run.resume()
 
     def draw(step: int) -> None:
-        if step % config.eval_every == 0:
+        if processes.first and step % config.eval_every == 0:
             write_progress(run.out, f"{config.semi.method}, seed {config.seed}")
 
     result = run.train(on_step=draw)
+    if feed is not None:
+        stats = feed.stats()
+        stats |= processes.total({k: stats[k] for k in COUNTS})
+    if not processes.first:
+        processes.wait()
+        summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_text())
+        return summary
     summary = {
         "method": config.semi.method,
         "seed": config.seed,
@@ -154,14 +189,24 @@ def _train(
         "wait_share": round(run.waited / max(result.seconds, 1e-9), 4),
         "groups": {k: len(v) for k, v in vars(run.splits).items()},
         "annotator": source,
-        "feed": feed.stats() if feed is not None else None,
+        "processes": processes.count,
+        "feed": stats if feed is not None else None,
+        "interruptions": interruptions(run.out),
+        "advice": [vars(one) for one in _advice(run)],
         "val": result.val.to_dict(),
         "test": result.test.to_dict(),
         "config": without_key(config),
     }
     rows = _pictures(run, dataset, feed)
     write_run_report(run.out, summary, rows, dataset)
+    shutil.rmtree(run.out / "feedback", ignore_errors=True)  # prompts are of use to an unfinished run alone
+    processes.wait()
     return summary
+
+
+def _advice(run: Run) -> list[Advice]:
+    missing = never_labeled(run.labeled.masks.unique().tolist(), run.dataset.classes)
+    return [*missing, *over_run(read_metrics(run.out), run.dataset.classes)]
 
 
 def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None) -> list[Overlay]:
@@ -205,6 +250,7 @@ def _identity(config: Config) -> dict[str, Any]:
     tree["data"]["root"] = str(Path(config.data.root).resolve())
     for key in _PLACE:
         del tree[key]
+    del tree["data"]["prepared"], tree["data"]["prepared_gb"]
     for key in _ANNOTATOR_PLACE:
         del tree["annotator"][key]
     if not config.annotated:  # what VESSA would do changes nothing here

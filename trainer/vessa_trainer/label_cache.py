@@ -11,7 +11,7 @@ import secrets
 import struct
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -24,13 +24,15 @@ from redis.retry import Retry
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
 from vessa_trainer.config import CacheConfig
+from vessa_trainer.incidents import CACHE, Incidents
 from vessa_trainer.step import PseudoLabel
 
 _log = logging.getLogger(__name__)
 _MAGIC, _CHECKSUM = b"VLB2", 8
 _SIZE = struct.Struct("<II")  # height, width, px
 _MAX_PIXELS = 80_000_000  # of one image; no annotator takes more
-_PREFIX = "vessa:label:"
+_PREFIX, _CLAIM_PREFIX = "vessa:label:", "vessa:claim:"
+_CLAIM_S = 10  # a batch of labels takes less; else two ask, which costs time and nothing else
 _PROMPT_FIELDS = ("boxes", "points", "point_labels", "mask_logits", "mask_present")
 
 
@@ -116,6 +118,18 @@ class LabelCache(Protocol):
         """Keep labels."""
         ...
 
+    def claim(self, keys: Sequence[str]) -> set[str]:
+        """Return the keys that the caller is to ask the annotator for; another is asking for the rest.
+
+        A claim that its owner does not release, as one that was killed, ends after some seconds. Where the
+        place is gone all keys are the caller's.
+        """
+        ...
+
+    def release(self, keys: Collection[str]) -> None:
+        """End claims."""
+        ...
+
 
 class FolderCache:
     """One file a label under two-letter folders; several processes may share it."""
@@ -159,6 +173,31 @@ class FolderCache:
         if self.failures == 1:
             _log.warning("the label cache %s cannot be %s: %s", self.folder, what, error.strerror)
 
+    def claim(self, keys: Sequence[str]) -> set[str]:
+        """Take the keys that nobody else is asking for."""
+        return {key for key in keys if self._claimed(self._claim_path(key))}
+
+    def _claim_path(self, key: str) -> Path:
+        return self.folder / key[:2] / f".{key}.claim"
+
+    def _claimed(self, path: Path) -> bool:
+        try:
+            if path.is_file() and time.time() - path.stat().st_mtime > _CLAIM_S:
+                path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+        except (FileExistsError, FileNotFoundError):  # another's, or one just ended: it is looked up again
+            return False
+        except OSError:
+            return True  # no way to agree: `put` says what is wrong with the folder
+        return True
+
+    def release(self, keys: Collection[str]) -> None:
+        """End claims."""
+        for key in keys:
+            with suppress(OSError):
+                self._claim_path(key).unlink(missing_ok=True)
+
     def put(self, labels: Mapping[str, PseudoLabel]) -> None:
         """Write each label whole or not at all; a full disk is reported once."""
         for key, label in labels.items():
@@ -184,8 +223,13 @@ class RedisCache:
     store (out of memory) is reported once as well.
     """
 
-    def __init__(self, url: str, expire_s: float | None, *, pause_s: float = 5.0) -> None:
-        """Connect lazily. expire_s: seconds a label is kept, None for ever. Raises InvalidConfig."""
+    def __init__(
+        self, url: str, expire_s: float | None, *, pause_s: float = 5.0, incidents: Incidents | None = None
+    ) -> None:
+        """Connect lazily. Raises InvalidConfig.
+
+        expire_s: seconds a label is kept, None for ever; incidents: where it is noted that Redis was away
+        """
         try:
             self._redis = redis.Redis.from_url(
                 url, socket_timeout=5, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
@@ -196,6 +240,7 @@ class RedisCache:
         self._pause_s = pause_s
         self._away_until: float | None = None
         self._refused = False
+        self._incidents = incidents
         self.failures = 0
 
     def get(self, keys: Sequence[str]) -> list[PseudoLabel | None]:
@@ -225,6 +270,29 @@ class RedisCache:
         else:
             self._answered()
 
+    def claim(self, keys: Sequence[str]) -> set[str]:
+        """Take the keys that nobody else is asking for, in one round trip."""
+        if not keys or self._resting():
+            return set(keys)
+        try:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for key in keys:
+                    pipe.set(f"{_CLAIM_PREFIX}{key}", 1, nx=True, ex=_CLAIM_S)
+                answers = pipe.execute()
+        except redis.RedisError as error:
+            self._failed(error)
+            return set(keys)
+        return {key for key, answer in zip(keys, answers, strict=True) if answer}
+
+    def release(self, keys: Collection[str]) -> None:
+        """End claims."""
+        if not keys or self._resting():
+            return
+        try:
+            self._redis.delete(*(f"{_CLAIM_PREFIX}{key}" for key in keys))
+        except redis.RedisError as error:
+            self._failed(error)
+
     def close(self) -> None:
         """Close the connections."""
         self._redis.close()
@@ -240,19 +308,23 @@ class RedisCache:
             self._refused = True
             return
         if self._away_until is None:
+            if self._incidents is not None:
+                self._incidents.away(CACHE, f"Redis: {type(error).__name__}")
             _log.warning("the label cache in Redis is away (%s): going on without it", type(error).__name__)
         self._away_until = time.monotonic() + self._pause_s
 
     def _answered(self) -> None:
         if self._away_until is not None:
+            if self._incidents is not None:
+                self._incidents.back(CACHE)
             _log.warning("the label cache in Redis is back")
         self._away_until = None
 
 
-def open_cache(config: CacheConfig) -> FolderCache | RedisCache:
+def open_cache(config: CacheConfig, incidents: Incidents | None = None) -> FolderCache | RedisCache:
     """Open the cache of a config: folder:PATH or a Redis address. Raises InvalidConfig."""
     if config.url.startswith("folder:"):
         return FolderCache(Path(config.url.removeprefix("folder:")).expanduser(), config.expire_s)
     if config.url.startswith(("redis://", "rediss://", "unix://")):
-        return RedisCache(config.url, config.expire_s)
+        return RedisCache(config.url, config.expire_s, incidents=incidents)
     raise InvalidConfig(f"cache.url must be folder:PATH or redis://HOST:PORT/DB, got '{config.url}'")

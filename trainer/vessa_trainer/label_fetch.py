@@ -52,10 +52,15 @@ class Wanted:
 
 @dataclass
 class Fetched:
-    """What came of a batch. late: to be asked for again, because of `reason`; asked: somebody answered."""
+    """What came of a batch.
+
+    late: to be asked for again, because of `reason`; elsewhere: another process is asking for them; asked:
+    somebody answered.
+    """
 
     labels: list[tuple[Wanted, PseudoLabel]] = field(default_factory=list)
     late: list[Wanted] = field(default_factory=list)
+    elsewhere: list[Wanted] = field(default_factory=list)
     reason: VessaError | None = None
     asked: bool = False
 
@@ -96,22 +101,39 @@ class LabelFetcher:
         return self._fetch(batch)
 
     def _fetch(self, batch: Sequence[Wanted]) -> Fetched:
-        keys = [self._key(w, self._bank.version, self._model, self._labels_version) for w in batch]
         result = Fetched()
-        missing = []
-        for wanted, label in zip(batch, self._cache.get(keys), strict=True):
-            if label is None:
-                missing.append(wanted)
-            else:
-                result.labels.append((wanted, label))
-        self.cache_hits += len(result.labels)
+        missing = self._known(batch, result)
         if not missing:
             return result
+        claimed = self._cache.claim([key for _, key in missing])
+        try:
+            # what came between the look and the claim need not be asked for
+            to_ask = self._known([w for w, key in missing if key in claimed], result)
+            result.elsewhere = [w for w, key in missing if key not in claimed]
+            if to_ask:
+                self._fetch_missing([w for w, _ in to_ask], result)
+        finally:
+            self._cache.release(claimed)
+        return result
+
+    def _known(self, batch: Sequence[Wanted], result: Fetched) -> list[tuple[Wanted, str]]:
+        """Take from the cache what is there; return the others with their keys."""
+        keys = [self._key(w, self._bank.version, self._model, self._labels_version) for w in batch]
+        missing = []
+        for wanted, key, label in zip(batch, keys, self._cache.get(keys), strict=True):
+            if label is None:
+                missing.append((wanted, key))
+            else:
+                result.labels.append((wanted, label))
+                self.cache_hits += 1
+        return missing
+
+    def _fetch_missing(self, missing: list[Wanted], result: Fetched) -> None:
         try:
             answers = self._ask(missing)
         except _PASSING as error:
             result.late, result.reason = missing, error
-            return result
+            return
         result.asked = True
         fresh: dict[str, PseudoLabel] = {}
         for wanted, answer in zip(missing, answers, strict=True):
@@ -126,7 +148,6 @@ class LabelFetcher:
                 key = self._key(wanted, answer.bank_version, answer.model, answer.labels_version)
                 fresh[key] = label
         self._cache.put(fresh)
-        return result
 
     def _passes(self, wanted: Wanted, error: VessaError | None) -> bool:
         """Whether to ask for an item again; one bad image must not hold up a run for ever."""

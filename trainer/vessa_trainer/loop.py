@@ -1,36 +1,46 @@
 """A training run from start to report, wherever it was stopped."""
 
 import json
-import signal
-import threading
+import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from vessa.datasets import Case, Dataset
-from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
+from vessa.errors import InvalidWeights, Unreachable, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
 from vessa_trainer import checkpoint
-from vessa_trainer.annotations import AnnotationFeed
+from vessa_trainer.advice import Advice, advise, never_labeled
+from vessa_trainer.annotations import COUNTS, AnnotationFeed
 from vessa_trainer.config import Config, save_config
-from vessa_trainer.curves import read_metrics
-from vessa_trainer.data import Frame, Order, Prepared, cases_of, read_splits, slices_of
-from vessa_trainer.feedback import FeedbackRounds
-from vessa_trainer.schedule import ema_decay, poly, update_teacher
+from vessa_trainer.curves import read_metrics, truncate_metrics
+from vessa_trainer.data import Order, Prepared, cases_of, read_splits, slices_of
+from vessa_trainer.feedback import FeedbackRounds, predicted_prompts
+from vessa_trainer.incidents import TRAINER, Incidents
+from vessa_trainer.predict import open_device, predict_labels
+from vessa_trainer.processes import ALONE, Processes
+from vessa_trainer.schedule import ema_decay, poly, source_weights, update_teacher
 from vessa_trainer.step import UnlabeledViews, compute_loss, labeled_batch, unlabeled_views
-from vessa_trainer.student import DPT, build_student, logits_of
+from vessa_trainer.stopping import noted, undisturbed
+from vessa_trainer.student import build_student, parameter_groups
+from vessa_trainer.tracking import Tracking
+
+_log = logging.getLogger(__name__)
+
+# A step's labeled and unlabeled batch, and the seconds waited for labels.
+Batch = tuple[tuple[Tensor, Tensor, Tensor], UnlabeledViews | None, float]
 
 
 class Interrupted(Unreachable):
@@ -51,47 +61,6 @@ class RunResult:
     seconds: float
 
 
-@torch.no_grad()
-def predict_slice(
-    model: nn.Module, images: Sequence[np.ndarray], config: Config, channels: int
-) -> list[Tensor]:
-    """Class probabilities (C, H, W) of images uint8 (H, W[, 3]), each at its own size."""
-    model.eval()
-    size, device = config.student.size, next(model.parameters()).device
-    frames = [Frame(i.shape[0], i.shape[1], size) for i in images]
-    batch = torch.stack(
-        [
-            f.enter(_channels(image, channels), "bilinear") / 255
-            for f, image in zip(frames, images, strict=True)
-        ]
-    )
-    padding = -size % config.student.multiple
-    batch = nn.functional.pad(batch, (0, padding, 0, padding)).to(device)
-    probability = logits_of(model, batch, bf16=config.bf16).softmax(1)[..., :size, :size].cpu()
-    return [f.leave(p) for f, p in zip(frames, probability, strict=True)]
-
-
-def _channels(image: np.ndarray, channels: int) -> Tensor:
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    if channels == 1:
-        return pixels.mean(0, keepdim=True)
-    return pixels.expand(channels, -1, -1)
-
-
-def predict_labels(
-    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
-) -> dict[str, list[np.ndarray]]:
-    """Class ids uint8 (H, W) of every slice of some cases, each at its own size, by the case's name."""
-    labels: dict[str, list[np.ndarray]] = {}
-    for case in cases:
-        found = labels[case.name] = []
-        for start in range(0, len(case.slices), config.batch_eval):
-            images = [dataset.image(s) for s in case.slices[start : start + config.batch_eval]]
-            found += [p.argmax(0).byte().numpy() for p in predict_slice(model, images, config, channels)]
-    return labels
-
-
 def evaluate(
     model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
 ) -> Scores:
@@ -101,55 +70,80 @@ def evaluate(
 
 
 class Run:
-    """One run's state. feed: of labels, where the method has an annotator; resume: how to go on."""
+    """One run's state, or one process's part of it, which then has the whole model and its rows of batches.
+
+    feed: of labels, where the method has an annotator; resume_line: how to go on.
+    """
 
     def __init__(
-        self, config: Config, dataset: Dataset, feed: AnnotationFeed | None, resume_line: str
+        self,
+        config: Config,
+        dataset: Dataset,
+        feed: AnnotationFeed | None,
+        resume_line: str,
+        processes: Processes = ALONE,
     ) -> None:
         if config.annotated != (feed is not None):
             raise ValueError("a feed of labels belongs to the methods that learn from one, and to no other")
         self.config, self.dataset, self.feed, self.resume_line = config, dataset, feed, resume_line
-        self.device = _device(config.device)
+        self.processes = processes
+        self.device = open_device(config.device if processes.count == 1 else processes.device)
         if config.threads:
             torch.set_num_threads(config.threads)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in any order
+        torch.use_deterministic_algorithms(config.deterministic)
         torch.manual_seed(config.seed)
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        save_config(config, self.out / "config.yaml")
+        if processes.first:
+            save_config(config, self.out / "config.yaml")
         self.splits = read_splits(dataset, config.data)
         size = config.student.size
-        self.labeled = Prepared(dataset, slices_of(dataset, self.splits.labeled), size, need_masks=True)
+        prepared = None if config.data.prepared is None else Path(config.data.prepared)
+        options: dict[str, Any] = {"folder": prepared, "limit_bytes": config.data.prepared_gb * 1e9}
+        labeled = slices_of(dataset, self.splits.labeled)
+        self.labeled = Prepared(dataset, labeled, size, need_masks=True, **options)
         self.unlabeled: Prepared | None = None
         if config.semi.method != "supervised":
-            self.unlabeled = Prepared(
-                dataset, slices_of(dataset, self.splits.unlabeled), size, need_masks=False
-            )
+            unlabeled = slices_of(dataset, self.splits.unlabeled)
+            self.unlabeled = Prepared(dataset, unlabeled, size, need_masks=False, **options)
         parts = [p for p in (self.labeled, self.unlabeled) if p is not None]
         self.channels = max(p.channels for p in parts)
         for part in parts:
             part.show_as(self.channels)
-        self.student = build_student(config.student, self.channels, max(dataset.classes) + 1).to(self.device)
+        student = build_student(config.student, self.channels, max(dataset.classes) + 1).to(self.device)
+        self.student = processes.share_statistics(student)
         if config.student.init is not None:
             checkpoint.start_from(self.student, Path(config.student.init))
         self.teacher = deepcopy(self.student).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.student, config), fused=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.student, config.optim), fused=True)
         self.rates = [g["lr"] for g in self.optimizer.param_groups]
         self.generator = torch.Generator().manual_seed(config.seed)
+        self._signals: list[int] = []  # that came, where there are several processes
         self._drawn_from: Tensor | None = None  # the generator's state before the step under way
         self.order = Order(len(self.labeled), config.batch_labeled, config.seed)
         self.unlabeled_order = (
             Order(len(self.unlabeled), config.batch_unlabeled, config.seed + 1) if self.unlabeled else None
         )
-        self.feedback = FeedbackRounds(config) if feed is not None and config.feedback.enabled else None
+        self.feedback: FeedbackRounds | None = None
+        if feed is not None and config.feedback.enabled:
+            self.feedback = FeedbackRounds(config, self.out / "feedback")
         self.step, self.best, self.best_step, self.seconds, self.waited = 0, -1.0, -1, 0.0, 0.0
+        self._said: set[tuple[str, str]] = set()  # advice that was given
+        if processes.first:
+            self._say(never_labeled(self.labeled.masks.unique().tolist(), dataset.classes))
         self.validated = 0  # the last step that was
         self.val_cases = cases_of(dataset, self.splits.val)
 
     def resume(self) -> bool:
         """Take up the last checkpoint; False when there is none."""
+        if self.processes.first:
+            checkpoint.sweep(self.out)
         path = self.out / checkpoint.LAST
         found = path.is_file()
         if found:
+            saved_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
             tensors, metadata = checkpoint.read(path)
             try:
                 state, generator, torch_rng = metadata["state"], tensors["generator"], tensors["torch_rng"]
@@ -163,11 +157,28 @@ class Run:
             self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
             self.seconds, self.waited = state["seconds"], state["waited"]
             self.validated = state.get("validated", self.step)
-        _truncate(self.out, self.step)
+            self._take_up_best()
+        if self.processes.first:
+            truncate_metrics(self.out, self.step)
+            if found:
+                incidents = Incidents(self.out)
+                incidents.away(TRAINER, f"stopped after it was saved at step {self.step}", saved_at)
+                incidents.back(TRAINER)
+        if self.feedback is not None:
+            self.feedback.take_up(self)
+        self.processes.wait()  # nobody writes what another has yet to read
         return found
 
+    def _take_up_best(self) -> None:
+        """Believe the file: it may be of a validation after the checkpoint, which will come again."""
+        if (self.out / checkpoint.BEST).is_file():
+            _, metadata = checkpoint.read(self.out / checkpoint.BEST)
+            self.best, self.best_step = metadata.get("best", (self.best, self.best_step))
+
     def save(self) -> None:
-        """Write the checkpoint that `resume` takes up."""
+        """Write the checkpoint that `resume` takes up; the first process does it for all."""
+        if not self.processes.first:
+            return
         tensors = checkpoint.module_state(self.student, "student")
         tensors |= checkpoint.module_state(self.teacher, "teacher")
         tensors |= checkpoint.optimizer_state(self.optimizer)
@@ -175,16 +186,21 @@ class Run:
         state = {"step": self.step, "best": self.best, "best_step": self.best_step}
         state |= {"seconds": self.seconds, "waited": self.waited, "validated": self.validated}
         checkpoint.write(self.out / checkpoint.LAST, tensors, {"state": state})
+        if self.feedback is not None:
+            self.feedback.forget_older(self.step)
 
     def train(self, on_step: Callable[[int], None] | None = None) -> RunResult:
         """Train to the end. Raises Interrupted, after saving, when stopped or left by the annotator."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         try:
             with (
-                Progress(*columns, console=Console(stderr=True)) as bar,
-                SummaryWriter(str(self.out / "tensorboard")) as board,
+                ExitStack() as stack,
+                Progress(*columns, console=Console(stderr=True), disable=not self.processes.first) as bar,
+                Tracking(self.config, self.step, first=self.processes.first) as board,
             ):
                 task = bar.add_task(self.config.semi.method, total=self.config.steps, completed=self.step)
+                if self.processes.count > 1:  # none of several may leave a step by itself
+                    self._signals = stack.enter_context(noted())
                 self._validate_if_due(board)  # where the run was stopped before it
                 while self.step < self.config.steps:
                     figures = self._step()
@@ -204,98 +220,162 @@ class Run:
             self.save()
             why = error.message if isinstance(error, VessaError) else "stopped by Ctrl-C or SIGTERM"
             raise Interrupted(f"{why}; saved at step {self.step}. Resume with: {self.resume_line}") from error
+        self.processes.wait()  # the best teacher is written
         return self._result()
 
     def _step(self) -> dict[str, float]:
         started = time.perf_counter()
         config = self.config
+        labeled, unlabeled, waited = self._drawn()
+        factor = poly(self.step, config.steps, config.optim.power)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        with undisturbed():
+            figures = self._learn(labeled, unlabeled)
+            self.seconds += time.perf_counter() - started
+            self.waited += waited
+        return {**figures, "lr": self.optimizer.param_groups[-1]["lr"], "wait_seconds": waited}
+
+    def _drawn(self) -> Batch:
+        """Draw a step's batch. What stops one process stops all of them, before the same step."""
         self._drawn_from = self.generator.get_state()
+        if self.processes.count == 1:
+            return self._draw()
+        batch, problem = None, None
+        try:
+            batch = self._draw()
+        except (VessaError, KeyboardInterrupt) as error:
+            problem = error
+        if self.processes.any(problem is not None or bool(self._signals)):
+            raise problem or KeyboardInterrupt
+        assert batch is not None
+        return batch
+
+    def _draw(self) -> Batch:
+        config = self.config
         self.student.train()
         unlabeled = None
         waited = 0.0
         if self.unlabeled is not None and self.unlabeled_order is not None:
             rows = self.unlabeled_order.rows(self.step)
             if self.feed is not None:
-                self._look_ahead(rows)
+                self._look_ahead()
                 before = self.feed.stats()["wait_seconds"]
-            unlabeled = unlabeled_views(self.unlabeled, rows, config, self.feed, self.generator)
+            unlabeled = unlabeled_views(
+                self.unlabeled, rows, config, self.feed, self.generator, self.processes, self.device
+            )
             if self.feed is not None:
                 waited = self.feed.stats()["wait_seconds"] - before
-        labeled = labeled_batch(self.labeled, self.order.rows(self.step), config, self.generator)
-        factor = poly(self.step, config.steps, config.optim.power)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        with _undisturbed():
-            figures = self._learn(labeled, unlabeled)
-            self.seconds += time.perf_counter() - started
-            self.waited += waited
-        return {**figures, "lr": self.optimizer.param_groups[-1]["lr"], "wait_seconds": waited}
+        rows = self.order.rows(self.step)
+        labeled = labeled_batch(self.labeled, rows, config, self.generator, self.processes, self.device)
+        return labeled, unlabeled, waited
 
     def _learn(
         self, labeled: tuple[Tensor, Tensor, Tensor], unlabeled: UnlabeledViews | None
     ) -> dict[str, float]:
         """Move student, teacher and the count of steps, all of them."""
-        images, masks, valid = (t.to(self.device) for t in labeled)
         loss, figures = compute_loss(
             self.student,
             self.teacher.eval(),
-            (images, masks, valid),
-            None if unlabeled is None else unlabeled.to(self.device),
+            labeled,
+            unlabeled,
             self.config,
             self.step,
             self.generator,
+            self.processes,
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.processes.add_gradients(self.student)
         self.optimizer.step()
         self.step += 1
         self._drawn_from = None
         update_teacher(self.teacher, self.student, ema_decay(self.step, self.config.ema_decay))
         return figures
 
-    def _look_ahead(self, rows: list[int]) -> None:
-        """Ask for the labels of the coming batches; send the teacher's feedback when it is due."""
-        assert self.feed is not None
+    def names_ahead(self, steps: int) -> list[str]:
+        """Names of the unlabeled slices of this process's part of the coming steps, in their order."""
         assert self.unlabeled is not None
         assert self.unlabeled_order is not None
-        coming = self.unlabeled_order.ahead(self.step, self.config.annotator.lookahead_batches + 1)
-        self.feed.prefetch([self.unlabeled.slices[r].name for batch in coming for r in batch])
+        mine = self.processes.places(self.config.batch_unlabeled)
+        batches = self.unlabeled_order.ahead(self.step, steps)
+        return [self.unlabeled.slices[rows[place]].name for rows in batches for place in mine]
+
+    def _look_ahead(self) -> None:
+        """Ask for the labels of the coming batches; send the teacher's feedback when it is due."""
+        assert self.feed is not None
+        self.feed.prefetch(self.names_ahead(self.config.annotator.lookahead_batches + 1))
         if self.feedback is not None:
             self.feedback.send_if_due(self)
 
-    def _log(self, figures: dict[str, float], board: SummaryWriter) -> None:
+    def _log(self, figures: dict[str, float], board: Tracking) -> None:
         row: dict[str, Any] = {"step": self.step, **{k: round(v, 6) for k, v in figures.items()}}
         if self.feed is not None:
-            row["feed"] = self.feed.stats()
+            stats = self.feed.stats()
+            row["feed"] = stats | self.processes.total({k: stats[k] for k in COUNTS})
+        if not self.processes.first:
+            return
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for key, value in figures.items():
-            board.add_scalar(f"train/{key}", value, self.step)
+        board.add("train", figures, self.step)
 
-    def _validate_if_due(self, board: SummaryWriter) -> None:
+    def _validate_if_due(self, board: Tracking) -> None:
         ends = self.step == self.config.steps or (self.step > 0 and self.step % self.config.eval_every == 0)
         if ends and self.validated < self.step:
-            self._validate(board)
+            if self.processes.first:
+                self._validate(board)
             self.validated = self.step
 
-    def _validate(self, board: SummaryWriter) -> None:
+    def _validate(self, board: Tracking) -> None:
         row: dict[str, Any] = {"step": self.step}
         for name, model in (("student", self.student), ("teacher", self.teacher)):
             scores = evaluate(model, self.dataset, self.val_cases, self.config, self.channels)
             row[f"val_{name}"] = {"mean": scores.mean, "by_class": scores.by_class}
-            board.add_scalar(f"val/{name}_dice", scores.mean["dice"] or 0.0, self.step)
+            board.add("val", {f"{name}_dice": scores.mean["dice"] or 0.0}, self.step)
+        if (vessa := self._score_vessa()) is not None:
+            row["alpha_v"] = source_weights(self.step, self.config.steps, self.config.semi.alpha_v_floor)[1]
+            row["val_vessa"] = {"mean": vessa.mean, "by_class": vessa.by_class}
+            board.add("val", {"vessa_dice": vessa.mean["dice"] or 0.0}, self.step)
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        self._say(advise(read_metrics(self.out), self.dataset.classes))
         dice = row["val_teacher"]["mean"]["dice"] or 0.0
         if dice > self.best:
             self.best, self.best_step = dice, self.step
             metadata = {
+                "best": [self.best, self.best_step],
                 "channels": self.channels,
                 "classes": {str(c): n for c, n in self.dataset.classes.items()},
             }
             checkpoint.write(
                 self.out / checkpoint.BEST, checkpoint.module_state(self.teacher, "teacher"), metadata
             )
+
+    def _score_vessa(self) -> Scores | None:
+        """Score VESSA's labels of the validation images: with the teacher's prompts once feedback has begun.
+
+        Nothing is learned from them. None for methods that VESSA does not teach.
+        """
+        if self.feed is None or self.config.semi.method != "vessa":
+            return None
+        cases = annotated(self.dataset, self.val_cases)
+        items = [item for case in cases for item in case.slices]
+        if self.feedback is not None and self.step >= self.feedback.first:
+            self.feed.refresh([s.name for s in items], predicted_prompts(self, items))
+        else:
+            self.feed.prefetch([s.name for s in items])
+        labels = {
+            case.name: [p.labels for p in self.feed.get([s.name for s in case.slices], newest=True)]
+            for case in cases
+        }
+        return score_labels(self.dataset, cases, labels)
+
+    def _say(self, advice: Sequence[Advice]) -> None:
+        """Warn of what was not warned of yet."""
+        for one in advice:
+            if (one.kind, one.about) not in self._said:
+                self._said.add((one.kind, one.about))
+                _log.warning("%s: %s", one.kind, one.text)
 
     def _result(self) -> RunResult:
         tensors, _ = checkpoint.read(self.out / checkpoint.BEST)
@@ -307,66 +387,9 @@ class Run:
         return RunResult(self.out, self.step, self.best_step, val, test, self.seconds)
 
 
-def load_best(run: Path, config: Config) -> tuple[nn.Module, int, dict[int, str]]:
-    """Return a finished run's best teacher, its channels and its classes."""
-    tensors, metadata = checkpoint.read(run / checkpoint.BEST)
-    classes = {int(c): n for c, n in metadata["classes"].items()}
-    # its weights are in the checkpoint: neither the hub nor a local file is needed
-    student = replace(config.student, pretrained=False, weights=None, init=None)
-    model = build_student(student, metadata["channels"], max(classes) + 1)
-    checkpoint.load_module(model, tensors, "teacher")
-    return model.eval().to(_device(config.device)), metadata["channels"], classes
-
-
-def _device(name: str) -> torch.device:
-    """Return a device that tensors can be put on. Raises InvalidConfig."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise InvalidConfig(
-            f"device '{name}' cannot be used here: {why}; expected cpu or cuda[:N]"
-        ) from error
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for the end of the block: a step is taken wholly or not at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals come to the main thread only
-        return
-    came: list[int] = []
-    before = {s: signal.signal(s, lambda n, _: came.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-    if came:
-        signal.raise_signal(came[0])  # what it would have done
-
-
-def _parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]:
-    optim = config.optim
-    if isinstance(student, DPT):
-        backbone = list(student.backbone.parameters())
-        ids = {id(p) for p in backbone}
-        rest = [p for p in student.parameters() if id(p) not in ids]
-        groups = [{"params": backbone, "lr": optim.backbone_lr}, {"params": rest, "lr": optim.lr}]
-    else:
-        groups = [{"params": list(student.parameters()), "lr": optim.lr}]
-    return [{**g, "betas": (0.9, 0.999), "weight_decay": optim.weight_decay} for g in groups]
-
-
 def _describe(run: Run, figures: dict[str, float]) -> str:
     parts = [f"{run.config.semi.method} {run.step}/{run.config.steps}", f"loss {figures['loss']:.3f}"]
     for key, text in (("eta", "eta"), ("confident", "confident"), ("agreement", "agree")):
         if key in figures:
             parts.append(f"{text} {figures[key]:.2f}")
     return " ".join([*parts, f"val {max(run.best, 0):.3f}", f"waited {run.waited:.0f}s"])
-
-
-def _truncate(run: Path, step: int) -> None:
-    """Drop the metrics after a step, and a line cut by a kill: a resumed run writes them again."""
-    rows = [row for row in read_metrics(run) if row["step"] <= step]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,6 +12,7 @@ from vessa.report.tables import Row, cards, missed, scores_from, table
 from vessa_trainer.curves import progress_figure, read_metrics, write_progress
 
 SUMMARY = "summary.json"  # the last file that a run writes
+_MOST_LINES = 20
 
 
 def write_run_report(
@@ -40,7 +41,18 @@ def write_run_report(
     scores = table(rows)
     page.table(scores.header, scores.lines, set())
     page.note(missed(rows))
+    if summary["advice"]:
+        page.heading("What to look at")
+        lines = [[one["kind"], str(one["step"]), one["text"]] for one in summary["advice"]]
+        page.table(["warning", "from step", "what it says"], lines, set())
     page.overlays(pictures, dataset.classes)
+    if summary["interruptions"]:
+        page.heading("Interruptions")
+        header, lines = interruption_table(summary["interruptions"])
+        page.table(header, lines, set())
+        page.note(
+            "Nothing was lost by them: steps were repeated from the last checkpoint, labels asked again."
+        )
     if trained:
         write_progress(run, name)
         page.heading("Training")
@@ -50,3 +62,15 @@ def write_run_report(
     fresh = run / f".{SUMMARY}"
     fresh.write_text(json.dumps(summary, indent=1) + "\n")
     fresh.replace(run / SUMMARY)
+
+
+def interruption_table(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of what went away during a run, and for how long."""
+    lines = []
+    for one in found[:_MOST_LINES]:
+        lasted = "its end was not seen" if one["seconds"] is None else f"{one['seconds']:.0f} s"
+        began = one["began"].replace("T", " ")[:19] + " UTC"
+        lines.append([one["what"], began, lasted, one["why"]])
+    if len(found) > _MOST_LINES:
+        lines.append([f"{len(found) - _MOST_LINES} more", "", "", "see summary.json"])
+    return ["what was away", "since", "for", "why"], lines

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vessa_trainer import views
 from vessa_trainer.config import Config
+from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.schedule import ramp
 from vessa_trainer.student import logits_of
 
@@ -22,20 +23,26 @@ if TYPE_CHECKING:
 
 
 def unlabeled_term(
-    student: nn.Module, teacher: nn.Module, unlabeled: "UnlabeledViews", config: Config, step: int
+    student: nn.Module,
+    teacher: nn.Module,
+    unlabeled: "UnlabeledViews",
+    config: Config,
+    step: int,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of unlabeled images, a scalar, and its parts.
 
     The student sees the first strong view, the teacher the weak one. unlabeled.vessa: what SAM drew.
     """
     assert unlabeled.vessa is not None
+    gather = processes.gather
     box = unlabeled.boxes[0]
     with torch.no_grad():
         taught = logits_of(teacher, unlabeled.weak, bf16=config.bf16).softmax(1)
-    probability = logits_of(student, unlabeled.strong[0], bf16=config.bf16).softmax(1)
-    valid = views.paste(unlabeled.valid, box)
-    consistency = mean_square(probability, views.paste(taught, box), valid)
-    labels, confidence = (views.paste(t, box) for t in unlabeled.vessa)
+    probability = gather(logits_of(student, unlabeled.strong[0], bf16=config.bf16).softmax(1))
+    valid = gather(views.paste(unlabeled.valid, box))
+    consistency = mean_square(probability, gather(views.paste(taught, box)), valid)
+    labels, confidence = (gather(views.paste(t, box)) for t in unlabeled.vessa)
     drawn = drawn_dice(probability, labels, valid & (confidence >= config.semi.vessa_threshold))
     rises, falls = ramp(step, config.steps), ramp(config.steps - step, config.steps)
     figures = {"loss_teacher": consistency.item(), "loss_vessa": drawn.item(), "eta": rises}

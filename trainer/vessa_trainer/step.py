@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vessa_trainer import losses, semisam, views
 from vessa_trainer.config import Config
 from vessa_trainer.data import Prepared
+from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.schedule import source_weights
 from vessa_trainer.student import logits_of
 
@@ -40,49 +41,62 @@ class UnlabeledViews:
     valid: Tensor
     vessa: tuple[Tensor, Tensor] | None
 
-    def to(self, device: str | torch.device) -> "UnlabeledViews":
-        """Return the same on a device."""
-
-        def pair(two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return two[0].to(device), two[1].to(device)
-
-        vessa = None if self.vessa is None else pair(self.vessa)
-        return UnlabeledViews(
-            self.weak.to(device), pair(self.strong), pair(self.boxes), self.valid.to(device), vessa
-        )
-
 
 def labeled_batch(
-    data: Prepared, rows: list[int], config: Config, generator: torch.Generator
+    data: Prepared,
+    rows: list[int],
+    config: Config,
+    generator: torch.Generator,
+    processes: Processes = ALONE,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weak views of labeled images: (images, masks, valid)."""
+    """Weak views of labeled images: (images, masks, valid) of this process's part of the batch.
+
+    Squares go to the device as bytes, and the views are made there, of all images at once.
+    """
     crop = config.student.crop
     geometry = views.draw_geometry(len(rows), data.size, crop, config.views, generator)
+    mine = processes.places(len(rows))
+    geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
     return (
-        geometry.image(data.floats(rows)),
-        geometry.labels(data.masks[rows]),
-        geometry.valid(data.valid[rows]),
+        geometry.image(data.floats(rows, device)),
+        geometry.labels(data.masks[rows].to(device)),
+        geometry.valid(data.valid[rows].to(device)),
     )
 
 
 def unlabeled_views(
-    data: Prepared, rows: list[int], config: Config, source: LabelSource | None, generator: torch.Generator
+    data: Prepared,
+    rows: list[int],
+    config: Config,
+    source: LabelSource | None,
+    generator: torch.Generator,
+    processes: Processes = ALONE,
+    device: str | torch.device = "cpu",
 ) -> UnlabeledViews:
-    """Draw the weak view, both strong views and their CutMix boxes; replay VESSA's labels."""
-    crop = config.student.crop
-    geometry = views.draw_geometry(len(rows), data.size, crop, config.views, generator)
-    weak = geometry.image(data.floats(rows))
-    boxes = tuple(
-        views.cutmix_boxes(len(rows), (crop, crop), config.views.cutmix_p, generator) for _ in range(2)
-    )
-    strong = tuple(views.paste(views.strong_view(weak, config.views, generator), box) for box in boxes)
+    """Draw the weak view, both strong views and their CutMix boxes; replay VESSA's labels.
+
+    rows: of the whole batch, for which is drawn; what is returned is of this process's part of it. The
+    draws are made on the CPU, so that they are the same everywhere, the views on the device.
+    """
+    crop, count = config.student.crop, len(rows)
+    geometry = views.draw_geometry(count, data.size, crop, config.views, generator)
+    all_boxes = [views.cutmix_boxes(count, (crop, crop), config.views.cutmix_p, generator) for _ in range(2)]
+    seeds = [views.draw_seeds(count, generator) for _ in range(2)]
+    mine = processes.places(count)
+    geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
+    weak = geometry.image(data.floats(rows, device))
+    boxes = [box[mine].to(device) for box in all_boxes]
+    strong = [
+        views.paste(views.strong_view(weak, config.views, [seed[i] for i in mine]), box)
+        for seed, box in zip(seeds, boxes, strict=True)
+    ]
     vessa = None
     if source is not None:
         labels, confidence = vessa_on_square(data, rows, source)
-        vessa = (geometry.labels(labels), geometry.confidence(confidence))
-    return UnlabeledViews(
-        weak, (strong[0], strong[1]), (boxes[0], boxes[1]), geometry.valid(data.valid[rows]), vessa
-    )
+        vessa = (geometry.labels(labels.to(device)), geometry.confidence(confidence.to(device)))
+    valid = geometry.valid(data.valid[rows].to(device))
+    return UnlabeledViews(weak, (strong[0], strong[1]), (boxes[0], boxes[1]), valid, vessa)
 
 
 def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tuple[Tensor, Tensor]:
@@ -104,10 +118,14 @@ def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tup
     return torch.stack(labels), torch.stack(confidence)
 
 
-def _dropout(student: nn.Module, count: int, generator: torch.Generator) -> list[Tensor]:
-    """Masks for both strong views stacked, per feature level: (2B, C)."""
+def _dropout(
+    student: nn.Module, count: int, generator: torch.Generator, processes: Processes
+) -> list[Tensor]:
+    """Masks for both strong views stacked, per feature level: (2B, C). count: of the whole batch."""
     channels: list[int] = student.feature_channels  # type: ignore[assignment]
-    return [torch.cat(views.complementary_dropout(count, c, generator)) for c in channels]
+    mine = processes.places(count)
+    drawn = [views.complementary_dropout(count, c, generator) for c in channels]
+    return [torch.cat([first[mine], second[mine]]) for first, second in drawn]
 
 
 def compute_loss(
@@ -118,20 +136,26 @@ def compute_loss(
     config: Config,
     step: int,
     generator: torch.Generator,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, dict[str, float]]:
     """The whole objective, Eq. 6 or Eq. 9, and the figures worth looking at.
 
-    Models and batches are on one device; generator: of the CPU, so that a run draws the same anywhere.
+    Models and batches are on one device; generator: of the CPU, so that a run draws the same anywhere. With
+    several processes it is the objective of the whole batch, with gradients to this process's part of it.
     """
     images, masks, valid = labeled
-    optim, semi = config.optim, config.semi
+    optim, semi, gather = config.optim, config.semi, processes.gather
     supervised = losses.supervised_loss(
-        logits_of(student, images, bf16=config.bf16), masks, valid, optim.lambda_ce, optim.lambda_dice
+        gather(logits_of(student, images, bf16=config.bf16)),
+        gather(masks),
+        gather(valid),
+        optim.lambda_ce,
+        optim.lambda_dice,
     )
     if unlabeled is None:
         return supervised, {"loss": supervised.item(), "loss_sup": supervised.item()}
     if semi.method == "semisam":
-        term, parts = semisam.unlabeled_term(student, teacher, unlabeled, config, step)
+        term, parts = semisam.unlabeled_term(student, teacher, unlabeled, config, step, processes)
         loss = supervised + semi.lambda_u * term
         return loss, {
             "loss": loss.item(),
@@ -143,19 +167,23 @@ def compute_loss(
         probability = logits_of(teacher, unlabeled.weak, bf16=config.bf16).softmax(1)
         weak_confidence, weak_labels = probability.max(1)
     count = unlabeled.weak.shape[0]
-    dropout = [mask.to(images.device) for mask in _dropout(student, count, generator)]
+    drawn = _dropout(student, count * processes.count, generator, processes)
+    dropout = [mask.to(images.device) for mask in drawn]
     logits = logits_of(student, torch.cat(unlabeled.strong), bf16=config.bf16, dropout=dropout)
-    strong = (logits[:count], logits[count:])
+    strong = (gather(logits[:count]), gather(logits[count:]))
 
     def both(labels: Tensor, confidence: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        one, other = ((views.paste(labels, b), views.paste(confidence, b)) for b in unlabeled.boxes)
+        one, other = (
+            (gather(views.paste(labels, b)), gather(views.paste(confidence, b))) for b in unlabeled.boxes
+        )
         return one, other
 
     teacher_views = both(weak_labels, weak_confidence)
     valid_views = (
-        views.paste(unlabeled.valid, unlabeled.boxes[0]),
-        views.paste(unlabeled.valid, unlabeled.boxes[1]),
+        gather(views.paste(unlabeled.valid, unlabeled.boxes[0])),
+        gather(views.paste(unlabeled.valid, unlabeled.boxes[1])),
     )
+    weak_valid = gather(unlabeled.valid)
     figures: dict[str, float] = {}
     kind = config.unlabeled_loss
     if unlabeled.vessa is None:
@@ -179,14 +207,18 @@ def compute_loss(
             kind=kind,
         )
         figures |= {"loss_teacher": teacher_term.item(), "loss_vessa": vessa_term.item(), "eta": alpha_t}
-        figures |= _agreement(weak_labels, unlabeled.vessa, unlabeled.valid, semi.vessa_threshold)
+        vessa = (gather(unlabeled.vessa[0]), gather(unlabeled.vessa[1]))
+        figures |= _agreement(gather(weak_labels), vessa, weak_valid, semi.vessa_threshold)
+        sure = (vessa[1] >= semi.vessa_threshold) & weak_valid
+        figures |= _shares("vessa", vessa[0], sure, logits.shape[1])
     loss = supervised + semi.lambda_u * unsupervised
-    keep = (weak_confidence >= semi.conf_threshold) & unlabeled.valid
+    keep = (gather(weak_confidence) >= semi.conf_threshold) & weak_valid
+    figures |= _shares("teacher", gather(weak_labels), keep, logits.shape[1])
     figures |= {
         "loss": loss.item(),
         "loss_sup": supervised.item(),
         "loss_unsup": unsupervised.item(),
-        "confident": (keep.sum() / unlabeled.valid.sum().clamp(min=1)).item(),
+        "confident": (keep.sum() / weak_valid.sum().clamp(min=1)).item(),
     }
     return loss, figures
 
@@ -201,3 +233,9 @@ def _agreement(
     dice = 2 * same / (ours.sum() + theirs.sum()).clamp(min=1)
     share = ((confidence >= threshold) & valid).sum() / valid.sum().clamp(min=1)
     return {"vessa_confident": share.item(), "agreement": dice.item()}
+
+
+def _shares(source: str, labels: Tensor, keep: Tensor, classes: int) -> dict[str, float]:
+    """Share of each class but background, of all pixels, in pseudo-labels (B, H, W) where `keep` is True."""
+    counts = torch.bincount(labels[keep], minlength=classes)[1:].tolist()
+    return {f"share_{source}_{c}": count / labels.numel() for c, count in enumerate(counts, start=1)}

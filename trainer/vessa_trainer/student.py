@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vessa.errors import InvalidWeights
-from vessa_trainer.config import StudentConfig
+from vessa_trainer.config import OptimConfig, StudentConfig
 
 Dropout = list[Tensor] | None  # per feature level, (B, C) factors of its channels; None drops nothing
 
@@ -196,3 +196,15 @@ def build_student(config: StudentConfig, channels: int, classes: int) -> nn.Modu
     if config.name == "dpt":
         return DPT(config, classes)
     return UNet(channels, classes, config.widths).to(memory_format=torch.channels_last)
+
+
+def parameter_groups(student: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Return AdamW's groups: a pretrained backbone learns at its own rate."""
+    if isinstance(student, DPT):
+        backbone = list(student.backbone.parameters())
+        ids = {id(p) for p in backbone}
+        rest = [p for p in student.parameters() if id(p) not in ids]
+        groups = [{"params": backbone, "lr": optim.backbone_lr}, {"params": rest, "lr": optim.lr}]
+    else:
+        groups = [{"params": list(student.parameters()), "lr": optim.lr}]
+    return [{**g, "betas": (0.9, 0.999), "weight_decay": optim.weight_decay} for g in groups]

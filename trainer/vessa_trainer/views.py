@@ -5,7 +5,9 @@ geometry is drawn once and then applied to the image, its mask, VESSA's label an
 alike, so that they stay aligned to the pixel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,14 @@ class Geometry:
     def confidence(self, confidence: Tensor) -> Tensor:
         """Move (B, S, S) float by nearest neighbor, so that a label keeps its own confidence."""
         return F.grid_sample(confidence[:, None], self.grid, mode="nearest", align_corners=False)[:, 0]
+
+    def of(self, places: Sequence[int]) -> "Geometry":
+        """Those of some images of the batch."""
+        return Geometry(self.grid[list(places)])
+
+    def to(self, device: str | torch.device) -> "Geometry":
+        """Return the same on a device."""
+        return Geometry(self.grid.to(device))
 
     def valid(self, valid: Tensor) -> Tensor:
         """Move (B, S, S) bool; outside the square is False."""
@@ -66,41 +76,123 @@ def full_geometry(count: int, size: int, crop: int) -> Geometry:
     return Geometry(F.affine_grid(theta, [count, 1, crop, crop], align_corners=False))
 
 
-def strong_view(images: Tensor, config: ViewsConfig, generator: torch.Generator) -> Tensor:
-    """Change the intensities of (B, C, H, W) float in [0, 1], each image by its own draw.
+def draw_seeds(count: int, generator: torch.Generator) -> list[int]:
+    """Draw a seed for each image of a batch, so that part of a batch can be drawn like the whole."""
+    return torch.randint(2**62, (count,), generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a strong view does to one image; the defaults change nothing.
+
+    gamma is an exponent, brightness, contrast and saturation are factors, hue is a turn in [-0.5, 0.5];
+    sigma: of the blur, px; noise: its standard deviation, drawn from noise_seed
+    """
+
+    gamma: float = 1.0
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    grayscale: bool = False
+    sigma: float = 0.0
+    noise: float = 0.0
+    noise_seed: int = 0
+
+
+COLOR_JITTER = {
+    "brightness": (0.5, 1.5),
+    "contrast": (0.5, 1.5),
+    "saturation": (0.5, 1.5),
+    "hue": (-0.25, 0.25),
+}
+
+
+def draw_changes(config: ViewsConfig, gray: bool, seed: int) -> Changes:
+    """Draw the strong view of one image from its own seed, with one channel if gray.
 
     Gray images get gamma, contrast and brightness where color images get jitter and grayscale:
     hue and saturation do nothing to gray. Both get blur; gray ones noise besides.
     """
-    return torch.stack([_strong(image, config, generator) for image in images]).clamp(0, 1)
+    generator = torch.Generator().manual_seed(seed)
 
-
-def _strong(image: Tensor, config: ViewsConfig, generator: torch.Generator) -> Tensor:
     def chance(share: float) -> bool:
         return bool(torch.rand((), generator=generator) < share)
 
     def uniform(bounds: tuple[float, float]) -> float:
         return float(torch.rand((), generator=generator)) * (bounds[1] - bounds[0]) + bounds[0]
 
-    gray = image.shape[0] == 1
+    gray_jitter = {"gamma": config.gamma, "contrast": config.contrast, "brightness": config.brightness}
+    drawn: dict[str, Any] = {}
     if chance(config.jitter_p):
-        if gray:
-            image = image.clamp(0, 1) ** uniform(config.gamma)
-            image = (image - image.mean()) * uniform(config.contrast) + image.mean()
-            image = image * uniform(config.brightness)
-        else:
-            image = TF.adjust_brightness(image, uniform((0.5, 1.5)))
-            image = TF.adjust_contrast(image, uniform((0.5, 1.5)))
-            image = TF.adjust_saturation(image, uniform((0.5, 1.5)))
-            image = TF.adjust_hue(image, uniform((-0.25, 0.25)))
-    if not gray and chance(config.grayscale_p):
-        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+        drawn = {name: uniform(bounds) for name, bounds in (gray_jitter if gray else COLOR_JITTER).items()}
+    if not gray:
+        drawn["grayscale"] = chance(config.grayscale_p)
     if chance(config.blur_p):
-        sigma = uniform(config.blur_sigma)
-        image = TF.gaussian_blur(image, [2 * round(2 * sigma) + 1] * 2, [sigma, sigma])
+        drawn["sigma"] = uniform(config.blur_sigma)
     if gray and chance(config.noise_p):
-        image = image + torch.randn(image.shape, generator=generator).to(image) * uniform(config.noise_std)
-    return image
+        drawn["noise"] = uniform(config.noise_std)
+        drawn["noise_seed"] = int(torch.randint(2**62, (), generator=generator))
+    return Changes(**drawn)
+
+
+def strong_view(images: Tensor, config: ViewsConfig, seeds: Sequence[int]) -> Tensor:
+    """Change the intensities of (B, C, H, W) float in [0, 1], each image by the draws of its own seed.
+
+    The same on every device but for the noise, of which each device has draws of its own.
+    """
+    gray = images.shape[1] == 1
+    changes = [draw_changes(config, gray, seed) for seed in seeds]
+    changed = _jitter_gray(images, changes) if gray else _jitter_color(images, changes)
+    changed = _blur(changed, changes)
+    for image, change in zip(changed, changes, strict=True):
+        if change.noise:
+            generator = torch.Generator(image.device).manual_seed(change.noise_seed)
+            noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
+            image.add_(noise, alpha=change.noise)
+    return changed.clamp(0, 1)
+
+
+def _jitter_gray(images: Tensor, changes: Sequence[Changes]) -> Tensor:
+    def each(name: str) -> Tensor:
+        return images.new_tensor([getattr(change, name) for change in changes])[:, None, None, None]
+
+    powered = images.clamp(0, 1) ** each("gamma")
+    mean = powered.mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean, powered, each("contrast")) * each("brightness")
+
+
+def _jitter_color(images: Tensor, changes: Sequence[Changes]) -> Tensor:
+    # torchvision's take one factor for all images of a call
+    def jittered(image: Tensor, change: Changes) -> Tensor:
+        image = TF.adjust_brightness(image, change.brightness)
+        image = TF.adjust_contrast(image, change.contrast)
+        image = TF.adjust_saturation(image, change.saturation)
+        image = TF.adjust_hue(image, change.hue)
+        return TF.rgb_to_grayscale(image, num_output_channels=3) if change.grayscale else image
+
+    return torch.stack([jittered(image, change) for image, change in zip(images, changes, strict=True)])
+
+
+def _blur(images: Tensor, changes: Sequence[Changes]) -> Tensor:
+    """Blur each image by its own Gaussian, cut off at two sigma: columns and rows, one after the other."""
+    rows = [row for row, change in enumerate(changes) if round(2 * change.sigma)]
+    if not rows:
+        return images
+    sigma = images.new_tensor([changes[row].sigma for row in rows])[:, None]
+    radius = (2 * sigma).round()
+    reach = int(radius.max())
+    steps = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    taps = torch.exp(-((steps / sigma) ** 2) / 2) * (steps.abs() <= radius)
+    taps = (taps / taps.sum(1, keepdim=True)).T[:, :, None, None, None]
+    blurred = F.pad(images[rows], [reach] * 4, mode="reflect")
+    for dim, length in ((2, images.shape[2]), (3, images.shape[3])):
+        # a convolution with a kernel for each image is many times slower on a CPU than this sum
+        shifted = [blurred.narrow(dim, step, length) for step in range(len(steps))]
+        blurred = shifted[0] * taps[0]
+        for part, tap in zip(shifted[1:], taps[1:], strict=True):
+            blurred.addcmul_(part, tap)
+    return images.index_copy(0, torch.tensor(rows, device=images.device), blurred)
 
 
 def cutmix_boxes(count: int, size: tuple[int, int], share: float, generator: torch.Generator) -> Tensor:

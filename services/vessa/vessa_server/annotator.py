@@ -18,20 +18,23 @@ from torch import Tensor
 from vessa.annotation import box_of
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
 from vessa.schemas import TemplateUse
+from vessa_server.allocator import keep_freed_memory
 from vessa_server.bank import Bank, TemplateBanks, sample_template
+from vessa_server.caching import ByteCache
 from vessa_server.closer import NOTHING, find, prompted_box, union, window_around
 from vessa_server.drawing import UNSEEN, Drawing, Pass, StageClock, mask_square
-from vessa_server.features import FeatureCache, Seen
-from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
+from vessa_server.features import Seen
+from vessa_server.items import DescribeItem, SegmentItem, SegmentResult, TemplateItem
 from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, Window, to_tensor
+from vessa_server.model.language_service import VllmAddress
 from vessa_server.model.segmenter import ImageFeatures
 from vessa_server.model.vessa import Vessa
 from vessa_server.template import Template, View, template_id
 
 _Result = TypeVar("_Result")
 
-LABELS_VERSION = "3"  # of pre- and post-processing: raise it when the same weights would answer differently
+LABELS_VERSION = "4"  # of pre- and post-processing: raise it when the same weights would answer differently
 
 
 @dataclass
@@ -63,11 +66,11 @@ class Annotator:
     ) -> None:
         self.model, self.banks = model, banks
         self.clock = StageClock(model.device)
-        self._drawing = Drawing(model, self.clock)
+        self._held = ByteCache(feature_cache_bytes)
+        self._drawing = Drawing(model, self.clock, self._held)
         self.model_digest = model_digest
         self.preset = model.preset.name
         self._size = model.preset.segmenter.image_size
-        self._held = FeatureCache(feature_cache_bytes)
         self.leave_out(without)
 
     def leave_out(self, parts: frozenset[str]) -> None:
@@ -75,7 +78,10 @@ class Annotator:
         if unknown := parts - {"language", "memory"}:
             raise ValueError(f"only language and memory can be left out, got {sorted(unknown)}")
         self._drawing.without = parts
-        self._held.forget_attended()
+        for key, seen in self._held:
+            if isinstance(seen, Seen):
+                seen.forget_attended()
+                self._held.put(key, seen)
 
     @property
     def device(self) -> str:
@@ -90,6 +96,21 @@ class Annotator:
     def holds(self, image_id: str) -> bool:
         """Whether a request by this id needs no pixels."""
         return image_id in self._held
+
+    def bytes_held(self) -> dict[str, int]:
+        """Return the bytes of what is kept of images and templates and, on CUDA, of the device's memory."""
+        held = {"features": self._held.nbytes}
+        if self.model.device.type == "cuda":
+            held["device_allocated"] = torch.cuda.memory_allocated(self.model.device)
+            held["device_reserved"] = torch.cuda.memory_reserved(self.model.device)
+        return held
+
+    def release_memory(self, everything: bool) -> None:
+        """Give the device's free memory back; everything: what is kept of images and templates, too."""
+        if everything:
+            self._held.clear()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def encode_templates(self, items: list[TemplateItem]) -> list[Template | VessaError]:
@@ -123,6 +144,13 @@ class Annotator:
         shown = square.window
         window = None if shown is None else (shown.top, shown.left, shown.side)
         return View(seen.vector, dict(zip(classes, tokens, strict=True)), window)
+
+    @torch.inference_mode()
+    def describe(self, items: list[DescribeItem]) -> list[np.ndarray]:
+        """Return each image's feature for the retrieval: (D,) float32 of unit norm."""
+        known = {i.image_id: seen for i in items if (seen := self._held.get(i.image_id)) is not None}
+        known |= self._look({i.image_id: i.image for i in items if i.image_id not in known})
+        return [known[i.image_id].vector for i in items]
 
     @torch.inference_mode()
     def segment(self, items: list[SegmentItem]) -> list[SegmentResult | VessaError]:
@@ -276,10 +304,10 @@ class Annotator:
         logits = plan[0].seen.square.leave(logits, outside=UNSEEN)[0]  # (K, H, W)
         probability = torch.cat([torch.zeros_like(logits[:1]), logits]).softmax(0)
         confidence, winner = probability.max(0)
-        ids = torch.tensor([0] + [p.class_id for p in plan], dtype=torch.uint8)
+        ids = np.array([0] + [p.class_id for p in plan], np.uint8)
         return SegmentResult(
             image_id=item.image_id,
-            labels=ids[winner.cpu()].numpy(),
+            labels=ids[winner.cpu().numpy()],
             confidence=(confidence * 255).round().byte().cpu().numpy(),
             probabilities=probability.half().cpu().numpy() if item.probabilities else None,
             class_ids=tuple(p.class_id for p in plan),
@@ -292,6 +320,7 @@ class Annotator:
                 for p in plan
             },
             bank_version=bank.version,
+            adaptation=None if bank.adaptation is None else bank.adaptation.digest,
         )
 
 
@@ -301,6 +330,7 @@ def load_annotator(
     banks: TemplateBanks,
     feature_cache_bytes: int,
     without: frozenset[str] = frozenset(),
+    vllm: VllmAddress | None = None,
 ) -> Annotator:
     """Read weights (a directory, or the name of shipped ones) and make an annotator on `device`.
 
@@ -308,7 +338,9 @@ def load_annotator(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, digest = checkpoint.read(weights, device)
+    if device == "cpu":
+        keep_freed_memory()
+    model, digest = checkpoint.read(weights, device, vllm=vllm)
     return Annotator(model, banks, feature_cache_bytes, digest, without)
 
 

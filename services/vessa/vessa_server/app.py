@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -11,18 +12,30 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
 from vessa.schemas import ErrorBody, ErrorResponse
 from vessa_server import __version__
+from vessa_server.allocator import keep_freed_memory
+from vessa_server.audit import open_audit
 from vessa_server.bank import TemplateBanks
-from vessa_server.routes import api, probes
+from vessa_server.connections import BoundedHttp
+from vessa_server.exporting import export_traces
+from vessa_server.jobs import Jobs
+from vessa_server.limits import KeyLimits
+from vessa_server.logs import log_to_stderr
+from vessa_server.routes import api
+from vessa_server.routes_jobs import jobs_api
+from vessa_server.routes_service import operations, probes
+from vessa_server.routes_suggest import suggestions
 from vessa_server.security import resolve_access
 from vessa_server.service import Factory, Service
 from vessa_server.settings import Settings
-from vessa_server.telemetry import Observe
+from vessa_server.telemetry import Observe, current_request
+from vessa_server.wire.docs import FAILURES
 
 if TYPE_CHECKING:
     from vessa_server.annotator import Annotator
@@ -31,9 +44,11 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = """Reference-guided segmentation of medical images.
 
-Every route but /livez and /readyz needs the header `Authorization: Bearer <key>`.
-A failure is {"error": {"code", "message", "item"}}.
+Every route but /livez and /readyz needs the header `Authorization: Bearer <key>`. A key has a role: annotate,
+curate (may change template banks too) or admin. A failure is {"error": {"code", "message", "item",
+"request_id"}}.
 """
+_SWITCH_S = 0.0005
 CLIENT_LEFT = 499  # nobody reads it; it makes the metrics tell disconnects from failures
 
 
@@ -44,7 +59,12 @@ def load(settings: Settings, banks: TemplateBanks) -> "Annotator":
     from vessa_server.annotator import load_annotator
 
     budget, without = settings.feature_cache_bytes, frozenset[str](settings.without)
-    return load_annotator(settings.weights, settings.device, banks, budget, without)
+    vllm = None
+    if settings.language == "vllm":
+        from vessa_server.model.language_service import VllmAddress
+
+        vllm = VllmAddress(settings.vllm_url, settings.vllm_key.get_secret_value(), settings.vllm_timeout_s)
+    return load_annotator(settings.weights, settings.device, banks, budget, without, vllm)
 
 
 def create_app(settings: Settings | None = None, annotator_factory: Factory = load) -> FastAPI:
@@ -54,11 +74,14 @@ def create_app(settings: Settings | None = None, annotator_factory: Factory = lo
     """
     settings = settings or Settings()
     service = Service(settings, annotator_factory)
+    jobs = Jobs(settings, service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        jobs.start()
         yield
+        await run_in_threadpool(jobs.stop, settings.drain_s)
         await run_in_threadpool(service.stop)
 
     app = FastAPI(
@@ -71,10 +94,13 @@ def create_app(settings: Settings | None = None, annotator_factory: Factory = lo
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.state.service = service
+    app.state.service, app.state.jobs = service, jobs
     app.state.access = resolve_access(settings)
+    app.state.audit = open_audit(settings)
+    app.state.limits = KeyLimits(settings.key_requests, settings.key_images_per_minute)
     app.include_router(probes)
-    app.include_router(api)
+    for router in (operations, api, suggestions, jobs_api):
+        app.include_router(router, responses=FAILURES)
     app.add_exception_handler(VessaError, _on_vessa_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -92,13 +118,17 @@ def error_response(error: VessaError) -> Response:
         headers["X-Queue-Position"] = str(error.queue_position)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    body = ErrorResponse(error=ErrorBody(code=error.code, message=str(error), item=error.item))
+    identity = current_request().id
+    body = ErrorResponse(
+        error=ErrorBody(code=error.code, message=str(error), item=error.item, request_id=identity)
+    )
     status = error.status or 500
     return Response(body.model_dump_json(), status, headers, "application/json")
 
 
 def _on_vessa_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, VessaError)
+    request.app.state.service.metrics.errors.labels(error.code).inc()
     return error_response(error)
 
 
@@ -115,7 +145,11 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
         return error_response(NotFound("there is no such route; GET /docs lists them"))
     if error.status_code == 405:
         response = error_response(MethodNotAllowed(f"this route does not take {request.method[:20]}"))
-        response.headers.update(error.headers or {})
+        # Starlette's own names the methods of one route alone, and several may share a path.
+        there = (r for r in iter_route_contexts(request.app.routes) if r.path_regex.match(request.url.path))
+        response.headers["Allow"] = ", ".join(
+            sorted({method for route in there for method in route.methods or ()})
+        )
         return response
     return error_response(InvalidRequest("the request could not be read"))
 
@@ -124,14 +158,22 @@ def _on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_LEFT)
 
 
+def prepare_process(settings: Settings) -> None:
+    """Do what a process that serves the app does once, before anything else."""
+    log_to_stderr(settings)
+    if settings.traces:
+        export_traces()
+    keep_freed_memory()
+    # The device thread asks for the interpreter after every operation: it must not wait for a whole 5 ms.
+    sys.setswitchinterval(_SWITCH_S)
+
+
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; then take no more connections and finish the requests in work.
 
     Prints how to get in before it loads, and logs the progress of loading. Raises what made loading fail.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    prepare_process(settings)
     app = create_app(settings)
     service: Service = app.state.service
     print(app.state.access.describe(), flush=True)
@@ -147,10 +189,11 @@ def serve(settings: Settings) -> None:
             log_level=settings.log_level,
             log_config=None,
             lifespan="on",
+            http=BoundedHttp,
             ws="none",
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=30,
+            timeout_keep_alive=math.ceil(settings.body_timeout_s),
             timeout_graceful_shutdown=math.ceil(settings.drain_s),
         )
     )

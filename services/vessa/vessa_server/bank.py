@@ -56,7 +56,8 @@ class Bank:
 
     classes: {id: name} over all templates, by id; model: when set, retrieval leaves out templates that other
     weights encoded (a second server with other weights on the same store), for their features do not compare;
-    adaptation: weights of its own, None without, or when they belong to another model
+    adaptation: weights of its own, None without, or when they belong to another model; owner: name of the key
+    that made it; shared: whether other keys may use it
     """
 
     name: str
@@ -64,6 +65,8 @@ class Bank:
     templates: tuple[Template, ...]
     model: str | None = None
     adaptation: Adaptation | None = None
+    owner: str | None = None
+    shared: bool = False
 
     @cached_property
     def classes(self) -> dict[int, str]:
@@ -131,6 +134,8 @@ class Bank:
             groups=groups,
             classes=self.classes,
             adapted=self.adaptation is not None,
+            owner=self.owner,
+            shared=self.shared,
         )
 
 
@@ -178,6 +183,11 @@ def check_name(bank: str) -> str:
 
 
 Encode = Callable[[list[Template]], Sequence[Template | VessaError]]
+May = Callable[[str | None, bool], bool]
+
+
+def _anyone(owner: str | None, shared: bool) -> bool:
+    return True
 
 
 @dataclass
@@ -207,11 +217,14 @@ class TemplateBanks:
             self._cache[name] = bank
             return bank
 
-    def add(self, name: str, templates: Sequence[Template]) -> TemplateInfos:
+    def add(
+        self, name: str, templates: Sequence[Template], *, owner: str | None = None, may: May = _anyone
+    ) -> TemplateInfos:
         """Add templates, all or none, making the bank if needed; those it has already are left as they are.
 
-        ClassConflict when a class id or name would get a second meaning, TooLarge when the bank would be too
-        full.
+        owner: of a bank that this makes; may: whether a bank of this owner, shared or not, may be added to,
+        asked in the transaction, for two keys may make a bank of one name at once. ClassConflict when a
+        class id or name would get a second meaning, TooLarge when the bank would be too full, UnknownBank.
         """
         check_name(name)
         blobs = {template.id: template.to_blob() for template in templates}
@@ -220,6 +233,8 @@ class TemplateBanks:
         damaged = self._damaged(name)
 
         def edit(old: Index) -> Index | None:
+            if old.exists and not may(old.owner, old.shared):
+                raise UnknownBank(f"there is no template bank {name!r}")
             created.clear()
             created.update(entries.keys() - (old.entries.keys() - damaged))
             known = _union(entry.classes for entry in old.entries.values())
@@ -228,7 +243,8 @@ class TemplateBanks:
             if len(old.entries.keys() | created) > self.max_templates:
                 raise TooLarge(f"a bank holds at most {self.max_templates} templates")
             fresh = {key: entry for key, entry in entries.items() if key in created}
-            return replace(old, exists=True, entries=old.entries | fresh) if fresh else None
+            whose = old.owner if old.exists else owner
+            return replace(old, exists=True, entries=old.entries | fresh, owner=whose) if fresh else None
 
         self.store.change(name, edit, {entries[key].blob: blob for key, blob in blobs.items()})
         first = {t.id: i for i, t in reversed(list(enumerate(templates)))}
@@ -255,6 +271,15 @@ class TemplateBanks:
             return None if old.adaptation == digest else replace(old, adaptation=digest)
 
         self.store.change(check_name(name), edit, {} if digest is None else {digest: blob})
+
+    def share(self, name: str, shared: bool) -> None:
+        """Let all keys use the bank, or its owner alone; UnknownBank."""
+
+        def edit(old: Index) -> Index | None:
+            self._require(name, old)
+            return None if old.shared == shared else replace(old, shared=shared)
+
+        self.store.change(check_name(name), edit, {})
 
     def delete(self, name: str) -> None:
         """Delete a bank and its templates; UnknownBank. Its version lives on, should it be made again."""
@@ -305,11 +330,14 @@ class TemplateBanks:
 
     def _damaged(self, name: str) -> set[str]:
         """Return the ids whose blob cannot be read; adding them again repairs them."""
-        try:
-            held = {template.id for template in self.get(name).templates}
-        except UnknownBank:
-            return set()
-        return self.store.read(name).entries.keys() - held
+        while True:
+            try:
+                bank = self.get(name)
+            except UnknownBank:
+                return set()
+            index = self.store.read(name)
+            if index.version == bank.version:  # else what another process has just added would seem damaged
+                return index.entries.keys() - {template.id for template in bank.templates}
 
     def _load(self, name: str, index: Index, cached: Bank | None) -> Bank | None:
         """Read the templates that `cached` does not hold; None when the bank changed meanwhile."""
@@ -324,7 +352,8 @@ class TemplateBanks:
         adaptation = self._read_adaptation(name, index, cached)
         if adaptation is not None and self.model not in (None, adaptation.model):
             adaptation = None
-        return Bank(name, index.version, tuple(templates), self.model, adaptation)
+        about = (self.model, adaptation, index.owner, index.shared)
+        return Bank(name, index.version, tuple(templates), *about)
 
     def _read_adaptation(self, name: str, index: Index, cached: Bank | None) -> Adaptation | None:
         if index.adaptation is None:

@@ -1,5 +1,6 @@
-"""`vessa-server serve|pretrain|evaluate|weights|data|phantoms`: the annotator's command line."""
+"""`vessa-server serve|ray|keys|pretrain|evaluate|weights|data|phantoms`: the annotator's command line."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -10,11 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vessa.errors import InvalidRequest, VessaError
+from vessa.errors import InvalidConfig, InvalidRequest, VessaError
 from vessa_server.data_cli import data as data_app
+from vessa_server.keys_cli import keys as keys_app
 from vessa_server.weights_cli import weights as weights_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app.add_typer(keys_app, name="keys")
 app.add_typer(weights_app, name="weights")
 app.add_typer(data_app, name="data")
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
@@ -47,6 +50,40 @@ def serve(
     given = {"host": host, "port": port, "weights": weights, "device": device, "store": store}
     given["insecure"] = insecure or None
     run(Settings(**{k: v for k, v in given.items() if v is not None}))
+
+
+@app.command()
+def ray(
+    replicas: Annotated[int, typer.Option(help="How many there are, at the least.", min=1)] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="How many there may be under load; as many as --replicas unless told.")
+    ] = None,
+    requests: Annotated[
+        float, typer.Option(help="Requests, waiting or in work, that one more replica is started for.", min=1)
+    ] = 4.0,
+    gpus: Annotated[float, typer.Option(help="GPUs of each replica: a part of one, or whole ones.")] = 0.0,
+    cpus: Annotated[float, typer.Option(help="CPU cores of each replica.", min=0)] = 1.0,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to run on; without, one is started on this machine.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback unless told.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights directory, or the name of shipped ones.")
+    ] = None,
+    store: Annotated[str | None, typer.Option(help="redis://... for the template banks.")] = None,
+) -> None:
+    """Serve replicas of the annotator by Ray Serve; settings are those of `serve`. Needs the extra `ray`."""
+    if importlib.util.find_spec("ray") is None:
+        raise InvalidConfig(
+            "Ray is not installed: it comes with the extra, pip install './services/vessa[ray]'"
+        )
+    from vessa_server.replicas import Scale, run
+    from vessa_server.settings import Settings
+
+    given = {"host": host, "port": port, "weights": weights, "store": store}
+    settings = Settings(**{k: v for k, v in given.items() if v is not None})
+    run(settings, Scale(replicas, max_replicas or replicas, gpus, cpus, requests), address)
 
 
 @app.command()

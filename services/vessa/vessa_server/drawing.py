@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 from vessa_server.adaptation import Adaptation
+from vessa_server.caching import ByteCache
 from vessa_server.features import Attended, Seen
 from vessa_server.items import SegmentItem
 from vessa_server.model.geometry import Square, Window, to_tensor
 from vessa_server.model.instructions import DEFAULT_INSTRUCTION
+from vessa_server.model.prefix import Held, StateReader
 from vessa_server.model.prompts import MaskPrompts, hold_to_box, prompt_batch
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
@@ -24,7 +25,6 @@ from vessa_server.template import Template, View
 
 STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
 _CONCURRENT_MASKS = 12  # (image, class) pairs decoded in one pass; bounds memory, not what a request may hold
-_OVERLAYS = 512
 UNSEEN = -20.0  # mask logit of what a closer look leaves out, and of what a box prompt excludes
 
 
@@ -79,15 +79,15 @@ class Pass:
 class Drawing:
     """Draws masks; what a template and the language model say of an image is kept with the image.
 
-    without: parts left out, see `Annotator`; decoder_lock: held while a bank's own weights are in place
+    held: keeps what is known of templates on the device; without: parts left out, see `Annotator`;
+    decoder_lock: held while a bank's own weights are in place
     """
 
-    def __init__(self, model: Vessa, clock: StageClock) -> None:
-        self.model, self.clock = model, clock
+    def __init__(self, model: Vessa, clock: StageClock, held: ByteCache) -> None:
+        self.model, self.clock, self._held = model, clock, held
         self.without: frozenset[str] = frozenset()
         self.decoder_lock = threading.Lock()
         self._size = model.preset.segmenter.image_size
-        self._overlays: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def draw(self, passes: list[Pass]) -> list[tuple[Tensor, float]]:
         """Draw the mask of each pass: logits (1, 1, h, w) on its square, and the predicted IoU."""
@@ -145,33 +145,57 @@ class Drawing:
 
     def _memories(self, passes: list[Pass]) -> Tensor:
         """Stack the memories of the chosen templates, (N, T, M, C)."""
-        each = [
-            torch.stack([torch.from_numpy(v.memories[p.class_id]).float() for v in p.views]) for p in passes
-        ]
-        return torch.stack(each).to(self.model.device)
+        return torch.stack([torch.stack(self._memory(p)) for p in passes])
+
+    def _memory(self, one: Pass) -> list[Tensor]:
+        """Bring the memories (M, C) of a pass's templates to the device, unless they are there."""
+        there = []
+        for (template, _), view in zip(one.chosen, one.views, strict=True):
+            key = ("memory", template.id, view.window, one.class_id)
+            memory = self._held.get(key)
+            if memory is None:
+                memory = torch.from_numpy(view.memories[one.class_id]).to(self.model.device).float()
+                self._held.put(key, memory)
+            there.append(memory)
+        return there
 
     def _look_with_language(self, passes: list[Pass]) -> Tensor | None:
-        if self.model.language is None or "language" in self.without:
+        """Let the language model see each pass's most similar template and its target.
+
+        Returns h_seg (N, C), None without a language model.
+        """
+        if self.model.reader is None or self.model.projector is None or "language" in self.without:
             return None
-        overlays = torch.cat([self._overlay(p.chosen[0][0], p.views[0], p.class_id) for p in passes])
-        targets = torch.cat([p.seen.pixels for p in passes])
-        names = [p.class_name for p in passes]
-        return self.model.see(overlays, targets, names, [DEFAULT_INSTRUCTION] * len(passes))[0]
+        if not passes:
+            return torch.empty(0, self.model.segmenter.preset.dim, device=self.model.device)
+        targets = {id(p.seen): p.seen.pixels for p in passes}  # one image serves all of its classes
+        rows = [list(targets).index(id(p.seen)) for p in passes]
+        pixels = torch.cat(list(targets.values()))
+        states = self.model.reader.states_after(self._prefixes(self.model.reader, passes), pixels, rows)
+        return self.model.projector(states)
+
+    def _prefixes(self, reader: StateReader, passes: list[Pass]) -> list[Held]:
+        """Return what the language model keeps of each pass's template; read what it does not hold."""
+        keys = [("prefix", p.chosen[0][0].id, p.views[0].window, p.class_id, p.class_name) for p in passes]
+        there = {key: prefix for key in keys if (prefix := self._held.get(key)) is not None}
+        missing = {key: p for key, p in zip(keys, passes, strict=True) if key not in there}
+        if missing:
+            some = list(missing.values())
+            overlays = torch.cat([self._overlay(p.chosen[0][0], p.views[0], p.class_id) for p in some])
+            names = [p.class_name for p in some]
+            read = reader.read_templates(overlays, names, [DEFAULT_INSTRUCTION] * len(some))
+            for key, prefix in zip(missing, read, strict=True):
+                there[key] = prefix
+                self._held.put(key, prefix)
+        return [there[key] for key in keys]
 
     def _overlay(self, template: Template, view: View, class_id: int) -> Tensor:
         """Template with its class in green, (1, 3, S, S), as the language model sees it."""
-        key = (template.id, view.window, class_id)
-        if key not in self._overlays:
-            window = None if view.window is None else Window(*view.window)
-            height, width = template.mask.shape
-            square = Square(height, width, window)
-            pixels = square.enter(to_tensor(template.image).to(self.model.device), self._size)
-            mask = mask_square(template.mask, class_id, square, self._size, self.model.device)
-            self._overlays[key] = overlay(pixels, mask)
-            if len(self._overlays) > _OVERLAYS:
-                self._overlays.popitem(last=False)
-        self._overlays.move_to_end(key)
-        return self._overlays[key]
+        window = None if view.window is None else Window(*view.window)
+        height, width = template.mask.shape
+        square = Square(height, width, window)
+        pixels = square.enter(to_tensor(template.image).to(self.model.device), self._size)
+        return overlay(pixels, mask_square(template.mask, class_id, square, self._size, self.model.device))
 
     def _prompts(self, passes: list[Pass]) -> PromptBatch:
         squares = [p.seen.square for p in passes]

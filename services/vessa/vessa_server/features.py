@@ -1,7 +1,8 @@
-"""What the annotator remembers of the images it has seen, oldest forgotten first.
+"""What the annotator remembers, oldest forgotten first.
 
 An image's features serve every later request on it; what its templates and the language model said
-of it serves every later request that only brings other prompts.
+of it serves every later request that only brings other prompts. A template's memory, and what the language
+model has read of it, serve every later image.
 """
 
 from collections import OrderedDict
@@ -65,41 +66,3 @@ class Seen:
             tensors += [state.embedding] if state.h_seg is None else [state.embedding, state.h_seg]
         closer = sum(seen.nbytes - seen.image.nbytes for seen in self.closer.values())
         return self.image.nbytes + closer + sum(t.nbytes for t in tensors)
-
-
-class FeatureCache:
-    """Images by id, least recently used first, within a budget of bytes.
-
-    One thread changes it; `in` may be asked from any.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self._held: OrderedDict[str, Seen] = OrderedDict()
-        self._sizes: dict[str, int] = {}
-        self.nbytes = 0
-
-    def __contains__(self, image_id: str) -> bool:
-        return image_id in self._held
-
-    def forget_attended(self) -> None:
-        """Keep the images' features alone."""
-        for image_id, seen in list(self._held.items()):
-            seen.forget_attended()
-            self.put(image_id, seen)
-
-    def get(self, image_id: str) -> Seen | None:
-        """Return an image, now the most recently used, or None."""
-        seen = self._held.get(image_id)
-        if seen is not None:
-            self._held.move_to_end(image_id)
-        return seen
-
-    def put(self, image_id: str, seen: Seen) -> None:
-        """Keep an image, or note that one has grown; forget others until all fits the budget."""
-        self.nbytes += seen.nbytes - self._sizes.get(image_id, 0)
-        self._held[image_id], self._sizes[image_id] = seen, seen.nbytes
-        self._held.move_to_end(image_id)
-        while self.nbytes > self.budget:
-            oldest, _ = self._held.popitem(last=False)
-            self.nbytes -= self._sizes.pop(oldest)

@@ -1,5 +1,6 @@
 """What goes through the annotator: templates and images in, labels out."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,14 @@ class TemplateItem:
     mask: np.ndarray
     classes: dict[int, str]
     group: str
+
+
+@dataclass(frozen=True)
+class DescribeItem:
+    """An image of which only the feature is asked. image: uint8 (H, W[, 3])."""
+
+    image_id: str
+    image: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,24 @@ class SegmentItem:
     seed: int = 0
     probabilities: bool = False
 
+    def key(self, bank_version: int) -> str:
+        """Return a digest of all that the result depends on, besides the weights."""
+        plain = (self.image_id, self.image is None, self.bank, bank_version, self.classes, self.group)
+        digest = hashlib.sha256(repr((*plain, self.template_choice, self.seed, self.probabilities)).encode())
+        for name in ("boxes", "points", "point_labels", "mask_logits", "mask_present"):
+            array = getattr(self, name)
+            if array is not None:
+                digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """labels, confidence: uint8 (H, W); probabilities: float16 (K + 1, H, W) or None, background first."""
+    """labels, confidence: uint8 (H, W); probabilities: float16 (K + 1, H, W) or None, background first.
+
+    adaptation: digest of the bank's own weights, None where the common ones served
+    """
 
     image_id: str
     labels: np.ndarray
@@ -49,3 +72,4 @@ class SegmentResult:
     scores: dict[str, float]
     templates: dict[str, list[TemplateUse]]
     bank_version: int
+    adaptation: str | None = None

@@ -1,128 +1,92 @@
-"""The routes: read a body within its bounds, hand it on, answer in the form that was asked for."""
+"""The paper's path: templates into banks, images into masks.
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Annotated, Any, TypeVar
+Each route reads a body within its bounds, hands it on, and answers in the form that was asked for.
+"""
+
+from dataclasses import replace
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 
-from vessa.errors import InvalidRequest, MalformedBody, TooLarge, UnsupportedMedia, VessaError
-from vessa.schemas import AdaptationInfo, BankInfo, ServiceInfo, TemplateInfo
-from vessa_server import __version__
-from vessa_server.security import require_key
-from vessa_server.service import Loaded, Service
-from vessa_server.settings import Settings
-from vessa_server.telemetry import METRICS_TYPE
+from vessa.errors import InvalidRequest, VessaError
+from vessa.schemas import AdaptationInfo, BankInfo, SegmentAnswer, TemplateInfo, TemplateInfos
+from vessa.tracing import span
+from vessa_server.access import CallersBanks
+from vessa_server.receiving import (
+    FORM,
+    BankPath,
+    BankQuery,
+    BanksDep,
+    ChangeDep,
+    LoadedDep,
+    limits_of,
+    media_type,
+    read_body,
+    service_of,
+    unless_gone,
+)
+from vessa_server.security import CallerDep, require_curator, require_key
 from vessa_server.wire.answers import (
+    DICOM,
     JSON,
     PNG,
     SAFETENSORS,
     choose_type,
+    dicom_answer,
     json_answer,
-    png_answer,
+    kept_tensor_answer,
+    overlay_answer,
     tensor_answer,
 )
-from vessa_server.wire.docs import SEGMENT_BODY, TEMPLATE_BODY, docs_page
-from vessa_server.wire.images import overlay_png
+from vessa_server.wire.docs import SEGMENT_BODY, TEMPLATE_BODY, answering
+from vessa_server.wire.images import label_png, overlay_png
 from vessa_server.wire.reading import DEFAULT_BANK
 
-FORM = "multipart/form-data"
-
-probes = APIRouter()  # the only routes without a key
 api = APIRouter(dependencies=[Depends(require_key)])
-
-_T = TypeVar("_T")
-
-
-def service_of(request: Request) -> Service:
-    """Return the service of this app."""
-    service: Service = request.app.state.service
-    return service
-
-
-def loaded_of(request: Request) -> Loaded:
-    """Return the loaded parts; NotReady until there are."""
-    return service_of(request).loaded()
-
-
-LoadedDep = Annotated[Loaded, Depends(loaded_of)]
-BankQuery = Annotated[str, Query(description="template bank", max_length=64)]
-
-
-@probes.get("/livez")
-async def livez() -> dict[str, str]:
-    """Answer as long as the process runs; it needs no key."""
-    return {"status": "ok"}
-
-
-@probes.get("/readyz")
-async def readyz(request: Request) -> dict[str, str]:
-    """Answer 200 when weights are loaded and the device thread lives, else 503; it needs no key."""
-    service_of(request).check_ready()
-    return {"status": "ready"}
-
-
-@api.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
-    return Response(service_of(request).metrics.expose(), headers={"content-type": METRICS_TYPE})
-
-
-@api.get("/docs", include_in_schema=False)
-async def docs(request: Request) -> Response:
-    """Return this list of routes as a page."""
-    return Response(docs_page(request.app.openapi()), media_type="text/html")
-
-
-@api.get("/openapi.json", include_in_schema=False)
-async def openapi(request: Request) -> dict[str, Any]:
-    """Return the OpenAPI description."""
-    description: dict[str, Any] = request.app.openapi()
-    return description
-
-
-@api.get("/info")
-def info(loaded: LoadedDep) -> ServiceInfo:
-    """What runs here: version, weights, device, limits, banks, and the annotator's parts in use."""
-    annotator = loaded.annotator
-    stage1 = annotator.model.provenance.get("data")
-    return ServiceInfo(
-        version=__version__,
-        preset=annotator.preset,
-        model=annotator.model_digest,
-        device=annotator.device,
-        limits=loaded.settings.limits(),
-        banks=loaded.banks.list(),
-        labels_version=loaded.labels_version,
-        parts=loaded.parts,
-        trained_on=None if stage1 is None else [entry["name"] for entry in stage1],
-    )
+ANNOTATION_ID = "X-Annotation-Id"
+CURATE = [Depends(require_curator)]
 
 
 @api.get("/banks")
-def banks(loaded: LoadedDep) -> list[BankInfo]:
-    """All template banks."""
-    return loaded.banks.list()
+def list_banks(banks: BanksDep) -> list[BankInfo]:
+    """The template banks of this key, and the shared ones."""
+    return banks.list()
 
 
 @api.get("/banks/{bank}")
-def bank_info(bank: str, loaded: LoadedDep) -> BankInfo:
+def bank_info(bank: BankPath, banks: BanksDep) -> BankInfo:
     """One template bank."""
-    return loaded.banks.get(bank).info()
+    return banks.get(bank).info()
 
 
-@api.delete("/banks/{bank}", status_code=204)
-def delete_bank(bank: str, loaded: LoadedDep) -> None:
+@api.delete("/banks/{bank}", status_code=204, dependencies=CURATE)
+def delete_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> None:
     """Delete a bank with all its templates."""
-    loaded.banks.delete(bank)
+    with change("bank.delete", bank=bank):
+        banks.delete(bank)
 
 
-@api.post("/banks/{bank}/adapt", status_code=202)
+@api.put("/banks/{bank}/share", dependencies=CURATE)
+def share_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo:
+    """Let all keys segment by the bank, and curators change its templates."""
+    with change("bank.share", bank=bank):
+        return banks.share(bank, True)
+
+
+@api.delete("/banks/{bank}/share", dependencies=CURATE)
+def unshare_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo:
+    """Keep the bank to its owner again."""
+    with change("bank.unshare", bank=bank):
+        return banks.share(bank, False)
+
+
+@api.post("/banks/{bank}/adapt", status_code=202, dependencies=CURATE)
 def adapt_bank(
-    bank: str,
+    bank: BankPath,
     loaded: LoadedDep,
+    banks: BanksDep,
+    change: ChangeDep,
     seconds: Annotated[float, Query(gt=0, description="longest time to learn, s")] = 120.0,
 ) -> AdaptationInfo:
     """Let the mask decoder learn from the bank's templates, in the background; GET tells how it goes.
@@ -133,55 +97,66 @@ def adapt_bank(
     longest = loaded.settings.adapt_s
     if seconds > longest:
         raise InvalidRequest(f"seconds is at most {longest:g} here, got {seconds:g}")
-    return loaded.adapting.start(bank, seconds)
+    with change("bank.adapt", bank=bank, seconds=seconds):
+        banks.get(bank)
+        return loaded.adapting.start(bank, seconds)
 
 
 @api.get("/banks/{bank}/adapt")
-def adaptation_info(bank: str, loaded: LoadedDep) -> AdaptationInfo:
+def adaptation_info(bank: BankPath, loaded: LoadedDep, banks: BanksDep) -> AdaptationInfo:
     """How the bank's adaptation goes, or went."""
+    banks.get(bank)
     return loaded.adapting.info(bank)
 
 
-@api.delete("/banks/{bank}/adapt", status_code=204)
-def forget_adaptation(bank: str, loaded: LoadedDep) -> None:
+@api.delete("/banks/{bank}/adapt", status_code=204, dependencies=CURATE)
+def forget_adaptation(bank: BankPath, loaded: LoadedDep, banks: BanksDep, change: ChangeDep) -> None:
     """Serve the bank by the common weights again."""
-    loaded.adapting.forget(bank)
+    with change("bank.adapt.forget", bank=bank):
+        banks.get(bank)
+        loaded.adapting.forget(bank)
 
 
 @api.get("/templates")
-def templates(loaded: LoadedDep, bank: BankQuery = DEFAULT_BANK) -> list[TemplateInfo]:
+def list_templates(banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> list[TemplateInfo]:
     """The templates of a bank."""
-    return [template.info(bank) for template in loaded.banks.get(bank).templates]
+    return [template.info(bank) for template in banks.get(bank).templates]
 
 
 @api.get("/templates/{identity}")
-def template_info(identity: str, loaded: LoadedDep, bank: BankQuery = DEFAULT_BANK) -> TemplateInfo:
+def template_info(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> TemplateInfo:
     """One template."""
-    return loaded.banks.get(bank).template(identity).info(bank)
+    return banks.get(bank).template(identity).info(bank)
 
 
-@api.get("/templates/{identity}/overlay.png")
-def template_overlay(identity: str, loaded: LoadedDep, bank: BankQuery = DEFAULT_BANK) -> Response:
+@api.get("/templates/{identity}/overlay.png", response_class=Response, responses=answering(PNG))
+def template_overlay(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> Response:
     """A template for the eye: its image with tinted classes, contours and a legend."""
-    template = loaded.banks.get(bank).template(identity)
+    template = banks.get(bank).template(identity)
     return Response(overlay_png(template.image, template.mask, template.classes), media_type=PNG)
 
 
-@api.delete("/templates/{identity}", status_code=204)
-def delete_template(identity: str, loaded: LoadedDep, bank: BankQuery = DEFAULT_BANK) -> None:
+@api.delete("/templates/{identity}", status_code=204, dependencies=CURATE)
+def delete_template(
+    identity: str, banks: BanksDep, change: ChangeDep, bank: BankQuery = DEFAULT_BANK
+) -> None:
     """Remove one template from a bank."""
-    loaded.banks.remove(bank, identity)
+    with change("template.remove", bank=bank, template=identity):
+        banks.remove(bank, identity)
 
 
-@api.post("/templates", status_code=201, openapi_extra=TEMPLATE_BODY)
-async def add_templates(request: Request) -> Any:
+@api.post("/templates", status_code=201, openapi_extra=TEMPLATE_BODY, dependencies=CURATE)
+async def add_templates(
+    request: Request, caller: CallerDep, change: ChangeDep
+) -> TemplateInfo | TemplateInfos:
     """Add annotated images to a template bank.
 
     A form adds one and answers its description. A safetensors body adds many, all or none (images uint8 (B,
     H, W) or (B, H, W, 3), masks uint8 (B, H, W); metadata bank, classes, groups) and answers {"templates":
     [...]}. What is there already is left as it is, so sending something twice does no harm.
     """
-    with service_of(request).permit() as loaded:
+    limits = limits_of(request)
+    with limits.work(caller), service_of(request).permit() as loaded:
         kind = media_type(request)
         body = await read_body(request, loaded.settings)
         if kind == FORM:
@@ -189,102 +164,90 @@ async def add_templates(request: Request) -> Any:
             wanted = await run_in_threadpool(loaded.reader.template_form, header, body)
         else:
             wanted = await run_in_threadpool(loaded.reader.template_tensors, body)
-        infos = await unless_gone(request, loaded.seed(wanted))
-        return infos[0] if kind == FORM else {"templates": infos}
+        limits.take(caller, len(wanted.items))
+        banks = CallersBanks(loaded.banks, caller)
+        writing = change("template.add", bank=wanted.bank, images=len(wanted.items))
+        async with contextmanager_in_threadpool(writing) as more:
+            infos = await unless_gone(request, loaded.seed(wanted, banks))
+            more["templates"] = [info.id for info in infos if info.created]
+        return infos[0] if kind == FORM else TemplateInfos(templates=infos)
 
 
-@api.post("/segment", openapi_extra=SEGMENT_BODY)
+@api.post(
+    "/segment",
+    openapi_extra=SEGMENT_BODY,
+    response_class=Response,
+    responses=answering(JSON, PNG, SAFETENSORS, DICOM, model=SegmentAnswer),
+)
 async def segment(
     request: Request,
+    caller: CallerDep,
     overlay: Annotated[bool, Query(description="with Accept: image/png, an RGB overlay for the eye")] = False,
 ) -> Response:
     """Segment images with the templates of a bank.
 
     A form segments one image and answers by Accept: application/json (default; COCO compressed RLE and
-    scores), image/png (8-bit gray label map of class ids, or an overlay) or application/vnd.safetensors.
+    scores), image/png (8-bit gray label map of class ids, or an overlay), application/vnd.safetensors or, for
+    a DICOM image, application/dicom (DICOM SEG). Volumes are jobs: POST /jobs.
     A safetensors body segments many: images uint8 (B, H, W) or (B, H, W, 3), or metadata image_ids for
     images the service still holds; prompts boxes (B, K, 4), points (B, K, P, 2) with point_labels (B, K, P),
     mask_logits (B, K, h, w) with mask_present (B, K); metadata bank, classes, groups, probabilities,
     template_choice, seed. Its answer holds labels and confidence uint8 (B, H, W), on request probabilities
     float16 (B, K + 1, H, W), and in its metadata the status of each item: one that failed does not harm the
-    others.
+    others. GET /annotations/{id} tells what made an answer, by its annotation_id (header X-Annotation-Id).
     """
-    with service_of(request).permit() as loaded:
+    limits = limits_of(request)
+    with limits.work(caller), service_of(request).permit() as loaded:
+        reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
         kind = media_type(request)
-        offered = [JSON, PNG, SAFETENSORS] if kind == FORM else [SAFETENSORS]
+        offered = [JSON, PNG, SAFETENSORS, DICOM] if kind == FORM else [SAFETENSORS]
         answer_type = choose_type(request.headers.get("accept"), offered)
         body = await read_body(request, loaded.settings)
         if kind == FORM:
             header = request.headers["content-type"]
-            wanted = await run_in_threadpool(loaded.reader.segment_form, header, body)
+            wanted = await run_in_threadpool(reader.segment_form, header, body)
         else:
-            wanted = await run_in_threadpool(loaded.reader.segment_tensors, body)
-        results = await unless_gone(request, loaded.segment(wanted))
-        model = loaded.annotator.model_digest
-        if answer_type == SAFETENSORS:
-            version = loaded.labels_version
-            answer = await run_in_threadpool(tensor_answer, wanted, results, model, version)
-        elif isinstance(results[0], VessaError):
-            raise results[0]
-        elif answer_type == PNG:
-            answer = await run_in_threadpool(png_answer, wanted, results[0], overlay=overlay)
-        else:
-            answer = await run_in_threadpool(json_answer, wanted, results[0], model)
-        return Response(answer, media_type=answer_type)
+            wanted = await run_in_threadpool(reader.segment_tensors, body)
+        limits.take(caller, len(wanted.items))
+        with span("device", images=len(wanted.items)):
+            results = await unless_gone(request, loaded.segment(wanted, caller.name))
+        for failed in (r for r in results if isinstance(r, VessaError)):
+            loaded.metrics.errors.labels(failed.code).inc()
+
+        def answer() -> Response:
+            answers = loaded.annotations.answer(wanted, results, caller)
+            if answer_type == SAFETENSORS:
+                model, version = loaded.annotator.model_digest, loaded.labels_version
+                return Response(tensor_answer(wanted, answers, model, version), media_type=SAFETENSORS)
+            if isinstance(one := answers[0], VessaError):
+                raise one
+            if answer_type == DICOM:
+                content = dicom_answer(one, request.headers["content-type"], body, loaded.settings.max_pixels)
+            elif answer_type == JSON:
+                content = json_answer(one)
+            else:
+                content = overlay_answer(wanted, one) if overlay else label_png(one.labels)
+            return Response(content, media_type=answer_type, headers={ANNOTATION_ID: one.id})
+
+        return await run_in_threadpool(answer)
 
 
-def media_type(request: Request) -> str:
-    """Return the body's type: a form or safetensors; UnsupportedMedia for another."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind not in {FORM, SAFETENSORS}:
-        raise UnsupportedMedia(
-            f"the body must be {FORM} or {SAFETENSORS}, got {kind[:80] or 'no Content-Type'}"
-        )
-    return kind
+@api.get(
+    "/annotations/{identity}",
+    response_class=Response,
+    responses=answering(JSON, PNG, SAFETENSORS, model=SegmentAnswer),
+)
+def annotation(identity: str, request: Request, loaded: LoadedDep, caller: CallerDep) -> Response:
+    """What POST /segment answered under this annotation_id, with what made it, while it is kept.
 
-
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """Return the body; TooLarge once it is over the limit, MalformedBody when it is too slow.
-
-    The announced length is checked first, and what really arrives is counted, for a chunked body announces
-    nothing.
+    By Accept: application/json (default; COCO compressed RLE), image/png (8-bit gray label map) or
+    application/vnd.safetensors (labels uint8 (1, H, W), metadata provenance). Only the keys that were
+    answered see it, and admins; 404 unknown_annotation once it is gone.
     """
-    limit = settings.max_body_bytes
-    too_large = TooLarge(
-        f"the body has more than {limit} bytes, the limit; send fewer or smaller images at once"
-    )
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limit:
-                    raise too_large
-                body += chunk
-    except TimeoutError:
-        raise MalformedBody(
-            f"the body did not arrive within {settings.body_timeout_s:g} s; {len(body)} bytes came"
-        ) from None
-    return bytes(body)
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Return the work's result; drop the work and raise ClientDisconnect as soon as the caller has left."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_wait_until_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for pending in (task, gone):
-            pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _wait_until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    answer_type = choose_type(request.headers.get("accept"), [JSON, PNG, SAFETENSORS])
+    found = loaded.annotations.get(identity, caller)
+    if answer_type == SAFETENSORS:
+        body = kept_tensor_answer(found)
+    else:
+        body = json_answer(found) if answer_type == JSON else label_png(found.labels)
+    return Response(body, media_type=answer_type, headers={ANNOTATION_ID: found.id})

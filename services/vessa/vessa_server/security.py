@@ -1,7 +1,9 @@
-"""Who may call: one bearer key, checked by a dependency of each route.
+"""Who may call: a bearer key and its role, checked by a dependency of each route.
 
-Every route needs the key except the two probes `/livez` and `/readyz`, which say nothing but yes or no. That
-includes `/docs` and `/metrics`: reach them with the header `Authorization: Bearer <key>`.
+Every route needs a key except the two probes `/livez` and `/readyz`, which say how far the service is and no
+more. That includes `/docs`: reach it with the header `Authorization: Bearer <key>`. The key that a service
+makes at its first start, or that VESSA_API_KEY sets, is the admin key "local"; others come from
+`vessa-server keys`.
 """
 
 import hmac
@@ -14,11 +16,15 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from vessa.client import default_key_file
 from vessa.errors import Forbidden, InvalidConfig, Unauthorized
+from vessa_server.audit import Actor
+from vessa_server.keys import LOCAL, Caller, Keys, Role, digest_of, open_keys
 from vessa_server.settings import Settings
+from vessa_server.telemetry import current_request
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +35,28 @@ _bearer = HTTPBearer(auto_error=False, description="The key of the key file, or 
 class Access:
     """How callers are let in.
 
-    key: what they must present, None = anyone (insecure); file: where a generated key is kept; created: just
-    now.
+    key: the admin key "local", None = anyone (insecure); keys: the named ones; file: where a generated key is
+    kept; created: just now.
     """
 
     key: str | None
+    keys: Keys
     file: Path | None = None
     created: bool = False
+
+    def local(self, presented: str) -> Caller | None:
+        """Return the caller with the admin key "local", None for any other key."""
+        if self.key is not None and hmac.compare_digest(presented.encode(), self.key.encode()):
+            return Caller(LOCAL, Role.admin)
+        return None
+
+    def identify(self, presented: str) -> Caller:
+        """Return whose key this is, the local one aside; Unauthorized for nobody's, StoreUnavailable."""
+        digest = digest_of(presented)
+        for key in self.keys.all().values():
+            if hmac.compare_digest(key.digest, digest):
+                return Caller(key.name, key.role, key.requests, key.images_per_minute)
+        raise Unauthorized("the key is wrong")
 
     def describe(self) -> str:
         """Return the line that is printed at start. It shows a key only when it has just been made."""
@@ -50,10 +71,11 @@ class Access:
 
 def resolve_access(settings: Settings) -> Access:
     """Return the configured key, the one of the key file, or a new one written there (mode 0600)."""
+    keys = open_keys(settings)
     if settings.insecure:
-        return Access(None)
+        return Access(None, keys)
     if settings.key:
-        return Access(settings.key)
+        return Access(settings.key, keys)
     path = settings.key_file or default_key_file()
     try:
         created = _create_key(path)
@@ -67,7 +89,7 @@ def resolve_access(settings: Settings) -> Access:
         raise InvalidConfig(
             f"the key file {path} holds no key of 16 characters or more; delete it for a new one"
         )
-    return Access(key, path, created)
+    return Access(key, keys, path, created)
 
 
 def _create_key(path: Path) -> bool:
@@ -90,10 +112,10 @@ def _create_key(path: Path) -> bool:
     return True
 
 
-def require_key(
+async def require_key(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-) -> None:
-    """Let the request through when it presents the key; Unauthorized otherwise.
+) -> Caller:
+    """Let the request through when it presents a key, and return whose; Unauthorized otherwise.
 
     An insecure service has no key to check. It refuses (Forbidden) requests that a browser sends for another
     site's page, so that visiting a page cannot change the banks of a service on the visitor's machine.
@@ -101,11 +123,41 @@ def require_key(
     access: Access = request.app.state.access
     if access.key is None:
         _same_origin(request)
-        return
+        return Caller("anyone", Role.admin)
     if credentials is None:
         raise Unauthorized("this needs the header 'Authorization: Bearer <key>'")
-    if not hmac.compare_digest(credentials.credentials.encode(), access.key.encode()):
-        raise Unauthorized("the key is wrong")
+    presented = credentials.credentials
+    # other keys than the local one may have to be read from a file or from Redis
+    caller = access.local(presented)
+    if caller is None:
+        caller = await run_in_threadpool(access.identify, presented)
+    current_request().key = caller.name
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(require_key)]
+
+
+async def require_curator(caller: CallerDep) -> Caller:
+    """Let curators and admins through; Forbidden for others."""
+    return _require(caller, Role.curate)
+
+
+async def require_admin(caller: CallerDep) -> Caller:
+    """Let admins through; Forbidden for others."""
+    return _require(caller, Role.admin)
+
+
+def _require(caller: Caller, role: Role) -> Caller:
+    if caller.role < role:
+        raise Forbidden(f"this needs the role {role.name}; key {caller.name!r} has {caller.role.name}")
+    return caller
+
+
+def actor_of(request: Request, caller: Caller) -> Actor:
+    """Return who asks, for the audit log."""
+    source = request.client.host if request.client else "unknown"
+    return Actor(caller.name, source, current_request().id)
 
 
 def _same_origin(request: Request) -> None:

@@ -5,12 +5,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vessa.errors import (
     DeadlineExceeded,
     InternalError,
+    LanguageUnavailable,
     NotReady,
     QueueFull,
     StoreUnavailable,
@@ -18,17 +19,21 @@ from vessa.errors import (
     VessaError,
 )
 from vessa.schemas import TemplateInfo
+from vessa_server.access import CallersBanks
 from vessa_server.adapting import Adapting
+from vessa_server.annotations import Annotations
 from vessa_server.bank import TemplateBanks, merge_classes
 from vessa_server.batching import DeviceQueue
 from vessa_server.settings import Settings
 from vessa_server.store import open_store
+from vessa_server.suggesting import Looks
 from vessa_server.telemetry import Metrics
 from vessa_server.template import Template, template_id
 from vessa_server.wire.reading import Reader, SeenSizes, SegmentRequest, TemplateRequest
 
 if TYPE_CHECKING:
     from vessa_server.annotator import Annotator
+    from vessa_server.items import DescribeItem, SegmentItem, TemplateItem
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +50,41 @@ class Loaded:
     ) -> None:
         """Start the device thread."""
         self.settings, self.banks, self.annotator, self.metrics = settings, banks, annotator, metrics
+        sizes = SeenSizes()
         self.queue = DeviceQueue(
-            self._process, settings.queue_items, settings.max_batch, settings.batch_wait_s, metrics.batch
+            self._process,
+            settings.queue_items,
+            settings.max_batch,
+            settings.batch_wait_s,
+            metrics.batch,
+            max_pixels=settings.max_batch_pixels,
+            pixels_of=lambda item: _pixels_of(item, sizes),
+            release=annotator.release_memory,
         )
         metrics.queue_depth.set_function(lambda: self.queue.depth)
+        self.annotations = Annotations(settings.annotation_bytes, annotator.model_digest, self.labels_version)
+        metrics.show_annotator(
+            lambda: annotator.clock.seconds,
+            lambda: {**annotator.bytes_held(), "annotations": self.annotations.nbytes},
+        )
         self.adapting = Adapting(banks, annotator)
-        self.reader = Reader(settings, banks, SeenSizes(), annotator.holds)
+        self.looks = Looks()
+        self.reader = Reader(settings, banks, sizes, annotator.holds)
 
     def _process(self, items: list[Any]) -> list[Any]:
-        """Run a batch in the device thread: templates and query images may be mixed in it."""
-        from vessa_server.items import TemplateItem
+        """Run a batch in the device thread: all kinds of items may be mixed in it."""
+        from vessa_server.items import DescribeItem, SegmentItem, TemplateItem
 
+        annotator = self.annotator
         results: list[Any] = [None] * len(items)
-        for wanted, run in ((True, self.annotator.encode_templates), (False, self.annotator.segment)):
-            places = [i for i, item in enumerate(items) if isinstance(item, TemplateItem) == wanted]
-            answers: Sequence[Any] = run([items[i] for i in places]) if places else []
+        kinds: dict[type, Callable[[list[Any]], Sequence[Any]]] = {
+            TemplateItem: annotator.encode_templates,
+            DescribeItem: annotator.describe,
+            SegmentItem: annotator.segment,
+        }
+        for kind, run in kinds.items():
+            places = [i for i, item in enumerate(items) if isinstance(item, kind)]
+            answers = run([items[i] for i in places]) if places else []
             for place, answer in zip(places, answers, strict=True):
                 results[place] = answer
         return results
@@ -67,7 +92,7 @@ class Loaded:
     @property
     def parts(self) -> list[str]:
         """What takes part in the answers, of "language" and "memory"."""
-        there = {"memory"} | ({"language"} if self.annotator.model.language is not None else set())
+        there = {"memory"} | ({"language"} if self.annotator.model.reader is not None else set())
         return sorted(there - self.settings.without)
 
     @property
@@ -77,50 +102,69 @@ class Loaded:
 
         return "-".join([LABELS_VERSION, *(f"no{part}" for part in sorted(self.settings.without))])
 
-    async def segment(self, request: SegmentRequest) -> list[Any]:
-        """Return a SegmentResult or VessaError for each image of the request."""
+    async def segment(self, request: SegmentRequest, client: str = "") -> list[Any]:
+        """Return a SegmentResult or VessaError for each image of the request.
+
+        client: whose request it is; clients take turns on the device
+        """
         places = [i for i, item in enumerate(request.items) if not isinstance(item, VessaError)]
         for i in places:
             self.metrics.feature(self.annotator.holds(request.ids[i]))
         results: list[Any] = list(request.items)
-        for place, answer in zip(places, await self._work([request.items[i] for i in places]), strict=True):
+        items = [request.items[i] for i in places]
+        keys = [item.key(request.bank.version) for item in items if not isinstance(item, VessaError)]
+        for place, answer in zip(places, await self._work(items, client, keys), strict=True):
             results[place] = answer
         return results
 
-    async def seed(self, request: TemplateRequest) -> list[TemplateInfo]:
+    async def seed(self, request: TemplateRequest, banks: CallersBanks) -> list[TemplateInfo]:
         """Encode the examples that the bank does not hold yet, and add them all or none."""
-        held = await asyncio.to_thread(self._held, request)
+        held = await asyncio.to_thread(_held, request, banks)
         missing = [i for i, template in enumerate(held) if template is None]
         templates: list[Any] = list(held)
-        for i, answer in zip(missing, await self._work([request.items[i] for i in missing]), strict=True):
+        worked = await self._work([request.items[i] for i in missing], banks.caller.name)
+        for i, answer in zip(missing, worked, strict=True):
             if isinstance(answer, VessaError):
                 answer.item = i
                 raise answer
             templates[i] = answer
-        return await asyncio.to_thread(self.banks.add, request.bank, templates)
+        return await asyncio.to_thread(banks.add, request.bank, templates)
 
-    def _held(self, request: TemplateRequest) -> list[Template | None]:
-        """Return the templates that are there already; ClassConflict early, before the device is bothered."""
-        try:
-            bank = self.banks.get(request.bank)
-        except UnknownBank:
-            return [None] * len(request.items)
-        there = {template.id: template for template in bank.templates}
-        for item in request.items:
-            merge_classes(bank.classes, item.classes)
-        return [there.get(template_id(i.image, i.mask, i.classes, i.group)) for i in request.items]
+    async def describe(self, items: "Sequence[DescribeItem]", client: str) -> list[Any]:
+        """Return the feature (D,) or a VessaError of each image."""
+        return await self._work(items, client)
 
-    async def _work(self, items: Sequence[Any]) -> list[Any]:
+    async def _work(
+        self, items: Sequence[Any], client: str = "", keys: Sequence[Hashable] | None = None
+    ) -> list[Any]:
         if not items:
             return []
         seconds = self.settings.request_timeout_s
         try:
             async with asyncio.timeout(seconds):
-                return await self.queue.submit_all(items)
+                return await self.queue.submit_all(items, client, keys)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"no answer within {seconds:g} s; send fewer images at once or try later", retry_after=5.0
             ) from None
+
+
+def _held(request: TemplateRequest, banks: CallersBanks) -> list[Template | None]:
+    """Return the templates that are there already; ClassConflict early, before the device is bothered."""
+    try:
+        bank = banks.get(request.bank)
+    except UnknownBank:
+        return [None] * len(request.items)
+    there = {template.id: template for template in bank.templates}
+    for item in request.items:
+        merge_classes(bank.classes, item.classes)
+    return [there.get(template_id(i.image, i.mask, i.classes, i.group)) for i in request.items]
+
+
+def _pixels_of(item: "SegmentItem | TemplateItem | DescribeItem", sizes: SeenSizes) -> int:
+    """Return the pixels of the square around an item's image, also when only its id came."""
+    size = sizes.get(item.image_id) if item.image is None else item.image.shape[:2]
+    return max(size or (0,)) ** 2
 
 
 class Service:
@@ -148,6 +192,8 @@ class Service:
             self._loaded.adapting.stop(self.settings.drain_s)
         if self._loaded is not None and not self._loaded.queue.drain(self.settings.drain_s):
             log.warning("the device thread was still busy after %g s", self.settings.drain_s)
+        if self._loaded is not None and (reader := self._loaded.annotator.model.reader) is not None:
+            reader.close()
 
     def loaded(self) -> Loaded:
         """Return the loaded parts; NotReady until then."""
@@ -160,6 +206,8 @@ class Service:
         silence = self.loaded().queue.silence()
         if silence > self.settings.hang_s:
             raise NotReady("the device thread hangs; the service must be restarted", retry_after=30.0)
+        if (reader := self.loaded().annotator.model.reader) is not None:
+            reader.check()
         if self._stopping.is_set():
             raise NotReady("the service is shutting down", retry_after=5.0)
 
@@ -185,9 +233,9 @@ class Service:
             while not self._stopping.is_set():
                 try:
                     loaded = self._load_once()
-                except StoreUnavailable as error:
-                    # A Redis that starts at the same time may need a moment longer.
-                    self._say(f"waiting for the template store: {error}")
+                except (StoreUnavailable, LanguageUnavailable) as error:
+                    # A Redis or a vLLM that starts at the same time may need longer.
+                    self._say(f"waiting: {error}")
                     self._stopping.wait(STORE_RETRY_S)
                     continue
                 log.info("ready after %.1f s", time.monotonic() - start)

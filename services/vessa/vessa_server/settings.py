@@ -29,7 +29,8 @@ class Settings(BaseSettings):
     the key file; insecure: serve without a key. weights: `nano` or a weights directory; device: cpu, cuda,
     cuda:N or auto. store: folder:PATH or redis://...; threads: CPU threads of the device thread, 0 = torch's
     choice. without: parts of the annotator to leave out, as in the paper's ablations (Table 4):
-    VESSA_WITHOUT=language, memory or language,memory.
+    VESSA_WITHOUT=language, memory or language,memory. language: in_process, or vllm at vllm_url with vllm_key
+    (docs/vllm.md).
     """
 
     model_config = SettingsConfigDict(env_prefix="VESSA_", extra="ignore", hide_input_in_errors=True)
@@ -40,30 +41,63 @@ class Settings(BaseSettings):
     key_file: Path | None = Field(
         None, description="where the generated key is kept; the client's default place"
     )
+    keys_file: Path | None = Field(
+        None,
+        description="where named keys are kept; unset: the store's Redis, or beside the key file",
+    )
+    audit_file: Path | None = Field(None, description="who changed what; unset, in the store's folder")
     insecure: bool = False
     weights: str = "nano"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     store: str = Field(default_factory=default_store)
     threads: int = Field(0, ge=0)
     without: Annotated[frozenset[Literal["language", "memory"]], NoDecode] = frozenset()
+    language: Literal["in_process", "vllm"] = "in_process"
+    vllm_url: str = Field("", pattern=r"^(https?://[^/?#@\s]+/?)?$", description="http://host:port of vLLM")
+    vllm_key: SecretStr = SecretStr("")
+    vllm_timeout_s: Seconds = Field(30.0, description="longest wait for vLLM's answer to one batch")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    log_format: Literal["text", "json"] = "text"
+    traces: bool = Field(False, description="export OpenTelemetry spans, see OTEL_EXPORTER_OTLP_ENDPOINT")
 
     max_body_bytes: Positive = Field(64 * MEGABYTE, description="size of one request body")
     max_answer_bytes: Positive = Field(256 * MEGABYTE, description="size of one answer")
     max_pixels: Positive = Field(4096 * 4096, le=80_000_000, description="height x width of one image")
     max_items: Positive = Field(64, description="images in one request")
     max_points: Positive = Field(64, description="points for one class of one image")
+    max_candidates: Positive = Field(10_000, description="images that one suggestion is chosen from")
     max_templates: Positive = Field(10_000, description="templates in one bank")
     max_requests: Positive = Field(32, description="segment and template requests in work at once")
+    key_requests: Positive = Field(32, description="of them by one key that has no limit of its own")
+    key_images_per_minute: int = Field(
+        0, ge=0, description="images by one key that has no limit of its own; 0 for any number"
+    )
+    audit_bytes: Positive = Field(16 * MEGABYTE, description="of one file of the audit log")
+    audit_files: Positive = Field(8, description="files of the audit log that are kept")
     queue_items: Positive = Field(256, description="items waiting for the device")
     max_batch: Positive = Field(8, description="items on the device at once")
+    max_batch_pixels: Positive = Field(
+        4096 * 4096, description="height x width of all of them together; one image alone may have more"
+    )
     batch_wait_s: float = Field(0.005, ge=0, le=1)
     request_timeout_s: Seconds = Field(120.0, description="from the complete body to the answer")
-    body_timeout_s: Seconds = Field(30.0, description="for the whole body to arrive")
+    body_timeout_s: Seconds = Field(30.0, description="for the whole head, and the whole body, to arrive")
     hang_s: Seconds = Field(300.0, description="a device thread silent for longer fails /readyz")
     drain_s: Seconds = Field(30.0, description="for requests in work after SIGTERM")
     adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be asked for")
+    jobs_folder: Path | None = Field(None, description="of the jobs; unset, in the store's folder")
+    max_jobs: Positive = Field(64, description="jobs that are kept, finished or not")
+    max_jobs_bytes: Positive = Field(4096 * MEGABYTE, description="all of them together, on disk")
+    job_age_s: Seconds = Field(7 * 86400.0, description="finished jobs over it go when place is needed")
+    max_job_bytes: Positive = Field(256 * MEGABYTE, description="size of the files of one job")
+    max_job_voxels: Positive = Field(512**3, description="voxels of one job's volume")
+    max_job_slices: Positive = Field(2048, description="slices, and files, of one job's volume")
     feature_cache_bytes: int = Field(512 * MEGABYTE, ge=0)
+    annotation_bytes: int = Field(
+        64 * MEGABYTE,
+        ge=0,
+        description="annotations kept for GET /annotations/{id}, the latest ones; in memory",
+    )
 
     def __init__(self, **given: Any) -> None:
         """Read the environment; `given` goes before. InvalidConfig names what is wrong, not its value."""
@@ -86,6 +120,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 "insecure and api_key exclude each other: remove VESSA_API_KEY or VESSA_INSECURE"
             )
+        if (self.language == "vllm") != bool(self.vllm_url):
+            raise ValueError("VESSA_LANGUAGE=vllm and VESSA_VLLM_URL=http://host:port belong together")
+        if self.language == "vllm" and "language" in self.without:
+            raise ValueError("VESSA_LANGUAGE=vllm and VESSA_WITHOUT=language exclude each other")
+        if self.language == "vllm" and self.vllm_timeout_s >= self.request_timeout_s:
+            raise ValueError("vllm_timeout_s must be shorter than request_timeout_s")
         if self.max_items > self.queue_items:
             raise ValueError(
                 f"max_items ({self.max_items}) must not exceed queue_items ({self.queue_items}): "

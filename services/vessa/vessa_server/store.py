@@ -51,13 +51,16 @@ class Entry:
 class Index:
     """One state of a bank: version, whether it exists (deleted ones keep counting), id -> entry.
 
-    adaptation: sha256 hex of the blob with the bank's own weights, None without
+    adaptation: sha256 hex of the blob with the bank's own weights, None without; owner: name of the key that
+    made the bank, None for one made before keys had names; shared: whether other keys may use it
     """
 
     version: int = 0
     exists: bool = False
     entries: dict[str, Entry] = field(default_factory=dict)
     adaptation: str | None = None
+    owner: str | None = None
+    shared: bool = False
 
     @property
     def blobs(self) -> set[str]:
@@ -68,8 +71,7 @@ class Index:
     def to_json(self) -> bytes:
         """Return the index as JSON."""
         entries = {key: vars(entry) for key, entry in self.entries.items()}
-        about = {"version": self.version, "exists": self.exists, "adaptation": self.adaptation}
-        return json.dumps(about | {"entries": entries}).encode()
+        return json.dumps(vars(self) | {"entries": entries}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Index":
@@ -80,7 +82,8 @@ class Index:
                 key: Entry(**{**value, "classes": {int(k): str(v) for k, v in value["classes"].items()}})
                 for key, value in raw["entries"].items()
             }
-            return cls(int(raw["version"]), bool(raw["exists"]), entries, raw.get("adaptation"))
+            about = (raw.get("adaptation"), raw.get("owner"), bool(raw.get("shared", False)))
+            return cls(int(raw["version"]), bool(raw["exists"]), entries, *about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreUnavailable("the index of a template bank is damaged; restore the store") from error
 
@@ -142,18 +145,18 @@ class FolderStore:
         """Create the folder if needed; StoreUnavailable when that fails."""
         self.folder = Path(folder).expanduser()
         self._versions: dict[str, tuple[tuple[int, int, int], int]] = {}
-        with _disk("opened"):
+        with disk("opened"):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
         """Return the existing banks, sorted."""
-        with _disk("read"):
+        with disk("read"):
             found = sorted(path.parent.name for path in self.folder.glob("*/index.json"))
         return [name for name in found if self.read(name).exists]
 
     def version(self, bank: str) -> int:
         """Return the bank's version; reads the file only when it was replaced."""
-        with _disk("read"):
+        with disk("read"):
             try:
                 stat = (self.folder / bank / "index.json").stat()
             except FileNotFoundError:
@@ -167,7 +170,7 @@ class FolderStore:
 
     def read(self, bank: str) -> Index:
         """Return the bank's index."""
-        with _disk("read"):
+        with disk("read"):
             try:
                 return Index.from_json((self.folder / bank / "index.json").read_bytes())
             except FileNotFoundError:
@@ -175,7 +178,7 @@ class FolderStore:
 
     def blob(self, bank: str, digest: str) -> bytes | None:
         """Return a blob, or None when it is missing or damaged."""
-        with _disk("read"):
+        with disk("read"):
             try:
                 data = self._blob_path(bank, digest).read_bytes()
             except FileNotFoundError:
@@ -190,11 +193,11 @@ class FolderStore:
             if wanted is None:
                 return old
             new = replace(wanted, version=old.version + 1)
-            with _disk("written"):
+            with disk("written"):
                 (self.folder / bank / "blobs").mkdir(parents=True, exist_ok=True)
                 for digest, data in _named(blobs, new).items():
-                    _write(self._blob_path(bank, digest), data)
-                _write(self.folder / bank / "index.json", new.to_json())
+                    write_whole(self._blob_path(bank, digest), data)
+                write_whole(self.folder / bank / "index.json", new.to_json())
                 self._sweep(bank, new)
             return new
 
@@ -210,7 +213,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with _disk("locked"):
+        with disk("locked"):
             # The kernel drops a killed holder's lock, so a crash never leaves the store locked.
             handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -231,7 +234,7 @@ class FolderStore:
 
 
 @contextlib.contextmanager
-def _disk(action: str) -> Iterator[None]:
+def disk(action: str) -> Iterator[None]:
     """Turn an OSError into StoreUnavailable that says why, but not where."""
     try:
         yield
@@ -243,11 +246,14 @@ def _disk(action: str) -> Iterator[None]:
         ) from error
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that its name holds the old bytes or all of the new ones, also after a power cut."""
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file so that its name holds the old bytes or all of the new ones, also after a power cut.
+
+    mode: of the file, less the process's umask.
+    """
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with fresh.open("wb") as file:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -260,6 +266,21 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def is_redis(address: str) -> bool:
+    """Whether a store's address is one of Redis."""
+    return address.partition(":")[0] in {"redis", "rediss", "unix"}
+
+
+def connect(url: str, timeout: float = 5.0) -> redis.Redis:
+    """Return a client of Redis that connects when it is first used; InvalidConfig for no address of one."""
+    try:
+        return redis.Redis.from_url(
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, health_check_interval=30
+        )
+    except ValueError as error:
+        raise InvalidConfig("the store must be folder:PATH or a redis:// address") from error
 
 
 class RedisStore:
@@ -276,42 +297,37 @@ class RedisStore:
         url: redis://, rediss:// or unix://; timeout: seconds for one command; attempts: at a contended
         change.
         """
-        try:
-            self._redis = redis.Redis.from_url(
-                url, socket_timeout=timeout, socket_connect_timeout=timeout, health_check_interval=30
-            )
-        except ValueError as error:
-            raise InvalidConfig("the store must be folder:PATH or a redis:// address") from error
+        self._redis = connect(url, timeout)
         self._attempts = attempts
 
     def names(self) -> list[str]:
         """Return the existing banks, sorted."""
-        with _reachable():
+        with reachable():
             members: Any = self._redis.smembers("vessa:banks")
         return sorted(name.decode() for name in members)
 
     def version(self, bank: str) -> int:
         """Return the bank's version."""
-        with _reachable():
+        with reachable():
             version: Any = self._redis.hget(f"vessa:bank:{{{bank}}}", "version")
         return int(version or 0)
 
     def read(self, bank: str) -> Index:
         """Return the bank's index."""
-        with _reachable():
+        with reachable():
             data: Any = self._redis.hget(f"vessa:bank:{{{bank}}}", "index")
         return Index() if data is None else Index.from_json(data)
 
     def blob(self, bank: str, digest: str) -> bytes | None:
         """Return a blob, or None when it is missing or damaged."""
-        with _reachable():
+        with reachable():
             data: Any = self._redis.hget(f"vessa:blobs:{{{bank}}}", digest)
         return _checked(bank, digest, data)
 
     def change(self, bank: str, edit: Edit, blobs: Mapping[str, bytes]) -> Index:
         """Apply `edit` in one transaction."""
         for _ in range(self._attempts):
-            with _reachable(), self._redis.pipeline(transaction=True) as pipe:
+            with reachable(), self._redis.pipeline(transaction=True) as pipe:
                 try:
                     return self._attempt(pipe, bank, edit, blobs)
                 except redis.WatchError:
@@ -340,7 +356,7 @@ class RedisStore:
 
 
 @contextlib.contextmanager
-def _reachable() -> Iterator[None]:
+def reachable() -> Iterator[None]:
     """Turn a failure of Redis into StoreUnavailable without its address, which may hold a password."""
     try:
         yield
@@ -358,6 +374,6 @@ def open_store(address: str) -> Store:
     scheme, _, rest = address.partition(":")
     if scheme == "folder" and rest:
         return FolderStore(rest)
-    if scheme in {"redis", "rediss", "unix"}:
+    if is_redis(address):
         return RedisStore(address)
     raise InvalidConfig("the store must be folder:PATH or a redis:// address")

@@ -5,14 +5,36 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class RequestContext:
+    """What the log says of the request that is served. key: name of its key, "-" before it is known."""
+
+    id: str = "-"
+    key: str = "-"
+
+
+# Filled in place: a dependency that runs in a worker thread sees the object, but could not set the variable.
+_current: ContextVar[RequestContext | None] = ContextVar("vessa_request", default=None)
+
+
+def current_request() -> RequestContext:
+    """Return the context of the request that this code serves, an empty one outside of any."""
+    return _current.get() or RequestContext()
+
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -44,11 +66,20 @@ class Metrics:
             "vessa_batch_items", "Items in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
         )
         self.batch_seconds = Histogram("vessa_batch_seconds", "Time of a batch", registry=self.registry)
+        self.errors = Counter(
+            "vessa_errors", "Refused or failed requests and items, by code", ["code"], registry=self.registry
+        )
         self.features = Counter(
             "vessa_image_features", "Query images by whether their features were held", ["held"],
             registry=self.registry,
         )  # fmt: skip
         self.queue_depth = Gauge("vessa_queue_depth", "Items waiting for the device", registry=self.registry)
+
+    def show_annotator(
+        self, seconds: Callable[[], Mapping[str, float]], bytes_held: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """Show what a loaded annotator counts itself: seconds by stage, and bytes by where they are held."""
+        self.registry.register(_Annotator(seconds, bytes_held))
 
     def batch(self, size: int, seconds: float) -> None:
         """Count one batch."""
@@ -62,6 +93,27 @@ class Metrics:
     def expose(self) -> bytes:
         """Return the metrics as Prometheus text."""
         return generate_latest(self.registry)
+
+
+class _Annotator(Collector):
+    """Asks the annotator when the metrics are read."""
+
+    def __init__(
+        self, seconds: Callable[[], Mapping[str, float]], bytes_held: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self._seconds, self._bytes = seconds, bytes_held
+
+    def collect(self) -> Iterator[Metric]:
+        stages = CounterMetricFamily(
+            "vessa_stage_seconds", "Time in each stage of inference", labels=["stage"]
+        )
+        for name, value in self._seconds().items():
+            stages.add_metric([name], value)
+        yield stages
+        held = GaugeMetricFamily("vessa_bytes", "Memory: kept features, the device's", labels=["where"])
+        for name, value in self._bytes().items():
+            held.add_metric([name], value)
+        yield held
 
 
 class Observe:
@@ -81,6 +133,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         identity = _request_id(scope)
+        _current.set(RequestContext(identity))
         start, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -95,7 +148,7 @@ class Observe:
         except Exception:
             log.exception("request %s %s %s failed", identity, scope["method"], _route(scope))
             if not status:
-                await _send_internal(send_with_id)
+                await _send_internal(send_with_id, identity)
         finally:
             route = _route(scope)
             self.metrics.requests.labels(route, scope["method"], str(status)).inc()
@@ -112,11 +165,12 @@ def _route(scope: Scope) -> str:
     return str(getattr(scope.get("route"), "path", "none"))
 
 
-async def _send_internal(send: Send) -> None:
+async def _send_internal(send: Send, identity: str) -> None:
     error = {
         "code": "internal",
         "message": "the service failed; its log says why, by X-Request-Id",
         "item": None,
+        "request_id": identity,
     }
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

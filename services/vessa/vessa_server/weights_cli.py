@@ -1,4 +1,4 @@
-"""`vessa-server weights build|fetch|export|show|verify`: weights directories, and what becomes one."""
+"""`vessa-server weights build|fetch|export|show|verify|vllm`: weights directories, and what becomes one."""
 
 import shlex
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-weights = typer.Typer(no_args_is_help=True, help="Weights directories: build, fetch, export, show, verify.")
+weights = typer.Typer(no_args_is_help=True, help="Weights directories: build, export, verify and more.")
 Weights = Annotated[str, typer.Argument(help="Weights directory, or the name of shipped ones.")]
 
 
@@ -90,3 +90,15 @@ def verify(folder: Weights) -> None:
     place = checkpoint.find(folder)
     checkpoint.verify(place)
     _say(f"{place}: {len(checkpoint.manifest(place)['files'])} files as vessa.json states")
+
+
+@weights.command()
+def vllm(
+    folder: Weights,
+    dtype: Annotated[str, typer.Option(help="float32 (nano) or bfloat16 (official graphs on a GPU).")],
+) -> None:
+    """Print the command by which vLLM serves the language model of a weights directory; see docs/vllm.md."""
+    from vessa_server.model import checkpoint
+    from vessa_server.model.language_service import serve_command
+
+    _say(shlex.join(serve_command(checkpoint.find(folder) / "language", dtype)))

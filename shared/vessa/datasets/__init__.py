@@ -23,6 +23,7 @@ __all__ = [
     "Slice",
     "Ssl4mis",
     "collection",
+    "layout_of",
     "open_dataset",
     "recognize",
     "require_sound",
@@ -35,16 +36,24 @@ def open_dataset(path: str | Path) -> Dataset:
     root = Path(path)
     if not root.is_dir():
         raise InvalidDataset(f"no such folder: {root}")
-    if (root / "meta.json").is_file() and (root / "images").is_dir():
-        return PngFolder(root)
-    if (root / "dataset.json").is_file():
-        return NnUnet(root)
-    if slices_folder(root) is not None or volumes_folder(root) is not None:
-        return Ssl4mis(root)
-    if (root / "train").is_dir() and (root / "train_mask").is_dir():
-        return BiomedParse(root)
+    layout = layout_of(root)
+    if layout is not None:
+        return layout(root)
     raise InvalidDataset(
         f"{root} has none of the known layouts: PNG folders (images/, masks/, meta.json), SSL4MIS HDF5 "
         "(data/slices/*.h5, data/*.h5), nnU-Net NIfTI (dataset.json, imagesTr/) or BiomedParse (train/, "
         "train_mask/)"
     )
+
+
+def layout_of(root: Path) -> type[PngFolder | NnUnet | Ssl4mis | BiomedParse] | None:
+    """Return the layout found in a folder, None where it is none that is known."""
+    if (root / "meta.json").is_file() and (root / "images").is_dir():
+        return PngFolder
+    if (root / "dataset.json").is_file():
+        return NnUnet
+    if slices_folder(root) is not None or volumes_folder(root) is not None:
+        return Ssl4mis
+    if (root / "train").is_dir() and (root / "train_mask").is_dir():
+        return BiomedParse
+    return None

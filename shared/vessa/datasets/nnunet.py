@@ -1,7 +1,6 @@
 """nnU-Net NIfTI: `dataset.json`, `imagesTr/<case>_0000.nii.gz`, `labelsTr/<case>.nii.gz`, `imagesTs/`."""
 
 import json
-import zlib
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,13 @@ import nibabel as nib
 import numpy as np
 
 from vessa.datasets.base import Case, Dataset, Slice
-from vessa.errors import InvalidDataset
+from vessa.errors import InvalidDataset, VessaError
+from vessa.volumes import Bounds, Volume
+from vessa.volumes.grid import slice_of
+from vessa.volumes.nifti import NiftiHeader, read_nifti, read_nifti_header
 
 _CHANNEL = "_0000"
+_BOUNDS = Bounds()
 
 
 class NnUnet(Dataset):
@@ -20,7 +23,7 @@ class NnUnet(Dataset):
 
     A slice is the array at [:, :, z] transposed, so that rows run along the second axis; nothing is
     flipped (this is the order in which ITK, and so nnU-Net, sees the file), and spacing comes from
-    the header as (z, y, x) mm. Intensities become uint8 by the volume's 0.5 and 99.5 percentiles. The
+    the header as (z, y, x) mm. Intensities become uint8 as everywhere (`vessa.volumes.Volume.shown`). The
     first channel is used. A case is its own group unless dataset.json has {"groups": {case: group}},
     which nnU-Net ignores.
     """
@@ -59,10 +62,7 @@ class NnUnet(Dataset):
     def _cases(self) -> tuple[Case, ...]:
         cases = []
         for name, path in sorted(self._files.items()):
-            header = _open(path)
-            shape, zooms = header.shape, header.header.get_zooms()
-            if len(shape) != 3:
-                raise InvalidDataset(f"{path.name} has {len(shape)} axes; expected 3")
+            shape, zooms = _header(path).shape, np.linalg.norm(_header(path).affine[:3, :3], axis=0)
             group = self._groups.get(name, name)
             slices = tuple(Slice(f"{name}_{z:03d}", name, group, z) for z in range(shape[2]))
             spacing = (float(zooms[2]), float(zooms[1]), float(zooms[0]))
@@ -73,12 +73,13 @@ class NnUnet(Dataset):
         """Return all cases, sorted by name."""
         return self._cases
 
+    def volume_path(self, case: Case) -> Path:
+        """Return the file that holds a case's image."""
+        return self._files[case.name]
+
     def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels, uint8 (H, W)."""
-        volume = _volume(self._files[item.case])
-        low, high = _percentiles(self._files[item.case])
-        scaled = np.clip((volume[:, :, item.index] - low) / max(high - low, 1e-9), 0, 1) * 255
-        return np.ascontiguousarray(scaled.round().astype(np.uint8).T)
+        return _volume(self._files[item.case]).image(2, item.index)
 
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
         """Return the class ids, uint8 (H, W); None for a case without labels.
@@ -89,7 +90,8 @@ class NnUnet(Dataset):
         if path is None:
             return None
         self._check_grid(self._files[item.case], path)
-        return np.ascontiguousarray(_volume(path)[:, :, item.index].round().astype(np.uint8).T)
+        ids = slice_of(_volume(path).voxels, 2, item.index)
+        return np.ascontiguousarray(ids.round().astype(np.uint8))
 
     @cached_property
     def _labels(self) -> dict[str, Path]:
@@ -99,7 +101,7 @@ class NnUnet(Dataset):
     @staticmethod
     def _check_grid(image: Path, labels: Path) -> None:
         """Labels of another size, or stored along other directions, would be silently misplaced."""
-        one, other = _open(image), _open(labels)
+        one, other = _header(image), _header(labels)
         if one.shape != other.shape:
             raise InvalidDataset(f"{labels.name} has shape {other.shape}, its image {one.shape}")
         directions: Any = nib.aff2axcodes
@@ -107,25 +109,16 @@ class NnUnet(Dataset):
             raise InvalidDataset(f"{labels.name} is stored in another orientation than its image")
 
 
-def _open(path: Path) -> Any:
+def _header(path: Path) -> NiftiHeader:
     try:
-        return nib.load(path)
-    except (OSError, nib.filebasedimages.ImageFileError) as error:
-        raise InvalidDataset(f"{path} is not a readable NIfTI file") from error
+        return read_nifti_header(path, _BOUNDS)
+    except (OSError, VessaError) as error:
+        raise InvalidDataset(f"{path} is not a readable NIfTI file: {error}") from error
 
 
 @lru_cache(maxsize=4)
-def _volume(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _volume(path: Path) -> Volume:
     try:
-        volume = np.asarray(_open(path).dataobj, dtype=np.float32)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InvalidDataset(f"{path} is damaged: its data do not fill its header's shape") from error
-    if not np.isfinite(volume).all():
-        raise InvalidDataset(f"{path} holds voxels that are not finite")
-    return volume
-
-
-@lru_cache(maxsize=64)
-def _percentiles(path: Path) -> tuple[float, float]:
-    low, high = np.percentile(_volume(path), [0.5, 99.5])
-    return float(low), float(high)
+        return read_nifti(path, _BOUNDS)
+    except (OSError, VessaError) as error:
+        raise InvalidDataset(f"{path} is not a readable NIfTI file: {error}") from error

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vessa.errors import InvalidWeights
-from vessa_server.model.language import LanguageModel, stored_state
+from vessa.errors import InvalidConfig, InvalidWeights
+from vessa_server.model.language import LanguageModel, Probe, stored_state
+from vessa_server.model.language_service import LanguageService, VllmAddress
 from vessa_server.model.presets import Preset
 from vessa_server.model.vessa import Vessa
 
@@ -35,7 +36,8 @@ def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool 
     provenance: command, data, licences and figures, kept in `vessa.json` as they are.
     half: store float16 (what nano ships as). An existing directory is replaced at the very end.
     """
-    with fresh_folder(folder, model.preset, provenance) as fresh:
+    state = None if model.language is None else Probe.state(model.language)
+    with fresh_folder(folder, model.preset, provenance, language_state=state) as fresh:
         for part in _PARTS:
             module = getattr(model, part)
             if module is not None:
@@ -46,8 +48,13 @@ def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool 
 
 
 @contextlib.contextmanager
-def fresh_folder(folder: Path, preset: Preset, provenance: dict[str, Any]) -> Iterator[Path]:
-    """Give a new directory to write weights into; afterwards it gets its manifest and takes its place."""
+def fresh_folder(
+    folder: Path, preset: Preset, provenance: dict[str, Any], *, language_state: list[float] | None = None
+) -> Iterator[Path]:
+    """Give a new directory to write weights into; afterwards it gets its manifest and takes its place.
+
+    language_state: what the language model says to the probe, by which a served one is recognized
+    """
     folder = Path(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -63,6 +70,8 @@ def fresh_folder(folder: Path, preset: Preset, provenance: dict[str, Any]) -> It
         if p.is_file() and p.name != MANIFEST
     }
     manifest = {"format": 1, "preset": preset.to_dict(), "files": files, "provenance": provenance}
+    if language_state is not None:
+        manifest["language_state"] = language_state
     (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
@@ -115,16 +124,20 @@ def read(
     *,
     language_dtype: torch.dtype | None = None,
     fresh_projector: bool = False,
+    vllm: VllmAddress | None = None,
 ) -> tuple[Vessa, str]:
     """Read weights strictly and return the model in eval mode with its digest.
 
     language_dtype: of the language model in memory; unless given, an official one on a GPU stays as it
     is stored (bfloat16), and all else is float32
     fresh_projector: give a language model that has not been through Stage 1 a new projector, to train
+    vllm: who serves the language model; it is then not read here
+    Raises InvalidWeights; with `vllm`, also what `LanguageService.connect` does.
     """
     folder = find(weights)
-    verify(folder)
     preset = Preset.from_dict(manifest(folder)["preset"])
+    service = None if vllm is None else _service(folder, preset, vllm)
+    verify(folder)
     fresh = preset.language is not None and not (folder / "projector.safetensors").is_file()
     if fresh and not fresh_projector:
         raise InvalidWeights(
@@ -132,16 +145,30 @@ def read(
             "there is no projector.safetensors; build them without --qwen to use the official files alone"
         )
     language = None
-    if preset.language is not None:
+    if preset.language is not None and service is None:
         stored = preset.segmenter.config is not None and torch.device(device).type == "cuda"
         dtype: torch.dtype | Literal["auto"] = language_dtype or ("auto" if stored else torch.float32)
         language = LanguageModel.read(folder / "language", preset.language.image_size, dtype)
-    model = Vessa(preset, language)
+    model = Vessa(preset, language, service)
     for part in _PARTS:
         module = getattr(model, part)
         if module is not None and not (fresh and part == "projector"):
             load_strictly(module, folder / f"{part}.safetensors")
     return model.eval().to(device), digest(folder)
+
+
+def _service(folder: Path, preset: Preset, vllm: VllmAddress) -> LanguageService:
+    """Connect to the vLLM that serves the language model of these weights."""
+    if preset.language is None:
+        raise InvalidConfig("these weights have no language model: VESSA_LANGUAGE=vllm serves nothing here")
+    expected = manifest(folder).get("language_state")
+    service = LanguageService(vllm, folder / "language", preset.language.image_size, expected)
+    try:
+        service.connect()
+    except BaseException:
+        service.close()
+        raise
+    return service
 
 
 def load_strictly(module: nn.Module, path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from vessa.errors import InvalidWeights
 from vessa_server.model.geometry import resize
-from vessa_server.model.instructions import INSTRUCTIONS, answer, ask
+from vessa_server.model.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS, answer, ask
 from vessa_server.model.presets import LanguagePreset
 
 SEG = "<SEG>"
@@ -49,6 +49,38 @@ def stored_state(module: nn.Module, half: bool) -> dict[str, Tensor]:
     """Return a module's state on the CPU, floats as float16 when `half`; the module stays as it is."""
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     return {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+
+
+def as_seen(images: Tensor, size: int) -> Tensor:
+    """Bring images to the language model's square, uint8 (N, 3, size, size): as pictures that can be sent.
+
+    images: (N, 3, S, S) float in [0, 1]
+    """
+    return (resize(images, (size, size)) * 255).round().clamp(0, 255).byte()
+
+
+class Probe:
+    """One fixed conversation: its state tells one language model from another, wherever it runs."""
+
+    CLASS, INSTRUCTION = "left ventricle", DEFAULT_INSTRUCTION
+
+    @staticmethod
+    def images() -> tuple[Tensor, Tensor]:
+        """Return template and target, (1, 3, 256, 256) float: ramps and rings that no random seed changes."""
+        ramp = torch.linspace(0, 1, 256)
+        down, across = torch.meshgrid(ramp, ramp, indexing="ij")
+        rings = 0.5 + 0.5 * torch.cos(40 * torch.hypot(down - 0.4, across - 0.6))
+        return torch.stack([down, across, rings])[None], torch.stack([rings, down, 1 - across])[None]
+
+    @classmethod
+    @torch.inference_mode()
+    def state(cls, language: "LanguageModel") -> list[float]:
+        """Return the state that a language model in this process has at the end of it."""
+        weights: Any = language.model
+        device = next(weights.parameters()).device
+        overlays, targets = (images.to(device) for images in cls.images())
+        states, _ = language(overlays, targets, [cls.CLASS], [cls.INSTRUCTION])
+        return [round(value, 6) for value in states[0].tolist()]
 
 
 class LanguageModel(nn.Module):
@@ -113,7 +145,7 @@ class LanguageModel(nn.Module):
         Returns the final-layer states at <SEG> (N, hidden) float32 and the mean cross-entropy over
         the answer's tokens (Eq. 2).
         """
-        encoded = [self._encode(i, c) for i, c in zip(instructions, class_names, strict=True)]
+        encoded = [self.encode(i, c) for i, c in zip(instructions, class_names, strict=True)]
         length = max(len(ids) for ids, _ in encoded)
         device = overlays.device
         pad = self.processor.tokenizer.pad_token_id
@@ -124,7 +156,7 @@ class LanguageModel(nn.Module):
             ids[row, length - len(tokens) :] = torch.tensor(tokens)
             attention[row, length - len(tokens) :] = 1
             labels[row, length - answer_length :] = ids[row, length - answer_length :]
-        pixels, grid = self._pixels(torch.stack([overlays, targets], dim=1).flatten(0, 1))
+        pixels, grid = self.pixels(torch.stack([overlays, targets], dim=1).flatten(0, 1))
         image_id = self.model.config.image_token_id
         output = self.model.model(
             input_ids=ids.to(device),
@@ -143,9 +175,9 @@ class LanguageModel(nn.Module):
 
     def answer_tokens(self, class_names: list[str], instructions: list[str]) -> int:
         """Count the tokens that the text loss of `forward` is a mean over."""
-        return sum(self._encode(i, c)[1] for i, c in zip(instructions, class_names, strict=True))
+        return sum(self.encode(i, c)[1] for i, c in zip(instructions, class_names, strict=True))
 
-    def _encode(self, instruction: str, class_name: str) -> tuple[list[int], int]:
+    def encode(self, instruction: str, class_name: str) -> tuple[list[int], int]:
         """Token ids of one conversation that ends in <SEG>, and how many of them are the answer."""
         key = (instruction, class_name)
         if key not in self._encoded:
@@ -165,14 +197,13 @@ class LanguageModel(nn.Module):
             self._encoded[key] = (tokens, len(prefix))
         return self._encoded[key]
 
-    def _pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Flatten (N, 3, S, S) images into Qwen's patches, as its image processor does.
 
         The processor itself goes through lists of images and costs more than the nano model; a
         test holds this to the processor's own output.
         """
-        images = resize(images, (self.image_size, self.image_size))
-        images = (images - 0.5) / 0.5
+        images = (as_seen(images, self.image_size).float() / 255 - 0.5) / 0.5
         count, channels = images.shape[:2]
         side, blocks = self.image_size // _PATCH, self.image_size // (_PATCH * _MERGE)
         patches = images.view(count, channels, blocks, _MERGE, _PATCH, blocks, _MERGE, _PATCH)

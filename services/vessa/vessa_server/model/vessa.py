@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vessa_server.model.language import LanguageModel
+from vessa_server.model.language_service import LanguageService
+from vessa_server.model.prefix import InProcess, StateReader
 from vessa_server.model.presets import Preset
 from vessa_server.model.retriever import Retriever
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch, Segmenter
@@ -16,21 +18,27 @@ GREEN = (0.0, 1.0, 0.0)
 class Vessa(nn.Module):
     """The annotator's network. A new instance has fresh weights; `checkpoint.read` fills them.
 
+    language: the language model in this process; reader: where its states come from, which may be a service
     provenance: where the weights are from, as `vessa.json` says it; "data" in it lists what Stage 1 saw
     """
 
-    def __init__(self, preset: Preset, language: LanguageModel | None = None) -> None:
+    def __init__(
+        self, preset: Preset, language: LanguageModel | None = None, service: LanguageService | None = None
+    ) -> None:
         super().__init__()
         self.preset = preset
         self.provenance: dict[str, Any] = {}
         self.retriever = Retriever(preset.retriever)
         self.segmenter = Segmenter(preset.segmenter)
-        if language is None and preset.language is not None:
+        if language is None and service is None and preset.language is not None:
             language = LanguageModel.nano(preset.language)
         self.language = language
-        self.projector: nn.Module | None = None
+        self.reader: StateReader | None = service
         if language is not None:
-            hidden = language.hidden_size
+            self.reader = InProcess(language)
+        self.projector: nn.Module | None = None
+        if (speaker := language or service) is not None:
+            hidden = speaker.hidden_size
             self.projector = nn.Sequential(
                 nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, preset.segmenter.dim)
             )
@@ -45,7 +53,7 @@ class Vessa(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the prompt vectors h_seg (N, C) and the text loss; needs a language model."""
         if self.language is None or self.projector is None:
-            raise ValueError("this preset has no language model; pass h_seg None to `draw` instead")
+            raise ValueError("there is no language model in this process; pass h_seg None to `draw` instead")
         states, text_loss = self.language(overlays, targets, class_names, instructions)
         return self.projector(states), text_loss
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pycocotools import mask as coco
@@ -10,13 +9,14 @@ from pycocotools import mask as coco
 from vessa.codec import encode
 from vessa.errors import InvalidRequest, UnsupportedMedia, VessaError
 from vessa.schemas import ClassMask, ErrorBody, ItemInfo, Rle, SegmentAnswer
-from vessa_server.wire.images import label_png, overlay_png
-from vessa_server.wire.reading import SegmentRequest
-
-if TYPE_CHECKING:
-    from vessa_server.items import SegmentResult
+from vessa.volumes import write_labels
+from vessa_server.annotations import Answer
+from vessa_server.wire.forms import Form
+from vessa_server.wire.images import decode_dicom, overlay_png
+from vessa_server.wire.reading import SEGMENT_FIELDS, SegmentRequest
 
 JSON, PNG, SAFETENSORS = "application/json", "image/png", "application/vnd.safetensors"
+DICOM = "application/dicom"
 
 
 def choose_type(accept: str | None, offered: Sequence[str]) -> str:
@@ -40,74 +40,91 @@ def choose_type(accept: str | None, offered: Sequence[str]) -> str:
 
 
 def tensor_answer(
-    request: SegmentRequest, results: "Sequence[SegmentResult | VessaError]", model: str, labels_version: str
+    request: SegmentRequest, answers: Sequence[Answer | VessaError], model: str, labels_version: str
 ) -> bytes:
     """Return the safetensors answer; a failed item has zero labels and its error in the metadata.
 
     With no usable image at all the arrays have the size 1 x 1.
     """
-    shape = (len(results), *(request.size or (1, 1)))
+    shape = (len(answers), *(request.size or (1, 1)))
     tensors = {"labels": np.zeros(shape, np.uint8), "confidence": np.zeros(shape, np.uint8)}
     if request.probabilities:
-        channels = (len(results), len(request.classes) + 1, *shape[1:])
+        channels = (len(answers), len(request.classes) + 1, *shape[1:])
         tensors["probabilities"] = np.zeros(channels, np.float16)
     infos, version = [], request.bank.version
-    for i, (identity, result) in enumerate(zip(request.ids, results, strict=True)):
-        if isinstance(result, VessaError):
-            body = ErrorBody(code=result.code, message=str(result), item=i)
+    for i, (identity, answer) in enumerate(zip(request.ids, answers, strict=True)):
+        if isinstance(answer, VessaError):
+            body = ErrorBody(code=answer.code, message=str(answer), item=i)
             infos.append(ItemInfo(status="error", error=body, image_id=identity))
             continue
-        tensors["labels"][i], tensors["confidence"][i] = result.labels, result.confidence
-        if request.probabilities and result.probabilities is not None:
-            tensors["probabilities"][i] = result.probabilities
-        version = result.bank_version
-        infos.append(
-            ItemInfo(status="ok", image_id=identity, templates=result.templates, scores=result.scores)
-        )
-    metadata = {
-        "items": json.dumps([info.model_dump() for info in infos]),
-        "classes": json.dumps(request.classes),
+        for name in tensors:
+            tensors[name][i] = getattr(answer, name)
+        version = answer.made.bank_version
+        infos.append(_item(answer))
+    return encode(tensors, _metadata(infos, request.classes, model, version, labels_version))
+
+
+def kept_tensor_answer(answer: Answer) -> bytes:
+    """Return a kept annotation as safetensors: labels (1, H, W), the metadata of a batch, and provenance."""
+    made = answer.made
+    metadata = _metadata([_item(answer)], made.classes, made.model, made.bank_version, made.labels_version)
+    return encode({"labels": answer.labels[None]}, {**metadata, "provenance": made.model_dump_json()})
+
+
+def _item(answer: Answer) -> ItemInfo:
+    made = answer.made
+    return ItemInfo(
+        status="ok",
+        image_id=made.image_id,
+        annotation_id=answer.id,
+        bank_version=made.bank_version,
+        adaptation=made.adaptation,
+        templates=made.templates,
+        scores=made.scores,
+    )
+
+
+def _metadata(
+    items: list[ItemInfo], classes: dict[int, str], model: str, bank_version: int, labels_version: str
+) -> dict[str, str]:
+    return {
+        "items": json.dumps([item.model_dump() for item in items]),
+        "classes": json.dumps(classes),
         "model": model,
-        "bank_version": str(version),
+        "bank_version": str(bank_version),
         "labels_version": labels_version,
     }
-    return encode(tensors, metadata)
 
 
-def json_answer(request: SegmentRequest, result: "SegmentResult", model: str) -> bytes:
+def json_answer(answer: Answer) -> bytes:
     """Return the JSON answer for one image: COCO compressed RLE (column-major) and score of each class."""
-    height, width = result.labels.shape
-    masks = []
-    for class_id, name in request.classes.items():
-        mask = result.labels == class_id
+    made, masks = answer.made, []
+    for class_id, name in made.classes.items():
+        mask = answer.labels == class_id
         rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         masks.append(
             ClassMask(
                 class_id=class_id,
                 class_name=name,
-                score=result.scores.get(name),
+                score=made.scores.get(name),
                 area=int(mask.sum()),
-                rle=Rle(size=(height, width), counts=rle["counts"].decode("ascii")),
+                rle=Rle(size=(made.height, made.width), counts=rle["counts"].decode("ascii")),
             )
         )
-    answer = SegmentAnswer(
-        image_id=result.image_id,
-        height=height,
-        width=width,
-        bank=request.bank.name,
-        bank_version=result.bank_version,
-        model=model,
-        masks=masks,
-        templates=result.templates,
-    )
-    return answer.model_dump_json().encode()
+    body = SegmentAnswer(**dict(made), annotation_id=answer.id, masks=masks)
+    return body.model_dump_json().encode()
 
 
-def png_answer(request: SegmentRequest, result: "SegmentResult", *, overlay: bool) -> bytes:
-    """Return the label map as 8-bit gray PNG of class ids, or the overlay for the eye."""
-    if not overlay:
-        return label_png(result.labels)
+def overlay_answer(request: SegmentRequest, answer: Answer) -> bytes:
+    """Return an overlay for the eye as PNG."""
     item = request.items[0]
     if isinstance(item, VessaError) or item.image is None:
         raise InvalidRequest("an overlay needs the image's pixels")
-    return overlay_png(item.image, result.labels, request.classes)
+    return overlay_png(item.image, answer.labels, request.classes)
+
+
+def dicom_answer(answer: Answer, content_type: str, body: bytes, max_pixels: int) -> bytes:
+    """Return a DICOM SEG that refers to the DICOM image of a form; InvalidImage for another image."""
+    image = Form(content_type, body, SEGMENT_FIELDS).file("image")
+    volume, made = decode_dicom(image, max_pixels), answer.made
+    return write_labels(volume, answer.labels.T[..., None], made.classes, made.model[:16], "dicom-seg")

@@ -1,14 +1,20 @@
-"""The page of /docs, made from the OpenAPI description: no scripts, nothing loaded from elsewhere."""
+"""What the OpenAPI description says beyond the routes' signatures, and the page of /docs that is made of it.
+
+The page has no scripts and loads nothing from elsewhere.
+"""
 
 from html import escape
 from typing import Any
+
+from vessa.errors import ERRORS
+from vessa.schemas import ErrorResponse
 
 _FILE = {"type": "string", "format": "binary"}
 _TENSORS = {"application/vnd.safetensors": {"schema": _FILE}}
 
 
 def _form(required: list[str], **fields: dict[str, Any]) -> dict[str, Any]:
-    schema = {"type": "object", "required": required, "properties": fields}
+    schema = {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
     return {
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}, **_TENSORS}}
     }
@@ -20,15 +26,29 @@ def _text(description: str) -> dict[str, Any]:
 
 TEMPLATE_BODY = _form(
     ["image", "mask", "classes", "group"],
-    image={**_FILE, "description": "PNG, JPEG or TIFF"},
+    image={**_FILE, "description": "PNG, JPEG, TIFF or DICOM"},
     mask={**_FILE, "description": "PNG of the same size whose values are class ids"},
     classes=_text('JSON {"1": "right ventricle"}'),
     group=_text("whose image it is, such as a patient's id"),
     bank=_text("template bank, made if needed; default: default"),
 )
+JOB_BODY = _form(
+    ["image"],
+    image={
+        "type": "array",
+        "items": _FILE,
+        "description": "NIfTI or DICOM; repeated for the files of a series",
+    },
+    bank=_text("template bank; default: default"),
+    classes=_text("JSON list of class names; default: all of the bank"),
+    group=_text("the volume's own patient, whose templates are not used"),
+    axis=_text("auto (default), axial, coronal or sagittal"),
+    result=_text("nifti or dicom-seg; default: as the image"),
+)
+SUGGEST_BODY = {"requestBody": {"required": True, "content": _TENSORS}}
 SEGMENT_BODY = _form(
     ["image"],
-    image={**_FILE, "description": "PNG, JPEG or TIFF"},
+    image={**_FILE, "description": "PNG, JPEG, TIFF or DICOM"},
     bank=_text("template bank; default: default"),
     classes=_text("JSON list of class names; default: all of the bank"),
     group=_text("the query's own patient, whose templates are not used"),
@@ -38,6 +58,21 @@ SEGMENT_BODY = _form(
     template_choice=_text("top1 (default), top3 or sample"),
     seed=_text("whole number, for sample"),
 )
+
+# Each status that a route with a key may answer when it fails, with the codes that come with it.
+FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {
+        "model": ErrorResponse,
+        "description": ", ".join(sorted(code for code, error in ERRORS.items() if error.status == status)),
+    }
+    for status in sorted({error.status for error in ERRORS.values() if error.status})
+}
+
+
+def answering(*media: str, **more: Any) -> dict[int | str, dict[str, Any]]:
+    """Declare the media types of a successful answer; more: model, for its JSON."""
+    return {200: {"content": {kind: {} for kind in media}, **more}}
+
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}"

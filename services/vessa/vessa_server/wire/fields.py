@@ -1,13 +1,14 @@
 """Small fields of a request: names, lists, class maps, options and the prompts of a form."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vessa.errors import InvalidPrompt, InvalidRequest, UnknownClass
+from vessa.errors import InvalidImage, InvalidPrompt, InvalidRequest, TooLarge, UnknownClass
 from vessa_server.wire.forms import read_json
 
 CHOICES = ("top1", "top3", "sample")
@@ -133,3 +134,21 @@ def read_per_class(
             place: tuple[int | slice, ...] = (0, index, *(slice(side) for side in array.shape))
             padded[place] = array
     return padded
+
+
+def check_size(size: tuple[int, ...], classes: int, max_pixels: int) -> None:
+    """Bound an image of (height, width) px and the classes that are asked for on it; InvalidImage, TooLarge.
+
+    The device sees a square around the image, and draws each class on it.
+    """
+    (height, width), side = size, max(size)
+    got = f"got height {height} x width {width}"
+    if not 1 <= height * width <= max_pixels:
+        error = TooLarge if height * width else InvalidImage
+        raise error(f"an image must have 1 to {max_pixels} pixels, {got}")
+    if side**2 > 4 * max_pixels:
+        longest = math.isqrt(4 * max_pixels)
+        raise TooLarge(f"an image's longer side may have {longest} pixels, {got}; send it in parts")
+    if side**2 * classes > 16 * max_pixels:
+        most = 16 * max_pixels // side**2
+        raise TooLarge(f"{classes} classes are too many at once, {got}; ask for at most {most}")

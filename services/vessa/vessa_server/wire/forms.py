@@ -18,9 +18,21 @@ MAX_TEXT_BYTES = 1 << 20  # as much as a safetensors header; parsed JSON takes m
 class Form:
     """The fields of a form, by name, as bytes. Names outside `allowed` and repeated ones are refused."""
 
-    def __init__(self, content_type: str, body: bytes, allowed: set[str]) -> None:
-        """Parse a body; MalformedBody when it is no form or cut off, InvalidRequest for other names."""
-        self._fields = _parse(content_type, body)
+    def __init__(
+        self,
+        content_type: str,
+        body: bytes,
+        allowed: set[str],
+        *,
+        many: str | None = None,
+        max_parts: int = MAX_PARTS,
+    ) -> None:
+        """Parse a body; MalformedBody when it is no form or cut off, InvalidRequest for other names.
+
+        many: the one field that may be repeated
+        """
+        reader = _parse(content_type, body, many, max_parts)
+        self._fields, self._files = reader.fields, reader.files
         unknown = sorted(self._fields.keys() - allowed)
         if unknown:
             raise InvalidRequest(
@@ -33,6 +45,11 @@ class Form:
         if not data:
             raise InvalidRequest(f"the form needs the file {name!r}")
         return data
+
+    def files(self, name: str) -> list[bytes]:
+        """Return the bytes of all files of the field that may be repeated; at least one is required."""
+        self.file(name)
+        return self._files
 
     def text(self, name: str, default: str) -> str:
         """Return a text field; an empty one counts as absent. TooLarge over 1 MiB."""
@@ -60,12 +77,12 @@ def read_json(text: str, what: str) -> Any:
         raise InvalidRequest(f"{what} must be JSON, got {text[:80]!r}") from None
 
 
-def _parse(content_type: str, body: bytes) -> dict[str, bytes]:
+def _parse(content_type: str, body: bytes, many: str | None, max_parts: int) -> "_Reader":
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise MalformedBody("a multipart/form-data body needs a boundary in its Content-Type")
-    reader = _Reader()
+    reader = _Reader(many, max_parts)
     try:
         callbacks: Any = reader.callbacks()
         parser = python_multipart.MultipartParser(boundary, callbacks)
@@ -75,14 +92,16 @@ def _parse(content_type: str, body: bytes) -> dict[str, bytes]:
         raise MalformedBody("the body is not valid multipart/form-data") from None
     if not reader.complete:
         raise MalformedBody("the multipart/form-data body is cut off: its closing boundary is missing")
-    return reader.fields
+    return reader
 
 
 class _Reader:
     """Collects the parts as the parser finds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, many: str | None, max_parts: int) -> None:
         self.fields: dict[str, bytes] = {}
+        self.files: list[bytes] = []
+        self._many, self._max_parts, self._parts = many, max_parts, 0
         self.complete = False
         self._name, self._value, self._disposition = bytearray(), bytearray(), b""
         self._data = bytearray()
@@ -99,8 +118,9 @@ class _Reader:
         }
 
     def _begin(self) -> None:
-        if len(self.fields) >= MAX_PARTS:
-            raise MalformedBody(f"a form has at most {MAX_PARTS} fields")
+        self._parts += 1
+        if self._parts > self._max_parts:
+            raise MalformedBody(f"a form has at most {self._max_parts} fields")
         self._disposition = b""
         self._data = bytearray()
         self._name.clear()
@@ -122,7 +142,9 @@ class _Reader:
         name = options.get(b"name", b"").decode("utf-8", "replace")
         if not name:
             raise MalformedBody("a form field has no name")
-        if name in self.fields:
+        if name == self._many:
+            self.files.append(bytes(self._data))
+        elif name in self.fields:
             raise MalformedBody(f"the form field {name[:80]!r} is given twice")
         self.fields[name] = bytes(self._data)
 

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vessa.errors import InvalidImage, ShapeMismatch, TooLarge, UnknownClass
-from vessa.images import has_second_frame, is_turned, to_bytes
+from vessa.images import has_many_scans, has_second_frame, is_turned, jpeg_parts, to_bytes
+from vessa.volumes import Bounds, Volume, read_volume
+from vessa.volumes.dicom import frame_count, is_dicom
 
 # A header that claims absurd sizes is an error and never a mere warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -32,16 +34,27 @@ COLORS = (
 
 
 def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """Return the pixels of a PNG, JPEG or TIFF file with one frame.
+    """Return the pixels of a PNG, JPEG, TIFF or DICOM file with one frame.
 
     Returns (H, W) uint8 for gray and (H, W, 3) uint8 RGB for color. More than 8 bits a pixel (16-bit, float)
-    go through `vessa.images.to_bytes`. Transparency is dropped, EXIF
-    rotation is not applied: coordinates are those of the stored pixels. Errors: InvalidImage, TooLarge.
+    go through `vessa.images.to_bytes`, DICOM through its window where it has one. Transparency is dropped,
+    EXIF rotation is not applied: coordinates are those of the stored pixels. Errors: InvalidImage, TooLarge.
     """
+    if is_dicom(data):
+        return decode_dicom(data, max_pixels).image(2, 0)
     image = _open(data, IMAGE_FORMATS, max_pixels, "image")
     if image.mode in WIDE_MODES:
         return to_bytes(np.asarray(image, dtype=np.float32))
     return np.array(image.convert("L" if image.mode in GRAY_MODES else "RGB"), dtype=np.uint8)
+
+
+def decode_dicom(data: bytes, max_pixels: int) -> Volume:
+    """Return a DICOM file of one frame; InvalidImage for several and for no DICOM, TooLarge."""
+    if not is_dicom(data):
+        raise InvalidImage("a DICOM SEG refers to a DICOM image; send one, or accept another answer")
+    if frame_count(data) > 1:
+        raise InvalidImage("the DICOM file must hold one frame, got several; send it to POST /jobs")
+    return read_volume([data], Bounds(max_pixels, max_pixels, 1))
 
 
 def decode_mask(data: bytes, size: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
@@ -83,13 +96,16 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str) -> 
             f"the {what} has {image.height} x {image.width} pixels, more than the limit of {max_pixels}"
         )
     try:
-        alone, turned = not has_second_frame(image), is_turned(image)
-        if alone and not turned:
+        alone, turned, parts = not has_second_frame(image), is_turned(image), jpeg_parts(image)
+        repeated = parts > 0 and has_many_scans(data, parts)
+        if alone and not turned and not repeated:
             image.load()
     except Exception:
         raise InvalidImage(f"the {what} is damaged or cut off; {expected} was expected") from None
     if not alone:
         raise InvalidImage(f"the {what} must hold one frame, got several; send them one by one")
+    if repeated:
+        raise InvalidImage(f"the {what} is a JPEG of more scans than any picture has; save it anew")
     if turned:
         raise InvalidImage(f"the {what} is a TIFF with an orientation tag; send it upright, without one")
     return image

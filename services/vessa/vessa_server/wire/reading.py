@@ -22,10 +22,12 @@ from vessa.errors import (
     UnknownImage,
     VessaError,
 )
+from vessa_server.access import CallersBanks
 from vessa_server.bank import Bank, TemplateBanks, check_name
 from vessa_server.settings import Settings
 from vessa_server.wire.fields import (
     check_known,
+    check_size,
     item_seed,
     json_metadata,
     read_classes,
@@ -95,7 +97,7 @@ class SegmentRequest:
     """Query images for one bank. An item that is wrong is its error; the others are not touched by it.
 
     ids: of all images; classes: {id: name} in the order of the request; size: (H, W) of the images, None when
-    there is no usable image.
+    there is no usable image; seed: as it was asked, each item has its own from it.
     """
 
     bank: Bank
@@ -104,6 +106,7 @@ class SegmentRequest:
     classes: dict[int, str]
     size: tuple[int, int] | None
     probabilities: bool
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Reader:
     """Reads bodies. holds: whether the annotator still has an image's features. Runs in a worker thread."""
 
     settings: Settings
-    banks: TemplateBanks
+    banks: TemplateBanks | CallersBanks
     sizes: SeenSizes
     holds: Callable[[str], bool]
 
@@ -147,6 +150,7 @@ class Reader:
     ) -> TemplateRequest:
         from vessa_server.items import TemplateItem
 
+        check_size(images.shape[1:3], len(classes), self.settings.max_pixels)
         items = []
         for i, (image, mask, group) in enumerate(zip(images, masks, groups, strict=True)):
             ids = [int(value) for value in np.unique(mask) if value]
@@ -209,6 +213,14 @@ class Reader:
         bank, classes = self._classes(metadata.get("bank", DEFAULT_BANK), wanted)
         return self._segment_request(bank, classes, images, ids, groups, Prompts(**tensors), metadata)
 
+    def segment_slices(
+        self, bank_name: str, wanted: list[str] | None, images: NDArray[np.uint8], group: str | None
+    ) -> SegmentRequest:
+        """Make the request of some slices of a volume. images: uint8 (B, H, W); wanted: class names."""
+        self._check_images(images)
+        bank, classes = self._classes(bank_name, wanted)
+        return self._segment_request(bank, classes, images, None, [group] * len(images), Prompts(), {})
+
     def _segment_request(
         self,
         bank: Bank,
@@ -230,6 +242,7 @@ class Reader:
             ids = tuple(image_ids or ())
             sizes = [self.sizes.get(identity) if self.holds(identity) else None for identity in ids]
         size = _common_size(sizes)
+        check_size(size or (1, 1), len(classes), self.settings.max_pixels)
         self._check_answer(len(ids), len(classes), size, probabilities)
         from vessa_server.items import SegmentItem
 
@@ -260,7 +273,7 @@ class Reader:
                     probabilities=probabilities,
                 )
             )
-        return SegmentRequest(bank, ids, items, classes, size, probabilities)
+        return SegmentRequest(bank, ids, items, classes, size, probabilities, seed)
 
     def _classes(self, bank_name: str, wanted: Any) -> tuple[Bank, dict[int, str]]:
         """Return the bank and the requested classes {id: name} in the request's order, None = all."""
@@ -280,13 +293,7 @@ class Reader:
 
     def _check_images(self, images: NDArray[Any]) -> None:
         self._check_count(len(images))
-        height, width = images.shape[1:3]
-        if not 1 <= height * width <= self.settings.max_pixels:
-            error = TooLarge if height * width else InvalidImage
-            raise error(
-                f"an image must have 1 to {self.settings.max_pixels} pixels, "
-                f"got height {height} x width {width}"
-            )
+        check_size(images.shape[1:3], 1, self.settings.max_pixels)
 
     def _check_count(self, count: int) -> None:
         if not count:

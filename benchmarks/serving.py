@@ -1,0 +1,73 @@
+"""Services of a benchmark's own, each in a process group that ends with the block."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    """Return a port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    """Whether something says 200."""
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def running(command: list[str], log: Path, ready: Callable[[], bool], **settings: str) -> Iterator[None]:
+    """Run a service, and what it starts itself, until the end of the block."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} did not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a server's workers may outlive it
+        process.wait()
+
+
+@contextmanager
+def annotator(folder: Path, name: str = "annotator", **settings: str) -> Iterator[tuple[str, str]]:
+    """Run the service on a CPU, its banks in `folder / "banks"`; yields its address and its key."""
+    port, key = free_port(), secrets.token_urlsafe(24)
+    url = f"http://127.0.0.1:{port}"
+    common = {
+        "VESSA_API_KEY": key,
+        "VESSA_PORT": str(port),
+        "VESSA_STORE": f"folder:{folder / 'banks'}",
+        "VESSA_DEVICE": "cpu",
+        "XDG_CONFIG_HOME": str(folder / name),
+    }
+    command = [sys.executable, "-m", "vessa_server", "serve"]
+    log = folder / f"{name}.log"
+    with running(command, log, lambda: answers(f"{url}/readyz"), **(common | settings)):
+        yield url, key

@@ -1,0 +1,61 @@
+"""A cache with a budget of bytes: oldest forgotten first."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from typing import Any, Protocol
+
+
+class Sized(Protocol):
+    """What tells how many bytes it holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+
+class ByteCache:
+    """What is worth keeping, by keys, within one budget of bytes.
+
+    The least recently used goes first. One thread changes it; `in` may be asked from any.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._held: OrderedDict[Hashable, Sized] = OrderedDict()
+        self._sizes: dict[Hashable, int] = {}
+        self.nbytes = 0
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def __iter__(self) -> Iterator[tuple[Hashable, Sized]]:
+        return iter(list(self._held.items()))
+
+    def get(self, key: Hashable) -> Any:
+        """Return what is held, now the most recently used, or None."""
+        held = self._held.get(key)
+        if held is not None:
+            self._held.move_to_end(key)
+        return held
+
+    def put(self, key: Hashable, value: Sized) -> None:
+        """Keep something, or note that it has grown; forget others until all fits the budget.
+
+        What is larger than the whole budget is not kept, and costs the others nothing.
+        """
+        size = value.nbytes
+        self.nbytes -= self._sizes.pop(key, 0)
+        self._held.pop(key, None)
+        if size > self.budget:
+            return
+        self.nbytes += size
+        self._held[key], self._sizes[key] = value, size
+        while self.nbytes > self.budget:
+            oldest, _ = self._held.popitem(last=False)
+            self.nbytes -= self._sizes.pop(oldest)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+        self._sizes.clear()
+        self.nbytes = 0

@@ -1,0 +1,393 @@
+"""Volumes that are segmented slice by slice in the background, kept on disk across a restart. No HTTP here.
+
+One folder a job: `job.json`, the files, for each finished slice a label map and what made it; in the end the
+result in their place, and what made it.
+One thread works on one job after another; its slices wait in the device queue like everybody's, under a
+client of their own, so that single images take turns with them. Of several services that share the folder one
+works at a time.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vessa.errors import (
+    DeadlineExceeded,
+    InternalError,
+    JobUnfinished,
+    NotReady,
+    QueueFull,
+    StoreUnavailable,
+    UnknownJob,
+    VessaError,
+    error_from,
+)
+from vessa.schemas import JobInfo, Provenance
+from vessa.volumes import Bounds, Volume, read_volume, write_labels
+from vessa.volumes.grid import slice_of
+from vessa_server.access import CallersBanks
+from vessa_server.annotations import Annotations
+from vessa_server.keys import Caller, Role
+from vessa_server.service import Loaded, Service
+from vessa_server.settings import Settings, default_store
+from vessa_server.store import write_whole
+from vessa_server.wire.images import decode_mask, label_png
+from vessa_server.wire.reading import SegmentRequest
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["nifti", "dicom-seg"]
+_PASSING = (QueueFull, NotReady, StoreUnavailable, DeadlineExceeded)
+_BEAT_S = 0.5
+_FULL_S = 2.0
+_UPLOAD_S = 3600.0  # an upload that is older was cut off by a kill
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is kept of a job. slices: along the axis; files: uploaded; error: (code, message) of a failure."""
+
+    id: str
+    owner: str
+    role: int
+    bank: str
+    classes: list[str] | None
+    group: str | None
+    axis: int
+    kind: Kind
+    slices: int
+    files: int
+    created: float
+    state: Literal["queued", "running", "done", "failed"] = "queued"
+    error: tuple[str, str] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state in ("done", "failed")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller asks for. axis: see `Volume.axis`; kind: None for what fits the files."""
+
+    bank: str
+    classes: list[str] | None = None
+    group: str | None = None
+    axis: str = "auto"
+    kind: Kind | None = None
+
+
+class Jobs:
+    """All jobs of a service; `start` takes up what a stopped one left."""
+
+    def __init__(self, settings: Settings, service: Service) -> None:
+        """Open the folder; nothing runs yet."""
+        self._settings, self._service = settings, service
+        self._folder = _folder_of(settings)
+        self._lock = threading.Lock()
+        self._stopping, self._news = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="vessa-jobs", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """Leave the job at hand after its slices in work; it goes on when the service starts again."""
+        self._stopping.set()
+        self._news.set()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def create(
+        self,
+        files: Sequence[bytes],
+        wish: Wish,
+        caller: Caller,
+        loaded: Loaded,
+        take: Callable[[int], None],
+    ) -> JobInfo:
+        """Check a volume and keep it as a job; InvalidImage, TooLarge, QueueFull, what the bank refuses.
+
+        take: counts the slices before anything is kept, and may refuse them
+        """
+        volume = read_volume(files, self._bounds)
+        axis = volume.axis(wish.axis)
+        reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
+        reader.segment_slices(wish.bank, wish.classes, volume.image(axis, 0)[None], wish.group)
+        kind: Kind = wish.kind or ("dicom-seg" if volume.headers else "nifti")
+        job = Job(
+            id=secrets.token_hex(12),
+            owner=caller.name,
+            role=int(caller.role),
+            bank=wish.bank,
+            classes=wish.classes,
+            group=wish.group,
+            axis=axis,
+            kind=kind,
+            slices=volume.shape[axis],
+            files=len(files),
+            created=time.time(),
+        )
+        # made now, while somebody is there to be told: a header may not suffice for a DICOM SEG
+        write_labels(volume, np.zeros(volume.shape, np.uint8), {1: "class"}, "", kind)
+        take(job.slices)
+        with self._lock:
+            self._make_place(sum(map(len, files)))
+            folder = self._folder / f".{job.id}"
+            try:
+                folder.mkdir(parents=True, mode=0o700)
+                for index, data in enumerate(files):
+                    (folder / f"{index:05d}.input").write_bytes(data)
+                write_whole(folder / "job.json", json.dumps(asdict(job)).encode())
+                folder.rename(self._path(job))  # whole or not at all
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise StoreUnavailable(
+                    f"the job could not be kept: {error.strerror}", retry_after=30.0
+                ) from error
+        self._news.set()
+        return self._info(job)
+
+    def visible(self, caller: Caller) -> list[JobInfo]:
+        """Return the caller's jobs, the oldest first; an admin's are all."""
+        return [self._info(job) for job in self._all() if _may(caller, job)]
+
+    def info(self, identity: str, caller: Caller) -> JobInfo:
+        """Return how a job goes; UnknownJob also for another key's."""
+        return self._info(self._get(identity, caller))
+
+    def cancel(self, identity: str, caller: Caller) -> None:
+        """Stop a job and delete all of it."""
+        job = self._get(identity, caller)
+        with self._lock:
+            shutil.rmtree(self._path(job), ignore_errors=True)
+
+    def result(self, identity: str, caller: Caller) -> tuple[Kind, bytes]:
+        """Return a finished job's file; JobUnfinished, or the error that ended it."""
+        job = self._get(identity, caller)
+        if job.error is not None:
+            raise error_from(*job.error)
+        if job.state != "done":
+            info = self._info(job)
+            raise JobUnfinished(
+                f"the job has {info.done} of {info.slices} slices; ask again later", retry_after=2.0
+            )
+        try:
+            return job.kind, (self._path(job) / "result").read_bytes()
+        except OSError:
+            raise UnknownJob(f"there is no job {identity[:40]!r}") from None
+
+    def provenance(self, identity: str, caller: Caller) -> list[Provenance]:
+        """Return what made each of the slices that are done, in their order."""
+        paths = sorted(self._path(self._get(identity, caller)).glob("*.made"))
+        try:
+            return [Provenance.model_validate_json(path.read_bytes()) for path in paths]
+        except OSError:
+            raise UnknownJob(f"there is no job {identity[:40]!r}") from None
+
+    @property
+    def _bounds(self) -> Bounds:
+        settings = self._settings
+        return Bounds(settings.max_job_voxels, settings.max_pixels, settings.max_job_slices)
+
+    def _path(self, job: Job) -> Path:
+        return self._folder / job.id
+
+    def _all(self) -> list[Job]:
+        found = (_read(path) for path in sorted(self._folder.glob("[!.]*/job.json")))
+        return sorted((job for job in found if job is not None), key=lambda job: (job.created, job.id))
+
+    def _get(self, identity: str, caller: Caller) -> Job:
+        job = next((job for job in self._all() if job.id == identity and _may(caller, job)), None)
+        if job is None:
+            raise UnknownJob(f"there is no job {identity[:40]!r}")
+        return job
+
+    def _info(self, job: Job) -> JobInfo:
+        done = job.slices if job.state == "done" else len(list(self._path(job).glob("*.png")))
+        message = None if job.error is None else job.error[1]
+        return JobInfo(
+            id=job.id,
+            state=job.state,
+            bank=job.bank,
+            slices=job.slices,
+            done=done,
+            result=job.kind,
+            error=message,
+        )
+
+    def _make_place(self, size: int) -> None:
+        """Forget jobs over the age; QueueFull when there are too many, or too many bytes, still."""
+        oldest = time.time() - self._settings.job_age_s
+        for left in self._folder.glob(".*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _UPLOAD_S:
+                    shutil.rmtree(left, ignore_errors=True)
+        for job in self._all():
+            if job.finished and job.created < oldest:
+                shutil.rmtree(self._path(job), ignore_errors=True)
+        kept = self._all()
+        held = sum(path.stat().st_size for path in self._folder.glob("*/*"))
+        if len(kept) >= self._settings.max_jobs or held + size > self._settings.max_jobs_bytes:
+            raise QueueFull(
+                f"{len(kept)} jobs of {held} bytes are kept, at most {self._settings.max_jobs} of "
+                f"{self._settings.max_jobs_bytes}; delete finished ones or come back later",
+                retry_after=30.0,
+            )
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._turn()
+            except OSError as error:  # such as a full disk: the job goes on when there is room
+                log.warning("jobs wait: %s", error.strerror)
+                self._stopping.wait(_FULL_S)
+
+    def _turn(self) -> None:
+        if self._next() is None:
+            self._news.wait(5.0)
+            self._news.clear()
+            return
+        with _alone(self._folder) as alone:
+            job = self._next() if alone else None
+            if job is not None:
+                self._try(job)
+        if not alone:
+            self._stopping.wait(_BEAT_S)
+
+    def _next(self) -> Job | None:
+        return next((job for job in self._all() if not job.finished), None)
+
+    def _try(self, job: Job) -> None:
+        try:
+            self._work(self._change(job, state="running"))
+        except _PASSING:
+            self._stopping.wait(_BEAT_S)
+        except FileNotFoundError:
+            log.info("job %s was deleted while it ran", job.id)
+        except OSError:
+            raise  # the disk's fault and not the job's: `_run` waits for room
+        except VessaError as error:
+            self._end(job, state="failed", error=(error.code, str(error)))
+        except Exception:
+            log.exception("job %s failed", job.id)
+            self._end(job, state="failed", error=(InternalError.code, "the service's log says why"))
+
+    def _work(self, job: Job) -> None:
+        loaded = self._service.loaded()
+        folder = self._path(job)
+        volume = read_volume([folder / f"{i:05d}.input" for i in range(job.files)], self._bounds)
+        caller = Caller(job.owner, Role(job.role))
+        reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
+        missing = [i for i in range(job.slices) if not (folder / f"{i:05d}.png").exists()]
+        classes: dict[int, str] = {}
+        for start in range(0, max(len(missing), 1), self._settings.max_batch):
+            if self._stopping.is_set():
+                raise NotReady("the service is shutting down")
+            places = missing[start : start + self._settings.max_batch]
+            images = np.stack([volume.image(job.axis, i) for i in places or [0]])
+            request = reader.segment_slices(job.bank, job.classes, images, job.group)
+            classes = request.classes
+            if places:
+                answers = asyncio.run(loaded.segment(request, f"job of {job.owner}"))
+                _keep(folder, places, request, answers, loaded.annotations)
+        labels = _assemble(volume, job, folder)
+        source = f"{loaded.annotator.model_digest[:16]}"
+        self._finish(job, write_labels(volume, labels, classes, source, job.kind))
+
+    def _finish(self, job: Job, data: bytes) -> None:
+        write_whole(self._path(job) / "result", data)
+        self._end(job, state="done")
+
+    def _end(self, job: Job, **changes: Any) -> None:
+        """Keep the outcome; what it was made of is needed no more."""
+        try:
+            self._change(job, **changes)
+        except FileNotFoundError:
+            return  # deleted meanwhile
+        for pattern in ("*.input", "*.png"):
+            for path in self._path(job).glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def _change(self, job: Job, **changes: Any) -> Job:
+        changed = replace(job, **changes)
+        with self._lock:
+            write_whole(self._path(job) / "job.json", json.dumps(asdict(changed)).encode())
+        return changed
+
+
+def _folder_of(settings: Settings) -> Path:
+    """Return `jobs_folder`, else a folder beside a folder store's banks, else in the user's data."""
+    scheme, _, place = settings.store.partition(":")
+    folder = Path(place).expanduser() if scheme == "folder" else Path(default_store().partition(":")[2])
+    return settings.jobs_folder or folder / ".jobs"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Tell whether no other service works on the jobs of a folder; none begins before this ends."""
+    handle = os.open(folder / "worker.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    alone = True
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def _may(caller: Caller, job: Job) -> bool:
+    return caller.role is Role.admin or caller.name == job.owner
+
+
+def _keep(
+    folder: Path,
+    places: Sequence[int],
+    request: SegmentRequest,
+    answers: Sequence[Any],
+    annotations: Annotations,
+) -> None:
+    for place, item, answer in zip(places, request.items, answers, strict=True):
+        if isinstance(answer, VessaError):
+            answer.item = place
+            raise answer
+        assert not isinstance(item, VessaError)  # its answer would be the same error
+        made = annotations.made(request, item, answer)
+        write_whole(folder / f"{place:05d}.made", made.model_dump_json().encode())
+        write_whole(folder / f"{place:05d}.png", label_png(answer.labels))
+
+
+def _assemble(volume: Volume, job: Job, folder: Path) -> NDArray[np.uint8]:
+    labels = np.zeros(volume.shape, np.uint8)
+    for index in range(job.slices):
+        part = slice_of(labels, job.axis, index)
+        size = (part.shape[0], part.shape[1])
+        part[...] = decode_mask((folder / f"{index:05d}.png").read_bytes(), size, part.size)
+    return labels
+
+
+def _read(path: Path) -> Job | None:
+    """Return a kept job; None when it was deleted, or when the file is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Job(**{**values, "error": tuple(values["error"]) if values["error"] else None})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

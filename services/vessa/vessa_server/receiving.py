@@ -1,0 +1,128 @@
+"""What every route needs: the service, a body within its bounds, work that ends when the caller has left.
+
+Dependencies that never block are `async`, or each would cost a request a hop through the thread pool.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Path, Query, Request
+from starlette.requests import ClientDisconnect
+
+from vessa.errors import MalformedBody, TooLarge, UnsupportedMedia
+from vessa_server.access import CallersBanks
+from vessa_server.audit import AuditLog
+from vessa_server.bank import BANK_NAME
+from vessa_server.limits import KeyLimits
+from vessa_server.security import CallerDep, actor_of
+from vessa_server.service import Loaded, Service
+from vessa_server.settings import Settings
+from vessa_server.wire.answers import SAFETENSORS
+
+FORM = "multipart/form-data"
+
+# The pattern is for those who read the description: `check_name` refuses other names, and says it better.
+_NAME = {"pattern": f"^{BANK_NAME.pattern}$"}
+BankPath = Annotated[str, Path(description="template bank", json_schema_extra=_NAME)]
+BankQuery = Annotated[str, Query(description="template bank", max_length=64, json_schema_extra=_NAME)]
+
+Change = Callable[..., AbstractContextManager[dict[str, Any]]]
+
+_T = TypeVar("_T")
+
+
+def service_of(request: Request) -> Service:
+    """Return the service of this app."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def loaded_of(request: Request) -> Loaded:
+    """Return the loaded parts; NotReady until there are."""
+    return service_of(request).loaded()
+
+
+LoadedDep = Annotated[Loaded, Depends(loaded_of)]
+
+
+async def banks_of(loaded: LoadedDep, caller: CallerDep) -> CallersBanks:
+    """Return the template banks as the caller sees them."""
+    return CallersBanks(loaded.banks, caller)
+
+
+BanksDep = Annotated[CallersBanks, Depends(banks_of)]
+
+
+async def change_of(request: Request, caller: CallerDep) -> Change:
+    """Return how to write down a change by this caller: `with change("bank.delete", bank=name): ...`."""
+    audit: AuditLog = request.app.state.audit
+    return partial(audit.change, actor_of(request, caller))
+
+
+ChangeDep = Annotated[Change, Depends(change_of)]
+
+
+def limits_of(request: Request) -> KeyLimits:
+    """Return what one key may take."""
+    limits: KeyLimits = request.app.state.limits
+    return limits
+
+
+def media_type(request: Request) -> str:
+    """Return the body's type: a form or safetensors; UnsupportedMedia for another."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind not in {FORM, SAFETENSORS}:
+        raise UnsupportedMedia(
+            f"the body must be {FORM} or {SAFETENSORS}, got {kind[:80] or 'no Content-Type'}"
+        )
+    return kind
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """Return the body; TooLarge once it is over the limit, MalformedBody when it is too slow.
+
+    The announced length is checked first, and what really arrives is counted, for a chunked body announces
+    nothing.
+    """
+    limit = settings.max_body_bytes
+    too_large = TooLarge(
+        f"the body has more than {limit} bytes, the limit; send fewer or smaller images at once"
+    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limit:
+                    raise too_large
+                body += chunk
+    except TimeoutError:
+        raise MalformedBody(
+            f"the body did not arrive within {settings.body_timeout_s:g} s; {len(body)} bytes came"
+        ) from None
+    return bytes(body)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Return the work's result; drop the work and raise ClientDisconnect as soon as the caller has left."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

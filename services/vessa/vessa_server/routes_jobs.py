@@ -1,0 +1,83 @@
+"""Jobs over HTTP: a volume in, progress, a label volume out."""
+
+from functools import partial
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from vessa.errors import UnsupportedMedia
+from vessa.schemas import JobInfo, Provenance
+from vessa_server.jobs import Jobs
+from vessa_server.receiving import FORM, limits_of, media_type, read_body, service_of
+from vessa_server.security import CallerDep, require_key
+from vessa_server.wire.docs import JOB_BODY, answering
+from vessa_server.wire.jobs import read_job
+
+jobs_api = APIRouter(dependencies=[Depends(require_key)])
+
+MEDIA = {"nifti": ("application/gzip", "labels.nii.gz"), "dicom-seg": ("application/dicom", "labels.dcm")}
+
+
+def _jobs(request: Request) -> Jobs:
+    jobs: Jobs = request.app.state.jobs
+    return jobs
+
+
+@jobs_api.post("/jobs", status_code=202, openapi_extra=JOB_BODY)
+async def create_job(request: Request, response: Response, caller: CallerDep) -> JobInfo:
+    """Segment a volume slice by slice, in the background.
+
+    image: one NIfTI file (.nii, .nii.gz), one DICOM file of one or many frames, or, repeated, the files of
+    one DICOM series. axis: how it is cut: auto (default: the axis with the largest spacing), axial, coronal
+    or sagittal. result: nifti or dicom-seg; by default DICOM SEG for DICOM and NIfTI for NIfTI. The answer's
+    Location tells how it goes.
+    """
+    limits = limits_of(request)
+    with limits.work(caller), service_of(request).permit() as loaded:
+        if media_type(request) != FORM:
+            raise UnsupportedMedia(f"a job needs a form: {FORM}")
+        largest = loaded.settings.model_copy(update={"max_body_bytes": loaded.settings.max_job_bytes})
+        body = await read_body(request, largest)
+        files, wish = await run_in_threadpool(
+            read_job, request.headers["content-type"], body, loaded.settings.max_job_slices
+        )
+        take = partial(limits.take, caller)
+        info = await run_in_threadpool(_jobs(request).create, files, wish, caller, loaded, take)
+    response.headers["Location"] = f"/jobs/{info.id}"
+    return info
+
+
+@jobs_api.get("/jobs")
+def list_jobs(request: Request, caller: CallerDep) -> list[JobInfo]:
+    """The jobs of this key, the oldest first."""
+    return _jobs(request).visible(caller)
+
+
+@jobs_api.get("/jobs/{identity}")
+def job_info(identity: str, request: Request, caller: CallerDep) -> JobInfo:
+    """How a job goes: its state, and how many of its slices are done."""
+    return _jobs(request).info(identity, caller)
+
+
+@jobs_api.delete("/jobs/{identity}", status_code=204)
+def cancel_job(identity: str, request: Request, caller: CallerDep) -> None:
+    """Stop a job, or forget a finished one."""
+    _jobs(request).cancel(identity, caller)
+
+
+@jobs_api.get(
+    "/jobs/{identity}/result",
+    response_class=Response,
+    responses=answering(*(media for media, _ in MEDIA.values())),
+)
+def job_result(identity: str, request: Request, caller: CallerDep) -> Response:
+    """The label volume, on the grid of the image: .nii.gz, or DICOM SEG; 409 job_unfinished until then."""
+    kind, data = _jobs(request).result(identity, caller)
+    media, name = MEDIA[kind]
+    return Response(data, media_type=media, headers={"Content-Disposition": f'attachment; filename="{name}"'})
+
+
+@jobs_api.get("/jobs/{identity}/provenance")
+def job_provenance(identity: str, request: Request, caller: CallerDep) -> list[Provenance]:
+    """What made the labels of each slice that is done, in their order: templates, weights, bank version."""
+    return _jobs(request).provenance(identity, caller)

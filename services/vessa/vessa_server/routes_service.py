@@ -1,0 +1,70 @@
+"""The service about itself: probes, metrics, documentation, and what runs here."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from vessa.schemas import ServiceInfo
+from vessa_server import __version__
+from vessa_server.receiving import BanksDep, LoadedDep, service_of
+from vessa_server.security import require_admin, require_key
+from vessa_server.telemetry import METRICS_TYPE
+from vessa_server.wire.docs import FAILURES, answering, docs_page
+
+probes = APIRouter()  # the only routes without a key
+operations = APIRouter(dependencies=[Depends(require_key)])
+
+
+@probes.get("/livez")
+async def livez() -> dict[str, str]:
+    """Answer as long as the process runs; it needs no key."""
+    return {"status": "ok"}
+
+
+@probes.get("/readyz", responses={503: FAILURES[503]})
+async def readyz(request: Request) -> dict[str, str]:
+    """Answer 200 when weights are loaded and the device thread lives, else 503; it needs no key."""
+    service_of(request).check_ready()
+    return {"status": "ready"}
+
+
+@operations.get(
+    "/metrics",
+    dependencies=[Depends(require_admin)],
+    response_class=Response,
+    responses=answering("text/plain"),
+)
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    return Response(service_of(request).metrics.expose(), headers={"content-type": METRICS_TYPE})
+
+
+@operations.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """Return this list of routes as a page."""
+    return Response(docs_page(request.app.openapi()), media_type="text/html")
+
+
+@operations.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> dict[str, Any]:
+    """Return the OpenAPI description."""
+    description: dict[str, Any] = request.app.openapi()
+    return description
+
+
+@operations.get("/info")
+def info(loaded: LoadedDep, banks: BanksDep) -> ServiceInfo:
+    """What runs here: version, weights, device, limits, banks, and the annotator's parts in use."""
+    annotator = loaded.annotator
+    stage1 = annotator.model.provenance.get("data")
+    return ServiceInfo(
+        version=__version__,
+        preset=annotator.preset,
+        model=annotator.model_digest,
+        device=annotator.device,
+        limits=loaded.settings.limits(),
+        banks=banks.list(),
+        labels_version=loaded.labels_version,
+        parts=loaded.parts,
+        trained_on=None if stage1 is None else [entry["name"] for entry in stage1],
+    )

@@ -1,0 +1,108 @@
+"""What to annotate next: the route that ranks unlabeled images by what they would bring to a bank."""
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
+
+from vessa.errors import NoTemplate, UnknownBank, VessaError
+from vessa.schemas import Suggestion, Suggestions
+from vessa_server.access import CallersBanks
+from vessa_server.bank import Bank, check_name
+from vessa_server.receiving import BankPath, limits_of, read_body, service_of, unless_gone
+from vessa_server.security import CallerDep, require_key
+from vessa_server.service import Loaded
+from vessa_server.suggesting import suggest
+from vessa_server.wire.candidates import Candidates, read_candidates
+from vessa_server.wire.docs import SUGGEST_BODY
+from vessa_server.wire.reading import SegmentRequest
+
+suggestions = APIRouter(dependencies=[Depends(require_key)])
+
+
+@suggestions.post("/banks/{bank}/suggest", openapi_extra=SUGGEST_BODY)
+async def suggest_images(request: Request, caller: CallerDep, bank: BankPath) -> Suggestions:
+    """Rank unlabeled images by how much annotating each would improve what the bank covers.
+
+    The body holds images uint8 (B, H, W) or (B, H, W, 3), or metadata image_ids of images sent here before;
+    metadata groups (JSON list, then patients are ranked) and count. Images are looked at when they come: many
+    are sent in several requests, and ranked by one with all their ids. A bank that is not there yet is empty.
+    """
+    limits = limits_of(request)
+    with limits.work(caller), service_of(request).permit() as loaded:
+        body = await read_body(request, loaded.settings)
+        wanted = await run_in_threadpool(read_candidates, body, loaded.settings)
+        state = await run_in_threadpool(_bank, CallersBanks(loaded.banks, caller), check_name(bank))
+        if wanted.images is not None:
+            limits.take(caller, len(wanted.ids))
+            await unless_gone(request, _look(loaded, state, wanted, caller.name))
+        return await run_in_threadpool(_rank, loaded, state, wanted)
+
+
+def _bank(banks: CallersBanks, name: str) -> Bank:
+    try:
+        return banks.get(name)
+    except UnknownBank:
+        return Bank(name, 0, ())
+
+
+async def _look(loaded: Loaded, bank: Bank, wanted: Candidates, client: str) -> None:
+    """Keep the features of images, and how sure the annotator is of them where the bank has templates."""
+    from vessa_server.items import DescribeItem, SegmentItem
+
+    assert wanted.images is not None
+    pairs = list(zip(wanted.ids, wanted.images, wanted.groups, strict=True))
+    features = await loaded.describe([DescribeItem(i, image) for i, image, _ in pairs], client)
+    sure: list[float | None] = [None] * len(pairs)
+    if bank.classes:
+        items: list[SegmentItem | VessaError] = [SegmentItem(i, m, bank.name, group=g) for i, m, g in pairs]
+        size = (int(wanted.images.shape[1]), int(wanted.images.shape[2]))
+        asked = SegmentRequest(bank, wanted.ids, items, bank.classes, size, False)
+        sure = [_confidence(i, answer) for i, answer in enumerate(await loaded.segment(asked, client))]
+    for i, (identity, feature, confidence) in enumerate(zip(wanted.ids, features, sure, strict=True)):
+        if isinstance(feature, VessaError):
+            feature.item = i
+            raise feature
+        loaded.looks.keep(identity, feature, bank.name, bank.version, confidence)
+
+
+def _confidence(place: int, answer: object) -> float:
+    """Return the mean confidence of an answer in [0, 1], 0 where no template of another patient was there."""
+    if isinstance(answer, NoTemplate):
+        return 0.0
+    if isinstance(answer, VessaError):
+        answer.item = place
+        raise answer
+    from vessa_server.items import SegmentResult
+
+    assert isinstance(answer, SegmentResult)
+    return float(answer.confidence.mean()) / 255
+
+
+def _rank(loaded: Loaded, bank: Bank, wanted: Candidates) -> Suggestions:
+    looks = loaded.looks
+    features = [looks.feature(identity) for identity in wanted.ids]
+    sure = [looks.confidence(identity, bank.name, bank.version) for identity in wanted.ids]
+    known = [f for f in features if f is not None]
+    unknown = [
+        identity
+        for identity, feature, confidence in zip(wanted.ids, features, sure, strict=True)
+        if feature is None or (bank.classes and confidence is None)
+    ]
+    answer = Suggestions(
+        bank=bank.name, bank_version=bank.version, image_ids=list(wanted.ids), unknown=unknown
+    )
+    if unknown:
+        return answer
+    usable = [t.whole.feature for t in bank.templates if t.model == loaded.annotator.model_digest]
+    picks = suggest(
+        np.stack(known),
+        wanted.count,
+        covered=np.stack(usable) if usable else None,
+        groups=wanted.units,
+        confidence=np.array(sure, np.float32) if bank.classes else None,
+    )
+    found = [
+        Suggestion(group=p.group, image_ids=[wanted.ids[i] for i in p.images], gain=round(p.gain, 6))
+        for p in picks
+    ]
+    return answer.model_copy(update={"suggestions": found})

@@ -1,0 +1,57 @@
+"""POST /banks/{bank}/suggest: candidates come as pixels, or as the ids of what the service has looked at."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from vessa.codec import decode, image_digest
+from vessa.errors import InvalidRequest, MalformedBody, TooLarge
+from vessa_server.settings import Settings
+from vessa_server.wire.fields import check_known, check_size, json_metadata, read_strings
+from vessa_server.wire.reading import SEGMENT_TENSORS
+
+TENSORS = {"images": SEGMENT_TENSORS["images"]}
+MAX_HEADER_BYTES = 4 << 20  # the ids and patients of all candidates are in it
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Unlabeled images. images: uint8 (B, H, W[, 3]), None where only ids came; count: of suggestions."""
+
+    ids: tuple[str, ...]
+    images: NDArray[Any] | None
+    groups: tuple[str | None, ...]
+    count: int
+
+    @property
+    def units(self) -> list[str]:
+        """What is annotated together: the patient, or the image where no patient is known."""
+        return [group or identity for group, identity in zip(self.groups, self.ids, strict=True)]
+
+
+def read_candidates(body: bytes, settings: Settings) -> Candidates:
+    """Read a safetensors body: the tensor images or the metadata image_ids; metadata groups and count."""
+    tensors, metadata = decode(
+        body, TENSORS, max_bytes=settings.max_body_bytes, max_header_bytes=MAX_HEADER_BYTES
+    )
+    check_known(metadata, {"image_ids", "groups", "count"})
+    images = tensors.get("images")
+    if (images is None) == ("image_ids" not in metadata):
+        raise MalformedBody("expected either the tensor images or the metadata image_ids, not both or none")
+    if images is None:
+        ids = tuple(read_strings(json_metadata(metadata, "image_ids"), "image_ids", None))
+        most = settings.max_candidates
+    else:
+        ids = tuple(image_digest(image) for image in images)
+        most = settings.max_items
+        check_size(images.shape[1:3], 1, settings.max_pixels)
+    if not ids or len(ids) > most:
+        raise TooLarge(f"expected 1 to {most} candidates in this request, got {len(ids)}")
+    groups: list[str | None] = [None] * len(ids)
+    if "groups" in metadata:
+        groups = read_strings(json_metadata(metadata, "groups"), "groups", len(ids), optional=True)
+    count = metadata.get("count", "1")
+    if not (count.isascii() and count.isdigit() and 1 <= int(count[:6]) <= len(ids) and len(count) <= 6):
+        raise InvalidRequest(f"count must be 1 to the number of candidates, {len(ids)}, got {count[:20]!r}")
+    return Candidates(ids, images, tuple(groups), int(count))

@@ -1,0 +1,34 @@
+"""The form of POST /jobs."""
+
+from typing import Any, get_args
+
+from vessa.errors import InvalidRequest
+from vessa.volumes import AXES
+from vessa_server.bank import check_name
+from vessa_server.jobs import Kind, Wish
+from vessa_server.wire.fields import read_name, read_strings
+from vessa_server.wire.forms import Form
+from vessa_server.wire.reading import DEFAULT_BANK
+
+_FIELDS = {"image", "bank", "classes", "group", "axis", "result"}
+
+
+def read_job(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], Wish]:
+    """Return the files and what is wished of them; MalformedBody, InvalidRequest, TooLarge."""
+    form = Form(content_type, body, _FIELDS, many="image", max_parts=max_files + len(_FIELDS))
+    classes, group = form.json("classes"), form.text("group", "")
+    wish = Wish(
+        bank=check_name(form.text("bank", DEFAULT_BANK)),
+        classes=None if classes is None else read_strings(classes, "classes", None),
+        group=read_name(group, "group") if group else None,
+        axis=_one_of(form, "axis", AXES, "auto"),
+        kind=_one_of(form, "result", get_args(Kind), None),
+    )
+    return form.files("image"), wish
+
+
+def _one_of(form: Form, name: str, allowed: tuple[str, ...], default: str | None) -> Any:
+    value = form.text(name, "") or default
+    if value is not None and value not in allowed:
+        raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {value[:40]!r}")
+    return value

@@ -1,0 +1,107 @@
+"""Safetensors answers of the annotator, read strictly."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from pydantic import TypeAdapter
+
+from vessa.annotation import Annotation, Floats, Image
+from vessa.codec import TensorSpec, decode
+from vessa.errors import BadResponse, VessaError, error_from
+from vessa.schemas import ItemInfo, Provenance
+
+_MAX_ANSWER = 1 << 31
+_ITEMS, _CLASSES = TypeAdapter(list[ItemInfo]), TypeAdapter(dict[int, str])  # costly to make
+_ANSWER = {
+    "labels": TensorSpec(("U8",), ((None, None, None),)),
+    "confidence": TensorSpec(("U8",), ((None, None, None),)),
+    "probabilities": TensorSpec(("F16",), ((None, None, None, None),)),
+}
+
+
+def read_annotations(
+    response: httpx.Response, rows: Sequence[int], size: tuple[int, ...] | None
+) -> list[Annotation]:
+    """Read a safetensors answer to POST /segment.
+
+    rows: the items' places in the caller's list; size: (H, W) that was sent, None when ids were
+    """
+    try:
+        tensors, metadata = decode(response.content, _ANSWER, max_bytes=_MAX_ANSWER)
+        items = _ITEMS.validate_json(metadata["items"])
+        classes = _CLASSES.validate_json(metadata["classes"])
+        labels, confidence = tensors["labels"], tensors["confidence"]
+        common: dict[str, Any] = {
+            "classes": classes,
+            "model": metadata["model"],
+            "labels_version": metadata["labels_version"],
+        }
+        version = int(metadata["bank_version"])
+        probabilities = tensors.get("probabilities")
+        _check_sizes(labels, confidence, probabilities, len(items), len(classes))
+        answered = [item for item in items if item.error is None]
+        if len(items) != len(rows) or any(item.status == "error" for item in answered):
+            raise ValueError("the items do not fit the request")
+        if size is not None and answered and labels.shape[1:] != size:
+            raise ValueError("the labels have another size than the images")
+    except (VessaError, KeyError, ValueError) as error:
+        raise BadResponse("the answer to POST /segment is not the annotator's protocol") from error
+    annotations = []
+    for place, (row, item) in enumerate(zip(rows, items, strict=True)):
+        if item.error is not None:
+            failure = error_from(item.error.code, item.error.message, row)
+            annotations.append(Annotation(item.image_id, error=failure, bank_version=version, **common))
+            continue
+        annotations.append(
+            Annotation(
+                item.image_id,
+                # Copies: writable, and an item kept for long does not keep its whole batch.
+                labels[place].copy(),
+                confidence[place].copy(),
+                None if probabilities is None else probabilities[place].copy(),
+                templates=item.templates,
+                scores=item.scores,
+                bank_version=version if item.bank_version is None else item.bank_version,
+                annotation_id=item.annotation_id,
+                adaptation=item.adaptation,
+                **common,
+            )
+        )
+    return annotations
+
+
+def read_annotation(response: httpx.Response) -> Annotation:
+    """Read a safetensors answer to GET /annotations/{id}."""
+    try:
+        tensors, metadata = decode(response.content, {"labels": _ANSWER["labels"]}, max_bytes=_MAX_ANSWER)
+        made = Provenance.model_validate_json(metadata["provenance"])
+        (item,) = _ITEMS.validate_json(metadata["items"])
+        labels = tensors["labels"]
+        if labels.shape != (1, made.height, made.width):
+            raise ValueError("the labels do not fit the provenance")
+    except (VessaError, KeyError, ValueError) as error:
+        raise BadResponse("the answer to GET /annotations is not the annotator's protocol") from error
+    return Annotation(
+        made.image_id,
+        labels[0].copy(),
+        classes=made.classes,
+        templates=made.templates,
+        scores=made.scores,
+        model=made.model,
+        bank_version=made.bank_version,
+        labels_version=made.labels_version,
+        annotation_id=item.annotation_id,
+        adaptation=made.adaptation,
+        provenance=made,
+    )
+
+
+def _check_sizes(
+    labels: Image, confidence: Image, probabilities: Floats | None, items: int, classes: int
+) -> None:
+    """Raise ValueError unless the arrays of an answer fit each other."""
+    if labels.shape != confidence.shape or labels.shape[0] != items:
+        raise ValueError("labels, confidence and items differ in number or size")
+    if probabilities is not None and probabilities.shape != (items, classes + 1, *labels.shape[1:]):
+        raise ValueError("probabilities do not fit the labels")

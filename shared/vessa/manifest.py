@@ -1,0 +1,129 @@
+"""The manifest of a bulk annotation: one JSON line a file, what is done is known again after a kill.
+
+A line is written whole or cut off at its end; a cut-off one is removed when the manifest is opened again.
+What is done is kept in memory as 16 bytes a file, however long its path, so that millions of files fit.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vessa.errors import InvalidConfig, InvalidRequest
+
+_DIGEST = np.dtype("S16")
+
+
+def _digest(file: str) -> bytes:
+    # numpy strings end before their last zero bytes
+    return hashlib.blake2b(os.fsencode(file), digest_size=16).digest().replace(b"\0", b"\1")
+
+
+class Manifest:
+    """The lines of one output folder, for one process at a time.
+
+    settings: what makes the lines of one manifest comparable (bank, classes, ...): kept in its first line,
+    and held to when it is opened again
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, retry: bool = False) -> None:
+        """Open or make the manifest; retry: forget the files that failed, so that they are tried again.
+
+        Raises InvalidConfig when another process has it, or when it is one of other settings.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = (path.parent / f".{path.name}.lock").open("wb")
+        self._file: BinaryIO | None = None
+        try:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InvalidConfig(f"another process writes to {path.parent}") from error
+            if retry and path.exists():
+                _drop_failures(path)
+            self._file = path.open("r+b" if path.exists() else "w+b")
+            self.failed = 0
+            self._done = self._read(path, dict(settings))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Manifest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def close(self) -> None:
+        """Write what is buffered, and let the next process in."""
+        if self._file is not None:
+            self._file.close()
+        self._lock.close()
+
+    def missing(self, files: Sequence[str]) -> list[str]:
+        """Return those of some files that have no line from before this process."""
+        if not len(self._done):
+            return list(files)
+        asked = np.array([_digest(file) for file in files], _DIGEST)
+        places = np.searchsorted(self._done, asked).clip(max=len(self._done) - 1)
+        return [file for file, there in zip(files, self._done[places] == asked, strict=True) if not there]
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write one line for each of some files; they outlive a kill of this process from now on."""
+        assert self._file is not None
+        self._file.write(b"".join(_line(record) for record in records))
+        self._file.flush()
+
+    def _read(self, path: Path, settings: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.bytes_]]":
+        assert self._file is not None
+        digests, end = bytearray(), 0
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):
+                break  # cut off by a kill
+            record = _record(path, number, line)
+            if number == 0 and record != {"settings": settings}:
+                raise InvalidConfig(
+                    f"{path} was begun with other settings: {record.get('settings')} there, {settings} here; "
+                    "give another --out"
+                )
+            if number:
+                digests += _digest(record["file"])
+                self.failed += "error" in record
+            end += len(line)
+        self._file.truncate(end)
+        self._file.seek(end)
+        if not end:
+            self.add([{"settings": settings}])
+        return np.sort(np.frombuffer(bytes(digests), _DIGEST))
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        record: dict[str, Any] = json.loads(line)
+        if isinstance(record, dict) and isinstance(
+            record.get("file" if number else "settings"), str if number else dict
+        ):
+            return record
+    raise InvalidRequest(f"line {number + 1} of {path} is not that of a manifest: give another --out")
+
+
+def _drop_failures(path: Path) -> None:
+    fresh = path.with_name(f".{path.name}.fresh")
+    with path.open("rb") as old, fresh.open("wb") as new:
+        for number, line in enumerate(old):
+            if line.endswith(b"\n") and "error" not in _record(path, number, line):
+                new.write(line)
+    fresh.replace(path)

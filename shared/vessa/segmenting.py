@@ -1,0 +1,121 @@
+"""A call of `segment` on its way: what is to be sent, what has come back, what must be sent again.
+
+Both clients drive the same run; it does no input or output itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from vessa import protocol
+from vessa.annotation import Annotation, Image, SegmentOptions
+from vessa.codec import image_digest
+from vessa.errors import BadResponse, InvalidRequest, UnknownImage
+from vessa.protocol import Call
+
+Progress = Callable[[int, int], None]  # (items that are done, all items)
+
+_FOR_THE_MOMENT = {429, 503, 504}
+_LONGEST_WAIT = 10.0  # s
+
+
+class SegmentRun:
+    """Rounds of requests until every item has its answer.
+
+    images, image_ids: one of them; by_id: ask by the images' ids first, send pixels of those that are
+    unknown; attempts: how often an item is sent that fails for the moment. Raises as `protocol.segment`
+    does, before anything is sent.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Image] | None,
+        bank: str,
+        image_ids: Sequence[str] | None,
+        by_id: bool,
+        attempts: int,
+        progress: Progress | None,
+        options: SegmentOptions,
+    ) -> None:
+        if by_id and images is None:
+            raise InvalidRequest("by_id needs the images: it sends the pixels of those that are not held")
+        self._images, self._bank, self._ids, self._options = images, bank, image_ids, options
+        self._attempts, self._progress = attempts, progress
+        count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)
+        self._answers: list[Annotation | None] = [None] * count
+        self._round = self._failures = 0
+        self._first: Iterator[Call[list[Annotation]]] = calls
+        self._asked_by_id: set[int] = set()  # whose pixels may still be what is missing
+        if by_id and images is not None:
+            self._asked_by_id = set(range(count))
+            self._first = self._by_id(images)
+
+    def wait(self, initial: float) -> float:
+        """Return how long to wait before this round, s: doubled with each round of failures."""
+        return min(initial * 2 ** (self._failures - 1), _LONGEST_WAIT) if self._failures else 0.0
+
+    def calls(self) -> Iterator[Call[list[Annotation]]] | None:
+        """Return the requests of the next round, None when all is done."""
+        self._round += 1
+        if self._round == 1:
+            return self._first
+        unknown = [i for i in sorted(self._asked_by_id) if _unknown(self._answers[i])]
+        failed = [i for i, a in enumerate(self._answers) if _for_the_moment(a)]
+        if failed:
+            self._failures += 1
+        again = sorted(unknown + (failed if self._failures < self._attempts else []))
+        self._asked_by_id -= set(again)
+        return self._some(again, self._images, self._ids) if again else None
+
+    def receive(self, call: Call[list[Annotation]], annotations: list[Annotation]) -> None:
+        """Take in the answers to one request."""
+        if len(annotations) != len(call.rows):
+            raise BadResponse(f"the annotator answered {len(annotations)} items to {len(call.rows)}")
+        for row, annotation in zip(call.rows, annotations, strict=True):
+            if annotation.error is not None:
+                annotation.error.item = row
+            self._answers[row] = annotation
+        if self._progress is not None:
+            done = sum(a is not None and not self._pending(i, a) for i, a in enumerate(self._answers))
+            self._progress(done, len(self._answers))
+
+    def annotations(self) -> list[Annotation]:
+        """Return all answers in the order of the images."""
+        return [a for a in self._answers if a is not None]
+
+    def _by_id(self, images: Sequence[Image]) -> Iterator[Call[list[Annotation]]]:
+        """Ask by ids, for each size of image apart: the images of one request have one size."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(images):
+            by_size.setdefault(image.shape[:2], []).append(row)
+        ids = [image_digest(image) for image in images]
+        for rows in by_size.values():
+            yield from self._some(rows, None, ids)
+
+    def _some(
+        self, rows: Sequence[int], images: Sequence[Image] | None, ids: Sequence[str] | None
+    ) -> Iterator[Call[list[Annotation]]]:
+        options = self._options.copy()
+        if (groups := options.get("groups")) is not None:
+            options["groups"] = [groups[row] for row in rows]
+        if (prompts := options.get("prompts")) is not None:
+            options["prompts"] = [prompts[row] for row in rows]
+        _, calls = protocol.segment(
+            None if images is None else [images[row] for row in rows],
+            bank=self._bank,
+            image_ids=None if ids is None else [ids[row] for row in rows],
+            **options,
+        )
+        return (replace(call, rows=tuple(rows[row] for row in call.rows)) for call in calls)
+
+    def _pending(self, row: int, annotation: Annotation) -> bool:
+        again = _for_the_moment(annotation) and self._failures + 1 < self._attempts
+        return again or (row in self._asked_by_id and _unknown(annotation))
+
+
+def _unknown(annotation: Annotation | None) -> bool:
+    return annotation is not None and isinstance(annotation.error, UnknownImage)
+
+
+def _for_the_moment(annotation: Annotation | None) -> bool:
+    error = None if annotation is None else annotation.error
+    return error is not None and error.status in _FOR_THE_MOMENT

@@ -1,0 +1,18 @@
+"""An annotator that the tests of this folder may treat badly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def victim(start_annotator: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A service with small limits, that anything may be sent to and all banks may be deleted of."""
+    return start_annotator(
+        tmp_path_factory.mktemp("victim"),
+        VESSA_MAX_BODY_BYTES=str(8 << 20),
+        VESSA_MAX_JOB_BYTES=str(16 << 20),
+        VESSA_BODY_TIMEOUT_S="2",
+    )

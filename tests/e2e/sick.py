@@ -1,0 +1,28 @@
+"""`vessa-server serve` with a device that hangs or dies when told to: `sick.py FILE`.
+
+FILE is read before each batch: `hang` waits until it is gone, `die` ends the device thread.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vessa_server.annotator import Annotator
+from vessa_server.app import serve
+from vessa_server.settings import Settings
+
+told, segment = Path(sys.argv[1]), Annotator.segment
+
+
+def sick_segment(self: Annotator, items: Any) -> Any:
+    """Segment, unless told otherwise."""
+    while told.exists():
+        if told.read_text() == "die":
+            raise SystemExit
+        time.sleep(0.05)
+    return segment(self, items)
+
+
+Annotator.segment = sick_segment  # type: ignore[method-assign]
+serve(Settings())

@@ -1,0 +1,166 @@
+"""`vessa annotate`: exactly one result a file, through kills, full services and files that are no images."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vessa import bulk
+from vessa.client import AnnotatorClient
+from vessa.errors import InvalidConfig, InvalidRequest, Unauthorized, UnknownBank, Unreachable
+from vessa.images import read_image
+
+FILES = 40
+BROKEN = {"broken.png": b"\x89PNG no more", "a/empty.jpg": b"", "a/text.tif": b"text"}
+
+
+def picture(seed: int) -> tuple[Any, Any]:
+    """A gray image with one bright square, and its mask, both uint8 (32, 40)."""
+    rng = np.random.default_rng(seed)
+    y, x = rng.integers(2, 16), rng.integers(2, 24)
+    mask = np.zeros((32, 40), np.uint8)
+    mask[y : y + 12, x : x + 12] = 1
+    return rng.integers(0, 90, mask.shape, dtype=np.uint8) + mask * 120, mask
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of images in two folders, three broken ones, and a file that is none."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "a" / "deep").mkdir(parents=True)
+    for i in range(FILES):
+        Image.fromarray(picture(100 + i)[0]).save(folder / ("a/deep" if i % 2 else "") / f"{i}.png")
+    for name, data in BROKEN.items():
+        (folder / name).write_bytes(data)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@contextmanager
+def seeded(service: Any, bank: str) -> Iterator[AnnotatorClient]:
+    """A client of a service whose bank holds two templates."""
+    shown = [picture(i) for i in range(2)]
+    with AnnotatorClient(service.url, service.api_key, attempts=1) as client:
+        client.add_templates(bank, [i for i, _ in shown], [m for _, m in shown], {1: "square"}, ["p0", "p1"])
+        yield client
+
+
+def check(images: Path, out: Path, service: Any, bank: str) -> None:
+    """One line and one mask a file, and the mask is what the service answers."""
+    head, *records = [json.loads(line) for line in (out / bulk.MANIFEST).read_text().splitlines()]
+    assert head == {"settings": {"bank": bank, "classes": None, "by_folder": False}}
+    by_file = {record["file"]: record for record in records}
+    assert len(by_file) == len(records) == FILES + len(BROKEN)
+    assert {f for f, r in by_file.items() if "error" in r} == BROKEN.keys()
+    assert {by_file[f]["error"]["code"] for f in BROKEN} == {"invalid_image"}
+    assert all(str(images) not in by_file[f]["error"]["message"] for f in BROKEN)
+    done = [f for f in by_file if f not in BROKEN]
+    assert {str(p.relative_to(out)) for p in (out / "masks").rglob("*.png")} == {
+        f"masks/{f}.png" for f in done
+    }
+    with AnnotatorClient(service.url, service.api_key, attempts=20) as patient:
+        answers = patient.segment([read_image(images / f) for f in done], bank=bank)
+    for file, answer in zip(done, answers, strict=True):
+        record, mask = by_file[file], read_image(out / by_file[file]["mask"])
+        assert answer.labels is not None
+        assert (mask != answer.labels).mean() < 2e-3  # batches of another size round otherwise
+        assert record["areas"] == {"square": int((mask == 1).sum())}
+        assert (record["model"], record["bank_version"]) == (answer.model, 1)
+        assert record["templates"]["square"][0]["group"] in {"p0", "p1"}
+
+
+def command(service: Any, images: Path, out: Path, *options: str) -> list[str]:
+    place = [str(images), "--out", str(out), "--url", service.url, "--api-key", service.api_key]
+    return [
+        sys.executable,
+        "-c",
+        "from vessa.cli import main; main()",
+        "annotate",
+        *place,
+        "--json",
+        *options,
+    ]
+
+
+def test_a_killed_job_goes_on_and_does_nothing_twice(annotator: Any, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with seeded(annotator, "bulk") as client:
+        line = command(annotator, images, out, "--bank", "bulk", "--batch", "1", "--threads", "2")
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        manifest = out / bulk.MANIFEST
+        while not manifest.exists() or manifest.read_bytes().count(b"\n") < 8:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        before = manifest.read_bytes()
+        done = subprocess.run(line, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        skipped = before.count(b"\n") - 1
+        assert (found["files"], found["skipped"]) == (FILES + len(BROKEN), skipped)
+        assert manifest.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+        check(images, out, annotator, "bulk")
+        again = bulk.annotate(images, out, bulk.Job("bulk"), [client])
+        assert (again.skipped, again.ok, again.failed) == (FILES + len(BROKEN), 0, 0)
+        retried = bulk.annotate(images, out, bulk.Job("bulk"), [client], retry=True)
+        assert (retried.skipped, retried.ok, retried.failed) == (FILES, 0, len(BROKEN))
+
+
+def test_full_and_dying_replicas_lose_no_file(
+    start_annotator: Any, redis_url: str, images: Path, tmp_path: Path
+) -> None:
+    """One takes one request at a time and says 429 to all others; the other is killed amid the work."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    narrow, dying = (
+        start_annotator(folder, VESSA_STORE=redis_url, VESSA_MAX_REQUESTS=places)
+        for folder, places in zip(folders, ("1", "32"), strict=True)
+    )
+
+    def report(progress: bulk.Progress) -> None:
+        if progress.ok >= 6 and dying.process.poll() is None:
+            os.kill(dying.process.pid, signal.SIGKILL)
+
+    job, out = bulk.Job("bulk-replicas", batch=2), tmp_path / "out"
+    with (
+        seeded(narrow, "bulk-replicas") as client,
+        AnnotatorClient(dying.url, dying.api_key, attempts=1) as other,
+    ):
+        found = bulk.annotate(images, out, job, [client, other], threads=4, report=report)
+        assert (found.ok, found.failed) == (FILES, len(BROKEN))
+        assert dying.process.wait(10) == -signal.SIGKILL
+        check(images, out, narrow, "bulk-replicas")
+
+
+def test_what_no_file_is_to_blame_for_ends_the_job(
+    annotator: Any, images: Path, tmp_path: Path, port: int
+) -> None:
+    with AnnotatorClient(annotator.url, annotator.api_key, attempts=1) as client:
+        for bank, error in (("nobody", UnknownBank), ("no name!", InvalidRequest)):
+            with pytest.raises(error):
+                bulk.annotate(images, tmp_path / bank, bulk.Job(bank), [client])
+        with pytest.raises(InvalidConfig, match="lies within"):
+            bulk.annotate(images, images / "out", bulk.Job("b"), [client])
+    with (
+        AnnotatorClient(annotator.url, "wrong-key-0123456789", attempts=1) as client,
+        pytest.raises(Unauthorized),
+    ):
+        bulk.annotate(images, tmp_path / "key", bulk.Job("b"), [client])
+    with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client, pytest.raises(Unreachable):
+        bulk.annotate(images, tmp_path / "gone", bulk.Job("b"), [client], patience=0.5)

@@ -1,0 +1,240 @@
+"""Volumes as jobs: DICOM and NIfTI in, label volumes on the same grid out."""
+
+import gzip
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+
+import highdicom as hd
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+from scans import dicom_multiframe, dicom_series, dicom_slice, nifti, phantom, written
+
+from vessa.codec import image_digest
+from vessa.volumes import read_volume
+from vessa_server.jobs import _alone
+from vessa_server.settings import Settings
+from vessa_server.wire.images import decode_mask, label_png
+
+AFFINE = np.array([[-1.2, 0, 0.1, 3], [0, 1.5, 0, 4], [0.1, 0, 6.0, 5], [0, 0, 0, 1]], np.float32)
+SHAPE = (40, 30, 5)
+
+
+def post(server, *files, bank, **fields):
+    parts = [("image", (f"{i}.bin", data)) for i, data in enumerate(files)]
+    return server.http.post("/jobs", files=parts, data={"bank": bank, **fields})
+
+
+def wait(server, identity):
+    for _ in range(600):
+        info = server.http.get(f"/jobs/{identity}").json()
+        if info["state"] in ("done", "failed"):
+            return info
+        time.sleep(0.1)
+    raise AssertionError(info)
+
+
+def finished(server, *files, bank, **fields):
+    answer = post(server, *files, bank=bank, **fields)
+    assert answer.status_code == 202, answer.text
+    assert answer.headers["Location"] == f"/jobs/{answer.json()['id']}"
+    info = wait(server, answer.json()["id"])
+    assert (info["state"], info["done"]) == ("done", info["slices"])
+    return server.http.get(f"/jobs/{info['id']}/result")
+
+
+def as_png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def single(server, image, bank):
+    """The labels of one slice through POST /segment."""
+    answer = server.http.post(
+        "/segment", files={"image": as_png(image)}, data={"bank": bank}, headers={"Accept": "image/png"}
+    )
+    return decode_mask(answer.content, image.shape, image.size)
+
+
+def test_a_nifti_volume_comes_back_with_its_affine_and_each_slices_own_labels(server):
+    server.seed("jobs")
+    data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
+    answer = finished(server, data, bank="jobs")
+    assert answer.headers["Content-Type"] == "application/gzip"
+    back = nib.Nifti1Image.from_bytes(gzip.decompress(answer.content))
+    np.testing.assert_allclose(back.affine, AFFINE, atol=1e-6)
+    volume, labels = read_volume([data]), np.asarray(back.dataobj)
+    assert (labels.shape, labels.dtype) == (SHAPE, np.uint8)
+    for k in (0, 3):
+        np.testing.assert_array_equal(labels[:, :, k].T, single(server, volume.image(2, k), "jobs"))
+
+
+def test_a_dicom_series_comes_back_as_a_dicom_seg_that_refers_to_it(server):
+    server.seed("jobs")
+    files = dicom_series(phantom(SHAPE))
+    answer = finished(server, *map(written, reversed(files)), bank="jobs")
+    seg = hd.seg.segread(io.BytesIO(answer.content))
+    assert answer.headers["Content-Type"] == "application/dicom"
+    assert {i[2] for i in seg.get_source_image_uids()} == {f.SOPInstanceUID for f in files}
+    assert [seg.get_segment_description(n).segment_label for n in (1, 2)] == ["ventricle", "wall"]
+
+
+def test_a_multiframe_dicom_may_come_back_as_nifti_along_another_axis(server):
+    server.seed("jobs")
+    data = written(dicom_multiframe(phantom((24, 20, 3))))
+    answer = finished(server, data, bank="jobs", result="nifti", axis="axial")
+    back = nib.Nifti1Image.from_bytes(gzip.decompress(answer.content))
+    np.testing.assert_allclose(back.affine, read_volume([data]).affine, atol=1e-4)
+
+
+def test_one_dicom_image_is_segmented_at_once_and_as_dicom_seg(server):
+    server.seed("jobs")
+    file = dicom_slice(phantom((64, 48, 1))[:, :, 0].T)
+    answer = server.http.post(
+        "/segment",
+        files={"image": written(file)},
+        data={"bank": "jobs"},
+        headers={"Accept": "application/dicom"},
+    )
+    seg = hd.seg.segread(io.BytesIO(answer.content))
+    plain = server.http.post(
+        "/segment", files={"image": written(file)}, data={"bank": "jobs"}, headers={"Accept": "image/png"}
+    )
+    labels = decode_mask(plain.content, (48, 64), 48 * 64)
+    found = seg.get_pixels_by_source_instance(
+        [file.SOPInstanceUID], combine_segments=True, skip_overlap_checks=True
+    )
+    np.testing.assert_array_equal(found[0], labels)
+
+
+def test_several_frames_are_a_job_and_a_png_has_no_dicom_seg(server):
+    server.seed("jobs")
+    for image, accept, message in (
+        (written(dicom_multiframe(phantom())), "application/json", "POST /jobs"),
+        (as_png(np.zeros((9, 9), np.uint8)), "application/dicom", "refers to a DICOM image"),
+    ):
+        answer = server.http.post(
+            "/segment", files={"image": image}, data={"bank": "jobs"}, headers={"Accept": accept}
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_image")
+        assert message in answer.text
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "code"),
+    [
+        ([b"hello"], {}, "invalid_image"),
+        ([], {}, "unsupported_media"),
+        ([gzip.compress(nifti(phantom(), AFFINE))], {"axis": "up"}, "invalid_request"),
+        ([gzip.compress(nifti(phantom(), AFFINE))], {"result": "dicom-seg"}, "invalid_request"),
+        ([gzip.compress(nifti(phantom(), AFFINE))], {"bank": "nowhere"}, "unknown_bank"),
+        ([gzip.compress(nifti(phantom(), AFFINE))], {"classes": '["tail"]'}, "unknown_class"),
+    ],
+)
+def test_what_cannot_become_a_job_is_refused_at_once(server, files, fields, code):
+    server.seed("jobs")
+    answer = post(server, *files, **{"bank": "jobs", **fields})
+    assert answer.json()["error"]["code"] == code
+
+
+def test_a_job_is_its_keys_own_and_can_be_cancelled(server, key_of):
+    server.seed("jobs")
+    server.http.put("/banks/jobs/share")
+    one, other = (server.as_key(key_of("annotate", name)) for name in ("ann", "bob"))
+    info = post(one, gzip.compress(nifti(phantom((40, 30, 200)), AFFINE)), bank="jobs").json()
+    assert one.http.get(f"/jobs/{info['id']}/result").json()["error"]["code"] == "job_unfinished"
+    for ask in (other.http.get, other.http.delete):
+        assert ask(f"/jobs/{info['id']}").json()["error"]["code"] == "unknown_job"
+    assert other.http.get("/jobs").json() == []
+    assert info["id"] in [job["id"] for job in server.http.get("/jobs").json()]
+    assert one.http.delete(f"/jobs/{info['id']}").status_code == 204
+    assert one.http.get(f"/jobs/{info['id']}").status_code == 404
+
+
+def test_a_job_tells_what_made_each_of_its_slices(server, key_of):
+    server.seed("jobs")
+    data = nifti(phantom(SHAPE), AFFINE)
+    job = post(server, data, bank="jobs", group="p0").json()["id"]
+    assert wait(server, job)["state"] == "done"
+    made = server.http.get(f"/jobs/{job}/provenance").json()
+    assert len(made) == SHAPE[2]
+    volume, bank = read_volume([data]), server.http.get("/banks/jobs").json()
+    assert [one["image_id"] for one in made] == [image_digest(volume.image(2, k)) for k in range(SHAPE[2])]
+    assert {(one["bank_version"], one["group"]) for one in made} == {(bank["version"], "p0")}
+    alone = server.http.post(
+        "/segment", files={"image": as_png(volume.image(2, 3))}, data={"bank": "jobs", "group": "p0"}
+    ).json()
+    assert made[3]["templates"] == alone["templates"]
+    assert (made[3]["model"], made[3]["labels_version"]) == (alone["model"], alone["labels_version"])
+    other = server.as_key(key_of("annotate", "other"))
+    assert other.http.get(f"/jobs/{job}/provenance").status_code == 404
+
+
+def test_jobs_are_bounded_in_number(server_of, nano_weights, tmp_path):
+    server = server_of(
+        Settings(
+            api_key="a-key-for-tests-0123456789",
+            weights=str(nano_weights),
+            device="cpu",
+            store=f"folder:{tmp_path}",
+            max_jobs=1,
+            job_age_s=1e-3,
+        )
+    )
+    server.seed("jobs")
+    data = gzip.compress(nifti(phantom((40, 30, 3)), AFFINE))
+    first = post(server, data, bank="jobs").json()
+    wait(server, first["id"])
+    server.app.state.jobs._settings = server.settings.model_copy(update={"job_age_s": 1e9})
+    refused = post(server, data, bank="jobs")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert refused.headers["Retry-After"]
+    server.app.state.jobs._settings = server.settings  # whose finished jobs are old at once
+    second = post(server, data, bank="jobs")
+    assert second.status_code == 202
+    assert [job["id"] for job in server.http.get("/jobs").json()] == [second.json()["id"]]
+
+
+def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_weights, tmp_path):
+    settings = Settings(
+        api_key="a-key-for-tests-0123456789",
+        weights=str(nano_weights),
+        device="cpu",
+        store=f"folder:{tmp_path}",
+    )
+    first = server_of(settings)
+    first.seed("jobs")
+    data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
+    whole = finished(first, data, bank="jobs").content
+    first.http.__exit__(None, None, None)
+    # what a kill leaves: a job that runs, its input, and two slices, one of which shows that it is kept
+    folder = next((tmp_path / ".jobs").glob("*/job.json")).parent
+    job = json.loads((folder / "job.json").read_text())
+    (folder / "job.json").write_text(json.dumps({**job, "state": "running"}))
+    (folder / "result").unlink()
+    (folder / "00000.input").write_bytes(data)
+    for k in (0, 1):
+        (folder / f"{k:05d}.png").write_bytes(label_png(np.full((30, 40), 2, np.uint8)))
+    shutil.copytree(folder, folder.parent / ".cut-off-upload")
+    second = server_of(settings)
+    assert wait(second, job["id"])["state"] == "done"
+    answer = second.http.get(f"/jobs/{job['id']}/result")
+    labels, before = (
+        np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(d)).dataobj) for d in (answer.content, whole)
+    )
+    assert (labels[:, :, :2] == 2).all()
+    np.testing.assert_array_equal(labels[:, :, 2:], before[:, :, 2:])
+    made = [f"{k:05d}.made" for k in range(5)]
+    assert sorted(p.name for p in folder.iterdir()) == [*made, "job.json", "result"]
+
+
+def test_of_the_services_that_share_a_folder_one_works(tmp_path: Path) -> None:
+    with _alone(tmp_path) as first, _alone(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with _alone(tmp_path) as again:
+        assert again

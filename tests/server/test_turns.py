@@ -1,0 +1,259 @@
+"""The device queue between clients: turns, pixels, what is the same, and memory that does not suffice."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vessa.errors import QueueFull, TooLarge
+from vessa_server.batching import DeviceQueue
+from vessa_server.items import SegmentItem
+from vessa_server.turns import Turns
+
+
+class Device:
+    """Doubles numbers, at most `room` of them at once; waits while `go` is not set."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.released: list[bool] = []
+        self.room = 99
+        self.held: weakref.ref[Any] | None = None
+        self.go = threading.Event()
+        self.go.set()
+
+    def __call__(self, items: list[Any]) -> list[Any]:
+        self.batches.append(items)
+        assert self.go.wait(20)
+        if len(items) > self.room:
+            scratch = np.zeros(9)
+            self.held = weakref.ref(scratch)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [item * 2 for item in items]
+
+    def release(self, everything: bool) -> None:
+        # What the failed try had allocated must be gone, or emptying the cache would give nothing back.
+        assert self.held is None or self.held() is None
+        self.released.append(everything)
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def queue_of(device: Device) -> Iterator[Callable[..., DeviceQueue]]:
+    queues: list[DeviceQueue] = []
+
+    def make(max_items: int = 64, max_batch: int = 4, **options: Any) -> DeviceQueue:
+        queues.append(DeviceQueue(device, max_items, max_batch, 0.0, release=device.release, **options))
+        return queues[-1]
+
+    yield make
+    device.go.set()
+    for queue in queues:
+        assert queue.drain(5)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.005)
+
+
+async def occupy(queue: DeviceQueue, device: Device) -> asyncio.Task[Any]:
+    """Stop the device at an item, so that everything after it queues up."""
+    device.go.clear()
+    task = asyncio.create_task(queue.submit(1000))
+    await until(lambda: len(device.batches) == 1)
+    return task
+
+
+def test_clients_and_the_requests_of_each_take_turns() -> None:
+    turns: Turns[str] = Turns()
+    for item in ("t1a", "t1b", "t1c"):
+        turns.add(item, "trainer", 1)
+    turns.add("t2a", "trainer", 2)
+    turns.add("c", "curl", 3)
+    assert turns.first() == "t1a"
+    assert turns.holds("curl")
+    assert [turns.take() for _ in range(5)] == ["t1a", "c", "t2a", "t1b", "t1c"]
+    assert not len(turns)
+    assert not turns.holds("curl")
+    with pytest.raises(IndexError):
+        turns.take()
+
+
+def test_dropping_keeps_the_order_of_the_others() -> None:
+    turns: Turns[int] = Turns()
+    for number in range(4):
+        turns.add(number, "a", 0)
+    turns.add(9, "b", 1)
+    assert turns.drop(lambda number: number in {1, 9}) == [1, 9]
+    assert [turns.take() for _ in range(len(turns))] == [0, 2, 3]
+    turns.add(5, "a", 0)
+    assert turns.clear() == [5]
+    assert not len(turns)
+
+
+def test_one_image_does_not_wait_behind_a_trainers_many(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_batch=4)
+
+    async def scenario() -> None:
+        first = await occupy(queue, device)
+        many = asyncio.create_task(queue.submit_all(list(range(40)), "trainer"))
+        await until(lambda: queue.depth == 40)
+        other = asyncio.create_task(queue.submit(500, "curl"))
+        same_key = asyncio.create_task(queue.submit(600, "trainer"))
+        await until(lambda: queue.depth == 42)
+        device.go.set()
+        await asyncio.gather(first, other, same_key)
+        assert await many == [2 * number for number in range(40)]
+
+    asyncio.run(scenario())
+    assert {500, 600} <= set(device.batches[1])
+    assert [i for batch in device.batches for i in batch if i < 40] == list(range(40))
+
+
+def test_the_last_places_are_for_clients_that_have_none(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_items=16)
+
+    async def scenario() -> None:
+        first = await occupy(queue, device)
+        tasks = [asyncio.create_task(queue.submit_all(list(range(14)), "trainer"))]
+        await until(lambda: queue.depth == 14)
+        with pytest.raises(QueueFull):
+            await queue.submit(1, "trainer")
+        tasks.append(asyncio.create_task(queue.submit_all([1, 2], "curl")))
+        await until(lambda: queue.depth == 16)
+        device.go.set()
+        await asyncio.gather(first, *tasks)
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_is_bounded_in_pixels_but_takes_one_item_always(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_batch=8, max_pixels=10, pixels_of=lambda item: item)
+
+    async def scenario() -> list[Any]:
+        first = await occupy(queue, device)
+        task = asyncio.create_task(queue.submit_all([4, 5, 3, 50, 1, 2]))
+        await until(lambda: queue.depth == 6)
+        device.go.set()
+        await first
+        return list(await task)
+
+    assert asyncio.run(scenario()) == [8, 10, 6, 100, 2, 4]
+    assert device.batches[1:] == [[4, 5], [3], [50], [1, 2]]
+
+
+def test_what_is_the_same_is_computed_once(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_batch=1)
+
+    async def scenario() -> None:
+        first = await occupy(queue, device)
+        one = asyncio.create_task(queue.submit_all([7, 8, 7], "a", ["x", "y", "x"]))
+        await until(lambda: queue.depth == 2)
+        other = asyncio.create_task(queue.submit_all([7], "b", ["x"]))
+        leaves = asyncio.create_task(queue.submit_all([8], "c", ["y"]))
+        await asyncio.sleep(0.05)
+        assert queue.depth == 2
+        one.cancel()  # the other still wants the first of them
+        await asyncio.gather(one, return_exceptions=True)
+        leaves.cancel()  # and nobody the second
+        await asyncio.gather(leaves, return_exceptions=True)
+        device.go.set()
+        assert await other == [14]
+        await first
+        assert await queue.submit_all([7], "b", ["x"]) == [14]  # no longer in flight: computed anew
+
+    asyncio.run(scenario())
+    assert device.batches == [[1000], [7], [7]]
+
+
+def test_who_joins_what_is_being_processed_gets_its_result(queue_of: Any, device: Device) -> None:
+    queue = queue_of()
+
+    async def scenario() -> None:
+        device.go.clear()
+        one = asyncio.create_task(queue.submit_all([3], "a", ["x"]))
+        await until(lambda: len(device.batches) == 1)
+        other = asyncio.create_task(queue.submit_all([3], "b", ["x"]))
+        await asyncio.sleep(0.05)
+        one.cancel()
+        device.go.set()
+        assert await other == [6]
+
+    asyncio.run(scenario())
+    assert device.batches == [[3]]
+
+
+def test_a_refused_request_leaves_nothing_behind(queue_of: Any, device: Device) -> None:
+    queue = queue_of(max_items=1, max_batch=1)
+
+    async def scenario() -> None:
+        first = await occupy(queue, device)
+        waits = asyncio.create_task(queue.submit_all([1], "a", ["x"]))
+        await until(lambda: queue.depth == 1)
+        with pytest.raises(QueueFull):
+            await queue.submit_all([1, 2], "b", ["x", "y"])
+        waits.cancel()
+        await asyncio.gather(waits, return_exceptions=True)
+        device.go.set()
+        await first
+        assert await queue.submit_all([2], "b", ["y"]) == [4]
+
+    asyncio.run(scenario())
+    assert device.batches == [[1000], [2]]
+
+
+def test_a_batch_that_is_too_much_for_the_memory_is_split(queue_of: Any, device: Device) -> None:
+    device.room = 2
+    queue = queue_of(max_batch=8)
+    assert asyncio.run(queue.submit_all(list(range(8)))) == [2 * number for number in range(8)]
+    assert set(device.released) == {False}
+    gc.collect()
+    assert device.held is not None
+    assert device.held() is None
+
+
+def test_an_item_that_is_too_much_alone_is_tried_again_with_nothing_held(
+    queue_of: Any, device: Device
+) -> None:
+    device.room = 0
+    queue = queue_of()
+    with pytest.raises(TooLarge, match="memory does not suffice"):
+        asyncio.run(queue.submit(1))
+    assert device.released == [True]
+    assert device.batches == [[1], [1]]
+    device.room = 99
+    assert asyncio.run(queue.submit(2)) == 4
+
+
+def test_the_key_of_an_item_holds_all_that_its_result_depends_on() -> None:
+    image = np.zeros((4, 4), np.uint8)
+    box = np.array([[0, 0, 2, 2]], np.float32)
+
+    def key(version: int = 1, **changes: Any) -> str:
+        given: dict[str, Any] = {"image_id": "i", "image": image, "bank": "b", "boxes": box}
+        return SegmentItem(**{**given, **changes}).key(version)
+
+    changes: list[dict[str, Any]] = [
+        {"version": 2}, {"image_id": "j"}, {"image": None}, {"bank": "c"}, {"classes": ("x",)},
+        {"group": "g"}, {"boxes": box + 1}, {"boxes": None}, {"template_choice": "top3"}, {"seed": 1},
+        {"probabilities": True}, {"mask_logits": box}, {"points": box[None], "boxes": None},
+    ]  # fmt: skip
+    keys = [key(), *(key(**change) for change in changes)]
+    assert len(set(keys)) == len(keys)
+    assert key() == key()

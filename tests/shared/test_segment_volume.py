@@ -1,0 +1,87 @@
+"""`segment_volume` of both clients."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from pathlib import Path
+from typing import Any
+
+import httpx
+import nibabel as nib
+import numpy as np
+import pytest
+from scans import nifti, phantom
+
+from vessa import jobs
+from vessa.client import AsyncAnnotatorClient
+from vessa.errors import InvalidImage, NoTemplate, UnknownJob
+from vessa.protocol import Call
+
+
+@pytest.fixture
+def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A NIfTI file of 6 slices; jobs are asked for quickly."""
+    monkeypatch.setattr(jobs, "POLL_S", 0.02)
+    path = tmp_path / "scan.nii"
+    path.write_bytes(nifti(phantom((40, 32, 6)), np.diag([1.0, 2.0, 5.0, 1.0])))
+    return path
+
+
+def test_the_running_annotator_segments_a_volume(ask_annotator: Any, volume: Path) -> None:
+    y, x = np.mgrid[:40, :48]
+    mask = (np.hypot(y - 20, x - 24) < 8).astype(np.uint8)
+    ask_annotator("add_templates", "volumes", [mask * 180], [mask], {1: "disk"}, ["p1"])
+    told: list[Any] = []
+    data = ask_annotator("segment_volume", volume, bank="volumes", progress=told.append)
+    labels, image = nib.Nifti1Image.from_bytes(gzip.decompress(data)), nib.load(volume)
+    assert labels.shape == image.shape
+    np.testing.assert_allclose(labels.affine, image.affine)
+    assert set(np.unique(np.asarray(labels.dataobj))) <= {0, 1}
+    assert (told[-1].state, told[-1].slices, told[-1].done) == ("done", 6, 6)
+    with pytest.raises(UnknownJob):  # what came is needed there no more
+        ask_annotator("_send", Call("GET", f"/jobs/{told[-1].id}", lambda response: response))
+
+
+def test_a_job_that_fails_says_why_and_is_forgotten(ask: Any, volume: Path) -> None:
+    requests = []
+    job = {"id": "j", "bank": "b", "slices": 6, "done": 2, "result": "nifti"}
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        requests.append(f"{request.method} {request.url.path}")
+        if request.url.path == "/jobs/j/result":
+            body = {"error": {"code": "no_template", "message": "of another group"}}
+            return httpx.Response(409, json=body)
+        state = "running" if len(requests) < 3 else "failed"
+        return httpx.Response(200, json={**job, "state": state})
+
+    with pytest.raises(NoTemplate, match="another group"):
+        ask(handler, "segment_volume", volume, bank="b")
+    assert requests == ["POST /jobs", "GET /jobs/j", "GET /jobs/j", "GET /jobs/j/result", "DELETE /jobs/j"]
+
+
+def test_a_cancelled_task_cancels_its_job(volume: Path) -> None:
+    requests = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        requests.append(f"{request.method} {request.url.path}")
+        job = {"id": "j", "bank": "b", "slices": 6, "done": 2, "result": "nifti", "state": "running"}
+        return httpx.Response(200, json=job)
+
+    async def run() -> None:
+        transport = httpx.MockTransport(handler)
+        async with AsyncAnnotatorClient("http://annotator", "a-key", transport=transport) as client:
+            task = asyncio.create_task(client.segment_volume(volume, bank="b"))
+            while len(requests) < 3:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+    assert requests[-1] == "DELETE /jobs/j"
+
+
+def test_a_volume_that_is_not_there_is_named(ask: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidImage, match="cannot be read"):
+        ask(lambda request: pytest.fail("it was sent"), "segment_volume", tmp_path / "none.nii", bank="b")

@@ -1,0 +1,106 @@
+"""What is deployed: compose files in all their profiles, nginx, the dashboard, the Kubernetes example."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vessa_server.settings import Settings
+from vessa_server.telemetry import Metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPLOY = ROOT / "deploy"
+
+
+def compose_config(*files: str) -> dict[str, Any]:
+    """What compose makes of some files with all profiles; skips where there is no compose."""
+    if shutil.which("docker") is None:
+        pytest.skip("no docker on this machine")
+    options = [part for name in files for part in ("-f", str(ROOT / name))]
+    command = ["docker", "compose", *options, "--profile", "*", "config", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if "is not a docker command" in done.stderr:
+        pytest.skip("no docker compose on this machine")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("files", [("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml")])
+def test_compose_reads_all_profiles(files: tuple[str, ...]) -> None:
+    config = compose_config(*files)
+    services = config["services"]
+    assert services.keys() == {
+        "redis", "annotator", "annotator-2", "gateway", "phantoms", "trainer", "vllm", "prometheus",
+        "grafana",
+    }  # fmt: skip
+    assert config["networks"]["internal"]["internal"] is True
+    for name, service in services.items():
+        for volume in service.get("volumes", []):
+            if volume["type"] == "bind":
+                assert Path(volume["source"]).exists(), name
+        for port in service.get("ports", []):
+            assert port["host_ip"] == "127.0.0.1", name
+
+
+def test_replicas_are_alike_but_for_the_port() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    one, two = services["annotator"], services["annotator-2"]
+    differing = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+    assert differing == {"ports", "networks", "profiles"}
+    listed = re.findall(r"^server (\S+):8700", (DEPLOY / "nginx" / "replicas.conf").read_text(), re.MULTILINE)
+    assert listed == ["annotator", "annotator-2"]
+
+
+def test_nginx_takes_what_the_annotator_takes() -> None:
+    conf, settings = (DEPLOY / "nginx" / "nginx.conf").read_text(), Settings()
+    (body,) = re.findall(r"client_max_body_size (\d+)m;", conf)
+    (read,) = re.findall(r"proxy_read_timeout (\d+)s;", conf)
+    (wait,) = re.findall(r"client_body_timeout (\d+)s;", conf)
+    assert settings.max_body_bytes < int(body) << 20
+    assert settings.request_timeout_s < int(read)
+    assert settings.body_timeout_s == int(wait)
+
+
+def test_dashboard_asks_for_metrics_that_exist() -> None:
+    dashboard = json.loads((DEPLOY / "monitoring/grafana/dashboards/vessa.json").read_text())
+    metrics = Metrics()
+    exposed = set(re.findall(r"^# TYPE (\S+)", metrics.expose().decode(), re.MULTILINE))
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b((?:vessa|process)_[a-z_]+)", target["expr"])
+    }
+    assert asked
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= exposed
+    source = yaml.safe_load(
+        (DEPLOY / "monitoring/grafana/provisioning/datasources/prometheus.yml").read_text()
+    )
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["datasources"][0]["uid"]}
+
+
+def test_kubernetes_example_fits_together() -> None:
+    objects = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "vessa.yaml").read_text()))
+    by_kind = {(o["kind"], o["metadata"]["name"]): o for o in objects}
+    pod = by_kind["Deployment", "annotator"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
+    environment = {entry["name"] for entry in container["env"]}
+    fields = {f"VESSA_{name.upper()}" for name in Settings.model_fields}
+    assert {name for name in environment if name.startswith("VESSA_")} <= fields
+    drain = next(int(e["value"]) for e in container["env"] if e["name"] == "VESSA_DRAIN_S")
+    stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert drain + stop < pod["spec"]["terminationGracePeriodSeconds"]
+    scaler = by_kind["HorizontalPodAutoscaler", "annotator"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == "annotator"
+    assert scaler["metrics"][0]["pods"]["metric"]["name"] in Metrics().expose().decode()
+    for name in ("annotator", "redis"):
+        assert by_kind["Service", name]["spec"]["selector"] == {"app": name}

@@ -1,0 +1,83 @@
+"""Some steps in float64, in as many processes as torchrun started: `exact_steps.py DATA OUT METHOD`.
+
+In float64 what rounding makes of a few steps is far below what a wrong term would make.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vessa.datasets import open_dataset
+from vessa_trainer import loop
+from vessa_trainer.checkpoint import module_state, write
+from vessa_trainer.config import load_config
+from vessa_trainer.processes import join
+from vessa_trainer.step import PseudoLabel
+
+STEPS = 4
+
+
+class Truth:
+    """Labels each image by its truth; notes who is asked for."""
+
+    def __init__(self, dataset):
+        self.dataset, self.asked = dataset, []
+        self.by_name = {s.name: s for s in dataset.slices()}
+
+    def take(self, names):
+        self.asked.append(list(names))
+        masks = [self.dataset.mask(self.by_name[n]) for n in names]
+        return [PseudoLabel(m, (200 - 50 * (m > 0)).astype("uint8")) for m in masks]
+
+    def prefetch(self, names):
+        """All is here."""
+
+    def stats(self):
+        return {"wait_seconds": 0.0}
+
+
+def in_double(value):
+    if isinstance(value, tuple):
+        return tuple(in_double(v) for v in value)
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def main(data, out, method):
+    torch.set_num_threads(1)
+    drawn_labeled, drawn_unlabeled = loop.labeled_batch, loop.unlabeled_views
+
+    def unlabeled(*given):
+        views = drawn_unlabeled(*given)
+        return replace(views, **{k: in_double(v) for k, v in vars(views).items()})
+
+    loop.labeled_batch = lambda *given: in_double(drawn_labeled(*given))
+    loop.unlabeled_views = unlabeled
+    keys = [
+        f"data.root={data}",
+        f"out={out}",
+        "student.size=32",
+        "student.crop=32",
+        "student.widths=[4,8,16]",
+    ]
+    keys += ["semi.conf_threshold=0.3", "views.cutmix_p=1", "batch_labeled=4", "batch_unlabeled=8", "steps=8"]
+    keys += ["data.labeled_groups=2", "semi.vessa_threshold=0.7", f"semi.method={method}"]
+    dataset, processes = open_dataset(data), join("cpu")
+    feed = None if method == "unimatch_v2" else Truth(dataset)
+    run = loop.Run(load_config(None, [*keys, "feedback.prompts=[boxes]"]), dataset, feed, "", processes)
+    run.feedback = None
+    run.student.double()
+    run.teacher.double()
+    figures = [{k: v for k, v in run._step().items() if k != "wait_seconds"} for _ in range(STEPS)]
+    asked = [] if feed is None else feed.asked
+    (Path(out) / f"asked-{processes.rank}.json").write_text(json.dumps(asked))
+    if processes.first:
+        tensors = module_state(run.student, "student") | module_state(run.teacher, "teacher")
+        write(Path(out) / "weights.safetensors", tensors, {"figures": figures})
+    processes.wait()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

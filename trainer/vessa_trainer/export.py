@@ -1,0 +1,83 @@
+"""A run's best teacher as one ONNX file, which says itself how images must be prepared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vessa.errors import InvalidConfig, InvalidWeights
+from vessa_trainer.config import load_config
+from vessa_trainer.predict import load_best
+
+TOLERANCE = 1e-3  # of logits; float32 sums in another order
+_BATCHES = (1, 3)  # that the exported file is compared on
+
+
+def export(run: Path, out: Path) -> dict[str, Any]:
+    """Write `out` and compare it with the run's network; returns its path, size and largest difference.
+
+    input `image` (B, C, S, S) float32 in [0, 1], any B; output `logits` (B, classes, S, S) float32. The
+    file's metadata holds `preprocessing` and `classes`. Raises InvalidConfig without the extra
+    `vessa-trainer[export]`, InvalidWeights when the file computes something else; then it is not written.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise InvalidConfig("export needs more packages: pip install 'vessa-trainer[export]'") from error
+    config = load_config(run / "config.yaml", ["device=cpu"])
+    model, channels, classes = load_best(run, config)
+    size = config.student.size + -config.student.size % config.student.multiple
+    example = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    for key, value in _metadata(config.student.size, size, channels, classes).items():
+        proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=json.dumps(value)))
+    onnx.checker.check_model(proto)
+    data = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    difference = max(_difference(session, model, channels, size, batch) for batch in _BATCHES)
+    if difference > TOLERANCE:
+        raise InvalidWeights(
+            f"the exported network differs by {difference:.2e}, more than {TOLERANCE}: not written"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.with_name(f".{out.name}.part")
+    fresh.write_bytes(data)
+    fresh.replace(out)
+    return {"out": str(out), "bytes": len(data), "difference": difference}
+
+
+def _metadata(size: int, padded: int, channels: int, classes: dict[int, str]) -> dict[str, Any]:
+    """Say in the file what `predict_slice` does around the network."""
+    return {
+        "classes": {str(i): name for i, name in classes.items()},
+        "preprocessing": {
+            "channels": channels,
+            "range": [0, 1],
+            "intensities": "uint8 / 255; more bits by the window, else by the 0.5 and 99.5 percentiles",
+            "resize": f"longer side to {size} px, bilinear, antialiased when it shrinks",
+            "place": f"centered on a square of {size} px, the rest 0",
+            "pad": f"right and bottom with 0, to {padded} px",
+        },
+        "postprocessing": "softmax; cut padding and border; resize to the image's size, bilinear; argmax",
+    }
+
+
+@torch.no_grad()
+def _difference(session: Any, model: torch.nn.Module, channels: int, size: int, batch: int) -> float:
+    images = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
+    (found,) = session.run(["logits"], {"image": images.numpy()})
+    return float(np.abs(found - model(images).numpy()).max())

@@ -1,0 +1,149 @@
+"""Prepared squares in files mapped into memory: decoded once for all runs, read when they are needed."""
+
+import hashlib
+import json
+import secrets
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from vessa.datasets import Dataset, Slice
+from vessa.errors import InvalidConfig
+
+VERSION = 1  # of how images are prepared and laid out
+Square = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]  # image, mask, valid; height and width
+
+
+def key_of(dataset: Dataset, slices: Sequence[Slice], size: int, need_masks: bool) -> str:
+    """Hash what the squares depend on: files by name, size and time, so that nothing has to be decoded."""
+    root = dataset.root.resolve()
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    parts = [VERSION, str(root), [s.name for s in slices], size, need_masks, stats]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+class MappedSquares:
+    """Arrays of N squares on disk. images: (N, C, S, S) uint8; masks: (N, S, S) uint8; valid: (N, S, S) bool.
+
+    sizes: (N, 2) height and width of the images, px. A row that was damaged is prepared again when it is
+    checked; a folder that cannot be read is built anew.
+    """
+
+    def __init__(
+        self, folder: Path, key: str, count: int, prepare: Callable[[int], Square], limit_bytes: float
+    ) -> None:
+        """Open the squares of a key, or prepare them. prepare: of a row, (C, S, S), (S, S), (S, S) and size.
+
+        limit_bytes: of the whole folder; the squares that were used longest ago make room. Raises
+        InvalidConfig when the folder cannot be written.
+        """
+        self.path, self._prepare = folder / key, prepare
+        if not self._open(count):
+            shutil.rmtree(self.path, ignore_errors=True)
+            try:
+                self._build(count)
+            except OSError as error:
+                raise InvalidConfig(f"data.prepared {folder} cannot hold the images: {error}") from error
+            _make_room(folder, self.path, limit_bytes)
+            if not self._open(count):
+                raise InvalidConfig(f"{self.path} cannot be read right after it was written")
+
+    def _open(self, count: int) -> bool:
+        try:
+            # copy-on-write: nothing changes the file but `check`
+            images, masks, valid = (
+                np.load(self.path / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+                for name in ("images", "masks", "valid")
+            )
+            self.sizes = np.load(self.path / "sizes.npy", allow_pickle=False)
+            self._sums = np.load(self.path / "sums.npy", allow_pickle=False)
+            (self.path / "sums.npy").touch()
+        except (OSError, ValueError):
+            return False
+        self.images, self.masks, self.valid = images, masks, valid
+        return all(len(a) == count for a in (images, masks, valid, self.sizes, self._sums))
+
+    def _build(self, count: int) -> None:
+        fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
+        fresh.mkdir(parents=True)
+        try:
+            first = self._prepare(0)
+            arrays = _allocate(fresh, count, first)
+            sizes, sums = np.zeros((count, 2), np.int32), np.zeros(count, np.uint32)
+            for row in range(count):
+                image, mask, valid, sizes[row] = first if row == 0 else self._prepare(row)
+                if image.shape[0] > arrays[0].shape[1]:  # the first color image among gray ones
+                    arrays[0] = _widen(fresh, arrays[0], row, sums)
+                _store(arrays, row, image, mask, valid)
+                sums[row] = _sum(arrays[0][row])
+            for array in arrays:
+                array.flush()
+            np.save(fresh / "sizes.npy", sizes)
+            np.save(fresh / "sums.npy", sums)
+            with suppress(FileExistsError, OSError):  # another process was faster
+                fresh.rename(self.path)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+    def check(self, rows: Sequence[int]) -> None:
+        """Prepare rows again whose pixels are not those that were written."""
+        for row in rows:
+            if _sum(self.images[row]) != self._sums[row]:
+                image, mask, valid, _ = self._prepare(row)
+                on_disk = [
+                    np.load(self.path / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
+                    for name in ("images", "masks", "valid")
+                ]
+                for arrays in (on_disk, [self.images, self.masks, self.valid]):
+                    _store(arrays, row, image, mask, valid)
+
+
+def _allocate(folder: Path, count: int, first: Square) -> list[np.memmap]:
+    size = first[1].shape
+    return [
+        open_memmap(folder / "images.npy", "w+", np.uint8, (count, *first[0].shape)),
+        open_memmap(folder / "masks.npy", "w+", np.uint8, (count, *size)),
+        open_memmap(folder / "valid.npy", "w+", np.bool_, (count, *size)),
+    ]
+
+
+def _widen(folder: Path, gray: np.memmap, done: int, sums: np.ndarray) -> np.memmap:
+    """Return an array of three channels with the gray rows that are done."""
+    wide = open_memmap(folder / "wide.npy", "w+", np.uint8, (len(gray), 3, *gray.shape[2:]))
+    for row in range(done):
+        wide[row] = gray[row]
+        sums[row] = _sum(wide[row])
+    (folder / "wide.npy").replace(folder / "images.npy")
+    return wide
+
+
+def _sum(pixels: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(pixels).data)
+
+
+def _store(
+    arrays: Sequence[np.ndarray], row: int, image: np.ndarray, mask: np.ndarray, valid: np.ndarray
+) -> None:
+    arrays[0][row] = image
+    if mask.any() or arrays[1][row].any():  # what stays zero takes no place on disk
+        arrays[1][row] = mask
+    arrays[2][row] = valid
+
+
+def _make_room(folder: Path, keep: Path, limit_bytes: float) -> None:
+    """Delete the squares used longest ago until the others fit."""
+    found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    found.sort(key=lambda p: (p / "sums.npy").stat().st_mtime if (p / "sums.npy").is_file() else 0.0)
+    held = {p: sum(f.stat().st_blocks * 512 for f in p.iterdir()) for p in found}
+    for path in found:
+        if sum(held.values()) <= limit_bytes:
+            return
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            del held[path]
