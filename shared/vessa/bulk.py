@@ -105,6 +105,7 @@ class Replicas:
         self._at_work = [0] * len(clients)
         self._rests_until = [0.0] * len(clients)
         self._last_answer = time.monotonic()
+        self._failure: VessaError | None = None  # the newest, whichever thread had it
         self._stopped = False
 
     def stop(self) -> None:
@@ -119,17 +120,16 @@ class Replicas:
         Work that breaks a connection again and again while others are answered ends in DeadlineExceeded: it
         may be to blame.
         """
-        failure: VessaError = NotReady("the job was stopped")
         began, broken = time.monotonic(), 0
         while True:
-            place = self._take(failure, began)
+            place = self._take(began)
             rest, sent = 0.0, time.monotonic()
             try:
                 answer = work(self._clients[place])
                 self._last_answer = time.monotonic()
                 return answer
             except _PASSING as error:
-                failure, rest = error, error.retry_after or _REST_S
+                self._failure, rest = error, error.retry_after or _REST_S
                 if isinstance(error, QueueFull):
                     self._last_answer = time.monotonic()  # full is alive
                 elif isinstance(error, Unreachable | BadResponse):
@@ -145,12 +145,13 @@ class Replicas:
                         self._rests_until[place] = time.monotonic() + rest
                     self._changed.notify_all()
 
-    def _take(self, failure: VessaError, began: float) -> int:
+    def _take(self, began: float) -> int:
         with self._changed:
             while True:
                 now = time.monotonic()
-                if self._stopped or now - max(self._last_answer, began) > self._patience:
-                    raise failure
+                silent = now - max(self._last_answer, began)
+                if self._stopped or (self._failure and silent > self._patience):
+                    raise self._failure or NotReady("the job was stopped")
                 free = [i for i, until in enumerate(self._rests_until) if until <= now]
                 if free:
                     place = min(free, key=lambda i: self._at_work[i])

@@ -164,3 +164,17 @@ def test_what_no_file_is_to_blame_for_ends_the_job(
         bulk.annotate(images, tmp_path / "key", bulk.Job("b"), [client])
     with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client, pytest.raises(Unreachable):
         bulk.annotate(images, tmp_path / "gone", bulk.Job("b"), [client], patience=0.5)
+
+
+def test_a_thread_that_never_had_its_turn_tells_why_the_others_failed(port: int) -> None:
+    gone = Unreachable("nobody is there")
+    gone.retry_after = 60.0  # the only replica rests for longer than anybody is patient
+    with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client:
+        replicas = bulk.Replicas([client], patience=0.2)
+
+        def fails(_: AnnotatorClient) -> list[Any]:
+            raise gone
+
+        for work in (fails, lambda _: pytest.fail("asked a replica that rests")):
+            with pytest.raises(Unreachable, match="nobody is there"):
+                replicas.call(work)
