@@ -97,6 +97,7 @@ class Cluster:
             "VESSA_LOG_LEVEL": "warning",
             "VESSA_AUDIT_FILE": str(self.folder / f"audit-{place}.jsonl"),
             "XDG_CONFIG_HOME": str(self.folder),
+            "XDG_DATA_HOME": str(self.folder),  # where jobs lie: those of whoever runs this stay untouched
             "OMP_NUM_THREADS": "1",
         }
         core = self._cores[place]

@@ -16,9 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -241,17 +242,16 @@ def main() -> None:
     parser.add_argument("--most", type=float, default=60.0, help="MiB/h")
     options = parser.parse_args()
     counts: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         process, url, key = start(Path(place), options.weights)
         try:
             first, began = resident(process.pid), time.monotonic()
             until = began + 60 * options.minutes
             clients = [Load(url, key, seed, counts) for seed in range(options.clients)]
-            threads = [threading.Thread(target=one.run, args=(until,)) for one in clients]
-            for thread in threads:
-                thread.start()
+            pool = stack.enter_context(ThreadPoolExecutor(options.clients))
+            running = [pool.submit(one.run, until) for one in clients]
             samples = []
-            while any(thread.is_alive() for thread in threads):
+            while not all(one.done() for one in running):
                 samples.append((time.monotonic() - began, resident(process.pid)))
                 if len(samples) % 60 == 0:
                     print(
@@ -259,6 +259,8 @@ def main() -> None:
                         flush=True,
                     )
                 time.sleep(1.0)
+            for one in running:
+                one.result()  # a client that died of something says so
             ready = httpx.get(f"{url}/readyz", timeout=30).status_code == 200
         finally:
             process.terminate()
@@ -267,9 +269,11 @@ def main() -> None:
     settled = [(s, mib) for s, mib in samples if s >= options.warm_up * 60 * options.minutes]
     grown, low, high = slope(settled)
     failed = sum(count for what, count in counts.items() if what.split()[-1].startswith("5"))
+    lost = sum(n for what, n in counts.items() if what.endswith("Error") and not what.startswith("leave"))
     figures = {
         "minutes": options.minutes, "requests": counts.total(), "answers": dict(sorted(counts.items())),
-        "server_errors": failed, "tracebacks": text.count("Traceback"), "ready_at_the_end": ready,
+        "server_errors": failed, "lost": lost,
+        "tracebacks": text.count("Traceback"), "ready_at_the_end": ready,
         "mib_at_start": round(first, 1), "mib_after_warm_up": round(settled[0][1], 1),
         "mib_at_end": round(settled[-1][1], 1), "mib_most": round(max(mib for _, mib in samples), 1),
         "mib_per_h": round(grown, 1), "mib_per_h_95": [round(low, 1), round(high, 1)],
@@ -277,7 +281,7 @@ def main() -> None:
     if text.count("Traceback"):
         print(text[-4000:], file=sys.stderr)
     print(json.dumps(figures))
-    if low > options.most or failed or figures["tracebacks"] or not ready:
+    if low > options.most or failed or lost or figures["tracebacks"] or not ready:
         sys.exit("the soak found a fault: see the figures")
 
 

@@ -40,8 +40,10 @@ class Bench:
         self.templates: dict[str, list[Template]] = {}
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.touch()
+        self.of = [dataset.name, annotator.model_digest, every]  # what results can be compared
         lines = [json.loads(line) for line in kept.read_text().splitlines()]
-        self.known = {(tuple(line["patients"]), line["on"]): line["dice"] for line in lines}
+        same = [line for line in lines if line["of"] == self.of]
+        self.known = {(tuple(line["patients"]), line["on"]): line["dice"] for line in same}
 
     @torch.inference_mode()
     def features(self, patients: Sequence[str]) -> tuple[np.ndarray, list[str], list[np.ndarray]]:
@@ -63,7 +65,7 @@ class Bench:
             scores = score_labels(self.dataset, cases, {c.name: self.labels(c) for c in cases})
             self.known[key] = float(scores.mean["dice"] or 0.0)
             with self.kept.open("a") as file:
-                line = {"patients": key[0], "on": on, "every": self.every, "dice": self.known[key]}
+                line = {"of": self.of, "patients": key[0], "on": on, "dice": self.known[key]}
                 file.write(json.dumps(line) + "\n")
             print(f"{on} {', '.join(key[0])}: {self.known[key]:.4f}", file=sys.stderr, flush=True)
         return self.known[key]

@@ -145,6 +145,7 @@ def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
             "VESSA_DEVICE": "cpu",
             "VESSA_THREADS": "1",  # more would only wait for each other on a small machine
             "XDG_CONFIG_HOME": str(folder),
+            "XDG_DATA_HOME": str(folder),  # jobs lie there, and those of whoever runs this stay untouched
         } | settings
         command = [sys.executable, *program]
         with (folder / "log").open("a") as log:

@@ -60,10 +60,11 @@ def test_replicas_are_alike_but_for_the_port() -> None:
 
 def test_nginx_takes_what_the_annotator_takes() -> None:
     conf, settings = (DEPLOY / "nginx" / "nginx.conf").read_text(), Settings()
-    (body,) = re.findall(r"client_max_body_size (\d+)m;", conf)
+    body, job = re.findall(r"client_max_body_size (\d+)m;", conf)
     (read,) = re.findall(r"proxy_read_timeout (\d+)s;", conf)
     (wait,) = re.findall(r"client_body_timeout (\d+)s;", conf)
     assert settings.max_body_bytes < int(body) << 20
+    assert settings.max_job_bytes < int(job) << 20
     assert settings.request_timeout_s < int(read)
     assert settings.body_timeout_s == int(wait)
 
@@ -99,6 +100,11 @@ def test_kubernetes_example_fits_together() -> None:
     drain = next(int(e["value"]) for e in container["env"] if e["name"] == "VESSA_DRAIN_S")
     stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert drain + stop < pod["spec"]["terminationGracePeriodSeconds"]
+    claimed = (v["persistentVolumeClaim"] for v in pod["spec"]["volumes"] if "persistentVolumeClaim" in v)
+    assert all(("PersistentVolumeClaim", claim["claimName"]) in by_kind for claim in claimed)
+    mounted = {m["mountPath"] for m in container["volumeMounts"]}
+    values = {e["name"]: e.get("value", "") for e in container["env"]}
+    assert all(str(Path(values[n]).parent) in mounted for n in ("VESSA_JOBS_FOLDER", "VESSA_AUDIT_FILE"))
     scaler = by_kind["HorizontalPodAutoscaler", "annotator"]["spec"]
     assert scaler["scaleTargetRef"]["name"] == "annotator"
     assert scaler["metrics"][0]["pods"]["metric"]["name"] in Metrics().expose().decode()

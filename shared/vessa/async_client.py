@@ -1,7 +1,9 @@
 """The client for asyncio; `vessa.client` has the other one, and what both are about."""
 
 import asyncio
+import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,7 +160,7 @@ class AsyncAnnotatorClient(Connection):
         progress: suggesting.Progress | None = None,
     ) -> Suggestions:
         """See AnnotatorClient.suggest."""
-        run = suggesting.SuggestRun(bank, images, groups, count, progress)
+        run = await asyncio.to_thread(suggesting.SuggestRun, bank, images, groups, count, progress)
         while (answer := await self._send(run.ranking())).unknown:
             async for call, _ in self._stream(run.looks(answer)):
                 run.receive(call)
@@ -178,15 +180,20 @@ class AsyncAnnotatorClient(Connection):
         """See AnnotatorClient.segment_volume. Cancelling the task cancels the job."""
         create = partial(jobs.create, path, bank=bank, classes=classes, group=group, axis=axis, result=result)
         info = await self._send(await asyncio.to_thread(create))
+        heard = time.monotonic()
         try:
             while info.state in ("queued", "running"):
                 progress(info)
                 await asyncio.sleep(jobs.POLL_S)
-                info = await self._send(jobs.info(info.id))
+                try:
+                    info, heard = await self._send(jobs.info(info.id)), time.monotonic()
+                except jobs.AWAY as error:
+                    jobs.bear(error, info.id, heard)
             progress(info)
             data = await self._send(jobs.result(info.id))
         finally:
-            await self._send(jobs.cancel(info.id))  # what came is needed there no more
+            with contextlib.suppress(VessaError):  # what came, or why nothing did, matters more
+                await self._send(jobs.cancel(info.id))  # it is needed there no more
         return data
 
     async def _stream(self, calls: Iterable[Call[_T]]) -> AsyncIterator[tuple[Call[_T], _T]]:
@@ -194,7 +201,8 @@ class AsyncAnnotatorClient(Connection):
         running: dict[asyncio.Task[_T], Call[_T]] = {}
         try:
             while True:
-                for call in itertools.islice(calls, self._in_flight - len(running)):
+                free = itertools.islice(calls, self._in_flight - len(running))
+                for call in await asyncio.to_thread(list, free):  # bodies are made, images may be read
                     running[asyncio.create_task(self._send(call))] = call
                 if not running:
                     return

@@ -21,16 +21,18 @@ from PIL import Image
 from vessa.annotation import Annotation
 from vessa.client import AnnotatorClient
 from vessa.errors import (
+    PASSING,
     BadResponse,
     DeadlineExceeded,
     InvalidConfig,
     InvalidDataset,
+    LimitReached,
     NotReady,
     QueueFull,
-    StoreUnavailable,
     Unreachable,
     VessaError,
 )
+from vessa.groups import group_of
 from vessa.images import read_image
 from vessa.manifest import Manifest
 
@@ -39,7 +41,7 @@ MANIFEST = "manifest.jsonl"
 _LOOK_UP = 1000  # names that are looked up in the manifest at once
 _REST_S = 1.0  # for a replica that gave no Retry-After
 # Another replica, or the same one later, may well answer.
-_PASSING = (QueueFull, NotReady, StoreUnavailable, Unreachable, BadResponse)
+_PASSING = (*PASSING, Unreachable, BadResponse)
 _BROKEN = 3  # times that a request may come to nothing while others are answered
 _HOPELESS = {
     "unauthorized",
@@ -117,8 +119,8 @@ class Replicas:
     def call(self, work: Callable[[AnnotatorClient], list[Annotation]]) -> list[Annotation]:
         """Have the least busy replica do some work, and another one where that cannot; raises what it raises.
 
-        Work that breaks a connection again and again while others are answered ends in DeadlineExceeded: it
-        may be to blame.
+        Work that breaks a connection again and again while others are answered, or takes the service too long
+        again and again, ends in DeadlineExceeded: it may be to blame.
         """
         began, broken = time.monotonic(), 0
         while True:
@@ -128,11 +130,11 @@ class Replicas:
                 answer = work(self._clients[place])
                 self._last_answer = time.monotonic()
                 return answer
-            except _PASSING as error:
+            except (*_PASSING, DeadlineExceeded) as error:
                 self._failure, rest = error, error.retry_after or _REST_S
-                if isinstance(error, QueueFull):
+                if isinstance(error, QueueFull | LimitReached | DeadlineExceeded):
                     self._last_answer = time.monotonic()  # full is alive
-                elif isinstance(error, Unreachable | BadResponse):
+                if isinstance(error, Unreachable | BadResponse | DeadlineExceeded):
                     broken += self._last_answer > sent
                 if broken >= _BROKEN:
                     raise DeadlineExceeded(
@@ -279,12 +281,12 @@ def _segment(job: Job, replicas: Replicas, images: dict[str, Any]) -> dict[str, 
     """Have images segmented together; should that fail as a whole, one by one, to see for whose sake."""
     if not images:
         return {}
-    groups = [os.path.dirname(file) or None for file in images] if job.by_folder else None
+    groups = [group_of(os.path.dirname(file)) for file in images] if job.by_folder else None
 
     def ask(client: AnnotatorClient) -> list[Annotation]:
         answers = client.segment(list(images.values()), bank=job.bank, classes=job.classes, groups=groups)
         for answer in answers:
-            if isinstance(answer.error, _PASSING):
+            if isinstance(answer.error, (*_PASSING, DeadlineExceeded)):
                 raise answer.error  # it says nothing about the image: all are sent again
         return answers
 

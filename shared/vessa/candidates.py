@@ -10,12 +10,14 @@ from vessa.annotation import Image
 from vessa.bulk import SUFFIXES
 from vessa.datasets import Dataset, layout_of
 from vessa.errors import InvalidDataset, VessaError
+from vessa.groups import group_of
 from vessa.images import read_image
 from vessa.volumes import Volume, read_volume
 from vessa.volumes.dicom import is_dicom
 from vessa.volumes.files import read_head
 from vessa.volumes.nifti import is_nifti
 
+_TOP = "."  # the group of a series in the topmost folder: its slices are one patient's
 Skip = Callable[[str, VessaError], None]  # (name of a file, why it is no candidate)
 
 
@@ -63,7 +65,7 @@ def find_candidates(
         raise InvalidDataset(f"{folder} is no data set, and has no splits")
     if layout is not None and by_folder:
         raise InvalidDataset(f"{folder} is a data set that knows its patients; its folders are none")
-    found = _of_files(folder, by_folder, skip) if layout is None else _of_dataset(layout(folder), split)
+    found = _of_files(folder, by_folder, skip) if layout is None else _of_dataset(layout(folder), split, skip)
     for candidate in found:
         try:
             candidate.read()
@@ -73,10 +75,17 @@ def find_candidates(
         yield candidate
 
 
-def _of_dataset(dataset: Dataset, split: str | None) -> Iterator[Candidate]:
+def _of_dataset(dataset: Dataset, split: str | None, skip: Skip) -> Iterator[Candidate]:
     groups = set(dataset.groups() if split is None else dataset.split(split))
     for item in dataset.slices():
-        if item.group in groups and dataset.mask(item) is None:
+        if item.group not in groups:
+            continue
+        try:
+            unlabeled = dataset.mask(item) is None
+        except VessaError as error:
+            skip(item.name, error)
+            continue
+        if unlabeled:
             yield Candidate(item.name, item.group, partial(dataset.image, item))
 
 
@@ -85,7 +94,7 @@ def _of_files(folder: Path, by_folder: bool, skip: Skip) -> Iterator[Candidate]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name, parent = str(path.relative_to(folder)), str(path.parent.relative_to(folder))
         if path.suffix.lower() in SUFFIXES:
-            yield Candidate(name, parent if by_folder else None, partial(read_image, path))
+            yield Candidate(name, group_of(parent) if by_folder else None, partial(read_image, path))
             continue
         try:
             head = read_head(path)
@@ -102,7 +111,7 @@ def _of_volume(path: Path, name: str) -> Iterator[Candidate]:
     volume = _volume(path)
     axis = volume.axis()
     for index in range(volume.shape[axis]):
-        yield Candidate(f"{name}:{index}", name, partial(_slice, path, axis, index))
+        yield Candidate(f"{name}:{index}", group_of(name) or _TOP, partial(_slice, path, axis, index))
 
 
 def _slice(path: Path, axis: int, index: int) -> Image:

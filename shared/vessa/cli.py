@@ -126,6 +126,8 @@ def segment(
 ) -> None:
     """Segment one image or volume by the templates of a bank."""
     if is_volume(image):
+        if picture is not None:
+            raise typer.BadParameter("--overlay is of one image; open the labels of a volume in a viewer")
         with AnnotatorClient(url, api_key) as client:
             _segment_volume(client, image, out, bank, classes, group, axis, as_json)
         return
@@ -163,6 +165,8 @@ def _segment_volume(
     out = out or Path("labels.nii.gz" if is_nifti(read_head(path)) else "labels.dcm")
     if not out.name.endswith((".nii.gz", ".dcm")):
         raise typer.BadParameter(f"expected a name that ends in .nii.gz or .dcm, got '{out.name}'")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {out.parent}")  # before all the work
     kind = "nifti" if out.name.endswith(".nii.gz") else "dicom-seg"
     with Progress(console=_console, transient=True) as bar:
         task = bar.add_task("segmenting", total=None)

@@ -4,6 +4,7 @@ Requests are built and answers read by plain functions, in `vessa.protocol` abov
 send. What may be repeated safely is repeated, waiting as long as Retry-After says.
 """
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -221,15 +222,20 @@ class AnnotatorClient(Connection):
         info = self._send(
             jobs.create(path, bank=bank, classes=classes, group=group, axis=axis, result=result)
         )
+        heard = time.monotonic()
         try:
             while info.state in ("queued", "running"):
                 progress(info)
                 time.sleep(jobs.POLL_S)
-                info = self._send(jobs.info(info.id))
+                try:
+                    info, heard = self._send(jobs.info(info.id)), time.monotonic()
+                except jobs.AWAY as error:
+                    jobs.bear(error, info.id, heard)
             progress(info)
             data = self._send(jobs.result(info.id))
         finally:
-            self._send(jobs.cancel(info.id))  # what came is needed there no more
+            with contextlib.suppress(VessaError):  # what came, or why nothing did, matters more
+                self._send(jobs.cancel(info.id))  # it is needed there no more
         return data
 
     def _stream(self, calls: Iterable[Call[_T]]) -> Iterator[tuple[Call[_T], _T]]:

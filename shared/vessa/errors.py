@@ -223,6 +223,9 @@ class BadResponse(VessaError):
     code, status = "bad_response", 0
 
 
+# What passes by itself, whatever was asked: come back after `retry_after`.
+PASSING = (QueueFull, LimitReached, NotReady, StoreUnavailable, LanguageUnavailable)
+
 ERRORS: dict[str, type[VessaError]] = {cls.code: cls for cls in VessaError.__subclasses__()}
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from vessa.errors import InvalidImage, TooLarge
+from vessa.errors import InvalidImage, TooLarge, VessaError
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 _MAX_PIXELS = 64 << 20
@@ -38,11 +38,13 @@ def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
                 return to_bytes(np.asarray(image, dtype=np.float32))
             gray = image.mode in ("1", "L", "LA")
             return np.array(image.convert("L" if gray else "RGB"), dtype=np.uint8)
+    except VessaError:
+        raise
     except FileNotFoundError as error:
         raise InvalidImage(f"no such file: {path}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path) from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except Exception as error:  # decoders fail in many ways on damaged bytes
         raise InvalidImage(f"{path} is not a readable {', '.join(FORMATS)} image") from error
 
 

@@ -1,18 +1,21 @@
 """What a client says about jobs: volumes that the annotator segments in the background."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 from pydantic import ValidationError
 
-from vessa.errors import BadResponse, InvalidImage
+from vessa.errors import PASSING, BadResponse, InvalidImage, Unreachable, VessaError
 from vessa.protocol import Call
 from vessa.schemas import JobInfo
 from vessa.volumes.files import series_files
 
 POLL_S = 1.0  # between two questions of how a job goes
+PATIENCE_S = 300.0  # without an answer to any: a service that is started again goes on with its jobs
+AWAY = (*PASSING, Unreachable, BadResponse)
 
 
 def create(
@@ -43,6 +46,15 @@ def create(
 def info(identity: str) -> Call[JobInfo]:
     """GET /jobs/{id}."""
     return Call("GET", f"/jobs/{identity}", _job)
+
+
+def bear(error: VessaError, identity: str, heard: float) -> None:
+    """Take it that nothing was told of a job; Unreachable when the last answer is too long ago.
+
+    heard: time of that, `time.monotonic()`, s
+    """
+    if time.monotonic() - heard > PATIENCE_S:
+        raise Unreachable(f"nothing was heard of job {identity} for {PATIENCE_S:.0f} s: {error}") from error
 
 
 def result(identity: str) -> Call[bytes]:

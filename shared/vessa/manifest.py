@@ -46,9 +46,8 @@ class Manifest:
             except OSError as error:
                 raise InvalidConfig(f"another process writes to {path.parent}") from error
             if retry and path.exists():
-                _drop_failures(path)
+                _drop_failures(path, dict(settings))
             self._file = path.open("r+b" if path.exists() else "w+b")
-            self.failed = 0
             self._done = self._read(path, dict(settings))
         except BaseException:
             self.close()
@@ -90,20 +89,24 @@ class Manifest:
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
             record = _record(path, number, line)
-            if number == 0 and record != {"settings": settings}:
-                raise InvalidConfig(
-                    f"{path} was begun with other settings: {record.get('settings')} there, {settings} here; "
-                    "give another --out"
-                )
             if number:
                 digests += _digest(record["file"])
-                self.failed += "error" in record
+            else:
+                _check_settings(path, record, settings)
             end += len(line)
         self._file.truncate(end)
         self._file.seek(end)
         if not end:
             self.add([{"settings": settings}])
         return np.sort(np.frombuffer(bytes(digests), _DIGEST))
+
+
+def _check_settings(path: Path, record: Mapping[str, Any], settings: dict[str, Any]) -> None:
+    if record != {"settings": settings}:
+        raise InvalidConfig(
+            f"{path} was begun with other settings: {record.get('settings')} there, {settings} here; "
+            "give another --out"
+        )
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -120,10 +123,15 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     raise InvalidRequest(f"line {number + 1} of {path} is not that of a manifest: give another --out")
 
 
-def _drop_failures(path: Path) -> None:
+def _drop_failures(path: Path, settings: dict[str, Any]) -> None:
     fresh = path.with_name(f".{path.name}.fresh")
     with path.open("rb") as old, fresh.open("wb") as new:
         for number, line in enumerate(old):
-            if line.endswith(b"\n") and "error" not in _record(path, number, line):
+            if not line.endswith(b"\n"):
+                break  # cut off by a kill
+            record = _record(path, number, line)
+            if number == 0:
+                _check_settings(path, record, settings)
+            if "error" not in record:
                 new.write(line)
     fresh.replace(path)

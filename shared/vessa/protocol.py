@@ -31,6 +31,7 @@ from vessa.schemas import (
     ErrorResponse,
     ServiceInfo,
     TemplateInfo,
+    TemplateInfos,
 )
 
 Repeat = Literal["always", "unsent", "never"]
@@ -237,7 +238,7 @@ def add_templates(
             raise InvalidImage(f"mask {row} is {kind}; expected a numpy array of uint8 class ids", item=row)
         if image.shape[:2] != mask.shape:
             raise ShapeMismatch(f"image {row} has size {image.shape[:2]}, its mask {mask.shape}", item=row)
-    adapter = TypeAdapter(dict[Literal["templates"], list[TemplateInfo]])
+    read = reads(TypeAdapter(TemplateInfos))
 
     def call(rows: list[int]) -> Call[list[TemplateInfo]]:
         tensors = {"images": np.stack([images[r] for r in rows]), "masks": np.stack([masks[r] for r in rows])}
@@ -246,8 +247,7 @@ def add_templates(
             "classes": json.dumps({str(c): n for c, n in classes.items()}),
             "groups": json.dumps([groups[r] for r in rows]),
         }
-        read = reads(adapter)
-        return binary("/templates", tensors, metadata, lambda r: read(r).get("templates", []), rows)
+        return binary("/templates", tensors, metadata, lambda r: read(r).templates, rows)
 
     sizes = (i.nbytes + m.nbytes for i, m in zip(images, masks, strict=True))
     return map(call, batches((i.shape for i in images), sizes))

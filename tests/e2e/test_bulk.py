@@ -19,7 +19,17 @@ from PIL import Image
 
 from vessa import bulk
 from vessa.client import AnnotatorClient
-from vessa.errors import InvalidConfig, InvalidRequest, Unauthorized, UnknownBank, Unreachable
+from vessa.errors import (
+    DeadlineExceeded,
+    InvalidConfig,
+    InvalidRequest,
+    LanguageUnavailable,
+    LimitReached,
+    Unauthorized,
+    UnknownBank,
+    Unreachable,
+    VessaError,
+)
 from vessa.images import read_image
 
 FILES = 40
@@ -178,3 +188,17 @@ def test_a_thread_that_never_had_its_turn_tells_why_the_others_failed(port: int)
         for work in (fails, lambda _: pytest.fail("asked a replica that rests")):
             with pytest.raises(Unreachable, match="nobody is there"):
                 replicas.call(work)
+
+
+@pytest.mark.parametrize("error", [LimitReached, LanguageUnavailable, DeadlineExceeded])
+def test_what_passes_by_itself_fails_no_file(error: type[VessaError], port: int) -> None:
+    refusals = [error("not now", retry_after=0.01) for _ in range(2)]
+    with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client:
+        replicas = bulk.Replicas([client], patience=5.0)
+
+        def work(_: AnnotatorClient) -> list[Any]:
+            if refusals:
+                raise refusals.pop()
+            return []
+
+        assert replicas.call(work) == []

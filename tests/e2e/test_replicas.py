@@ -59,18 +59,24 @@ def test_both_answer_alike_behind_one_address(cluster: Any) -> None:
         for a, b in zip(first, second, strict=True):
             assert np.array_equal(a.labels, b.labels)
             assert a.model == b.model
+        before = [_segmented(cluster, replica) for replica in range(2)]
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(lambda image: front.segment([image], bank="alike"), images))
-        served = [_segmented(cluster, replica) for replica in range(2)]
-        assert min(served) > 0
+        after = [_segmented(cluster, replica) for replica in range(2)]
+        assert sum(after) - sum(before) == 6
+        assert all(now > then for then, now in zip(before, after, strict=True))
 
 
-def _segmented(cluster: Any, replica: int) -> int:
+def _segmented(cluster: Any, replica: int) -> float:
     url = f"http://127.0.0.1:{cluster.ports[replica]}/metrics"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {scale.KEY}"})
     with urllib.request.urlopen(request, timeout=20) as answer:
         lines = answer.read().decode().splitlines()
-    return sum('route="/segment"' in line for line in lines if line.startswith("vessa_requests_total"))
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith("vessa_requests_total") and 'route="/segment"' in line
+    )
 
 
 def test_a_body_too_large_for_nginx_is_refused_in_our_words(cluster: Any) -> None:

@@ -13,12 +13,13 @@ import httpx
 import numpy as np
 import pytest
 
-from vessa.errors import LimitReached, StoreUnavailable, UnknownBank
+from vessa.errors import InvalidRequest, LimitReached, StoreUnavailable, UnknownBank
 from vessa_server.access import CallersBanks
-from vessa_server.audit import Actor, AuditLog
-from vessa_server.bank import TemplateBanks
+from vessa_server.audit import Actor, AuditLog, open_audit
+from vessa_server.bank import TemplateBanks, check_name
 from vessa_server.keys import Caller, FileKeys, Role, create_key
 from vessa_server.limits import KeyLimits
+from vessa_server.settings import Settings
 from vessa_server.store import FolderStore
 
 ACTOR = Actor("alice", "10.0.0.1", "r1")
@@ -131,6 +132,26 @@ def test_the_audit_log_is_bounded_and_loses_the_oldest(audit: AuditLog) -> None:
     assert kept[-2:] == [39, 39]
 
 
+def test_no_bank_can_be_called_like_the_log_and_no_caller_fill_it(tmp_path: Path) -> None:
+    log = open_audit(Settings(insecure=True, store=f"folder:{tmp_path}"))
+    with pytest.raises(InvalidRequest):
+        check_name(log.path.parent.name)
+    with log.change(ACTOR, "template.remove", template="x" * 60_000):
+        pass
+    assert log.path.stat().st_size < 1000
+
+
+def test_what_is_learned_from_one_bank_is_not_given_to_another(template_of: Any, tmp_path: Path) -> None:
+    banks = TemplateBanks(FolderStore(tmp_path))
+    banks.add("b", [template_of(0, group="a")], owner="ann")
+    learned_from = banks.get("b")
+    for owner, template in (("bob", 0), ("ann", 1)):
+        banks.delete("b")
+        banks.add("b", [template_of(template, group="a")], owner=owner)
+        with pytest.raises(UnknownBank, match="another template bank"):
+            banks.adapt("b", None, learned_from=learned_from)
+
+
 def test_what_cannot_be_written_down_is_not_done(audit: AuditLog, monkeypatch: pytest.MonkeyPatch) -> None:
     with audit.change(ACTOR, "a"):
         pass
@@ -194,7 +215,7 @@ def test_no_log_of_a_run_holds_a_key(start_annotator: Any, tmp_path: Path) -> No
             for header in (f"Bearer {key}", f"Basic {key}", key):
                 http.get("/banks/unknown", headers={"Authorization": header, "X-Request-ID": f"ask {key}"})
         assert http.delete("/banks/b", headers={"Authorization": f"Bearer {secret}"}).status_code == 404
-    logs = {p: p.read_text() for p in (tmp_path / "log", tmp_path / "banks" / "audit.jsonl")}
+    logs = {p: p.read_text() for p in (tmp_path / "log", tmp_path / "banks" / ".audit" / "audit.jsonl")}
     for path, text in logs.items():
         assert len(text.splitlines()) > 1
         assert [key for key in (secret, service.api_key, wrong) if key in text] == [], path

@@ -16,7 +16,7 @@ from scans import dicom_multiframe, dicom_series, dicom_slice, nifti, phantom, w
 
 from vessa.codec import image_digest
 from vessa.volumes import read_volume
-from vessa_server.jobs import _alone
+from vessa_server.job_files import alone_on, remove, size_of
 from vessa_server.settings import Settings
 from vessa_server.wire.images import decode_mask, label_png
 
@@ -234,7 +234,54 @@ def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_
 
 
 def test_of_the_services_that_share_a_folder_one_works(tmp_path: Path) -> None:
-    with _alone(tmp_path) as first, _alone(tmp_path) as second:
+    with alone_on(tmp_path) as first, alone_on(tmp_path) as second:
         assert (first, second) == (True, False)
-    with _alone(tmp_path) as again:
+    with alone_on(tmp_path) as again:
         assert again
+
+
+def test_slices_are_counted_along_the_axis_that_is_asked_for(server):
+    server.seed("jobs")
+    long = nifti(np.zeros((3000, 4, 4), np.float32), np.eye(4))
+    answer = post(server, long, bank="jobs", axis="sagittal")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+    assert "3000 slices along this axis, more than 2048" in answer.text
+
+
+def test_a_job_whose_banks_classes_were_changed_fails_and_mixes_nothing(server_of, nano_weights, tmp_path):
+    settings = Settings(
+        api_key="a-key-for-tests-0123456789",
+        weights=str(nano_weights),
+        device="cpu",
+        store=f"folder:{tmp_path}",
+    )
+    first = server_of(settings)
+    first.seed("jobs")
+    data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
+    identity = post(first, data, bank="jobs").json()["id"]
+    wait(first, identity)
+    first.http.__exit__(None, None, None)
+    folder = tmp_path / ".jobs" / identity
+    job = json.loads((folder / "job.json").read_text())
+    classes = {key: f"not {name}" if key == "1" else name for key, name in job["classes"].items()}
+    (folder / "job.json").write_text(json.dumps({**job, "state": "running", "classes": classes}))
+    (folder / "00000.input").write_bytes(data)
+    second = server_of(settings)
+    info = wait(second, identity)
+    assert info["state"] == "failed"
+    assert second.http.get(f"/jobs/{identity}/result").json()["error"]["code"] in (
+        "class_conflict",
+        "unknown_class",
+    )
+
+
+def test_a_job_is_gone_at_once_whoever_still_writes_to_it(tmp_path):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "job.json").write_text("{}")
+    remove(folder)
+    remove(folder)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        (folder / "result").write_bytes(b"late")
+    assert size_of(tmp_path) == 0

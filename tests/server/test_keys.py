@@ -153,7 +153,7 @@ def test_the_command_line_creates_lists_and_revokes(tmp_path: Path, monkeypatch:
     assert isinstance(run("create", "alice").exception, InvalidRequest)
     assert run("revoke", "alice").exit_code == 0
     assert isinstance(run("revoke", "alice").exception, InvalidRequest)
-    audit = (tmp_path / "banks" / "audit.jsonl").read_text()
+    audit = (tmp_path / "banks" / ".audit" / "audit.jsonl").read_text()
     lines = [json.loads(line) for line in audit.splitlines()]
     assert [(line["action"], line["state"]) for line in lines][:2] == [
         ("key.create", "asked"),

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable
 from vessa_server.model import checkpoint
-from vessa_server.model.language_service import LanguageService, VllmAddress
+from vessa_server.model.language_service import LanguageService, VllmAddress, _RepeatableError, _wait
 from vessa_server.model.prefix import InProcess
 from vessa_server.settings import Settings
 
@@ -71,7 +71,7 @@ class Speaker:
         return True
 
     async def health(self, request: Request) -> Response:
-        return Response()
+        return Response(status_code=404 if self.fails("no health") else 200)
 
     async def models(self, request: Request) -> Response:
         if request.headers.get("authorization") != f"Bearer {VLLM_KEY}":
@@ -240,6 +240,22 @@ def test_what_stays_is_told_and_mends_itself(connected, speaker, fault):
     speaker.fault = ""
     wait_for(connected)
     assert torch.allclose(ask(connected), ask(InProcess(speaker.language)), atol=1e-4)
+
+
+def test_an_answer_that_nobody_expects_does_not_end_the_watch(connected, speaker):
+    speaker.fault, speaker.left = "no health", 1
+    deadline = time.monotonic() + 60
+    while connected._failure is None:  # a 404, such as a proxy's while vLLM is exchanged
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    wait_for(connected)
+    assert torch.allclose(ask(connected), ask(InProcess(speaker.language)), atol=1e-4)
+
+
+@pytest.mark.parametrize(("told", "waited"), [(None, True), (0.0, 0.0), (300.0, 2.0)])
+def test_no_proxy_decides_how_long_the_device_waits(told, waited):
+    assert _wait(_RepeatableError("busy", told)) == waited
+    assert _wait(ValueError()) is False
 
 
 def wait_for(service: LanguageService, seconds: float = 60) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vessa.codec import encode
+from vessa.errors import DeadlineExceeded
 from vessa_server.suggesting import Looks, suggest
 
 
@@ -62,6 +64,11 @@ def test_lazy_gains_choose_what_gains_computed_anew_would() -> None:
 def test_what_does_not_fit_is_said(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected features"):
         suggest(on_circle(0, 1), **{"count": 1, **wrong})
+
+
+def test_a_ranking_that_takes_too_long_is_given_up() -> None:
+    with pytest.raises(DeadlineExceeded, match="rank fewer"):
+        suggest(on_circle(0, 1, 2), 2, until=time.monotonic() - 1)
 
 
 def test_looks_are_bounded_and_belong_to_a_state_of_a_bank() -> None:

@@ -60,6 +60,22 @@ def test_of_a_data_set_the_slices_without_a_mask(find: Any, dataset: Path) -> No
     assert [one.group for one in find(dataset, split="train")[0]] == ["p3"]
 
 
+def test_a_mask_that_cannot_be_used_costs_its_image_alone(find: Any, dataset: Path) -> None:
+    (dataset / "masks" / "p2_0.png").write_bytes(b"\x89PNG")
+    found, skipped = find(dataset)
+    assert [one.name for one in found] == ["p2_1", "p3_0"]
+    assert skipped == ["p2_0"]
+
+
+def test_a_folder_that_is_no_name_to_the_service_stands_by_its_digest(find: Any, tmp_path: Path) -> None:
+    for folder in ("", "x" * 129, "p1 ", "p2"):
+        save(tmp_path / folder / "one.png", gray(1))
+    groups = [one.group for one in find(tmp_path, by_folder=True)[0]]
+    assert set(map(len, filter(None, groups))) == {2, 64}
+    assert {"p2", None} < set(groups)
+    assert len(set(groups)) == 4
+
+
 def test_of_another_folder_all_images_below_it(find: Any, tmp_path: Path) -> None:
     save(tmp_path / "b" / "two.tif", gray(2))
     save(tmp_path / "a" / "one.PNG", gray(1))

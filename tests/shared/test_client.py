@@ -280,7 +280,7 @@ def test_templates_are_sent_in_parts_and_come_back_in_order(ask, sent):
     groups = [f"p{i}" for i in range(40)]
     infos = ask(add, "add_templates", "b", images, masks, {1: "liver"}, groups)
     assert [(t.id, t.group) for t in infos] == [(str(i), f"p{i}") for i in range(40)]
-    none = Script(httpx.Response(201, json={}))
+    none = Script(httpx.Response(201, json={"templates": []}))
     with pytest.raises(BadResponse, match="answered 0 items to 1"):
         ask(none, "add_templates", "b", images[:1], masks[:1], {1: "liver"}, groups[:1])
 

@@ -52,16 +52,20 @@ def test_failed_files_are_forgotten_on_request(path: Path) -> None:
     with Manifest(path, SETTINGS) as manifest:
         manifest.add([{"file": "a"}, {"file": "b", "error": {}}])
     with Manifest(path, SETTINGS) as manifest:
-        assert (manifest.failed, manifest.missing(["a", "b"])) == (1, [])
+        assert manifest.missing(["a", "b"]) == []
     with Manifest(path, SETTINGS, retry=True) as manifest:
-        assert (manifest.failed, manifest.missing(["a", "b"])) == (0, ["b"])
+        assert manifest.missing(["a", "b"]) == ["b"]
 
 
 def test_other_settings_and_a_second_process_are_refused(path: Path) -> None:
     with Manifest(path, SETTINGS), pytest.raises(InvalidConfig, match="another process"):
         Manifest(path, SETTINGS)
-    with pytest.raises(InvalidConfig, match="other settings"):
-        Manifest(path, {"bank": "c"})
+    with Manifest(path, SETTINGS) as manifest:
+        manifest.add([{"file": "b", "error": {}}])
+    for retry in (False, True):
+        with pytest.raises(InvalidConfig, match="other settings"):
+            Manifest(path, {"bank": "c"}, retry=retry)
+    assert len(lines(path)) == 2  # what failed is not forgotten for others
 
 
 @pytest.mark.parametrize("line", [b"[]\n", b"no json\n", b'{"file": 3}\n'])

@@ -15,7 +15,7 @@ from scans import nifti, phantom
 
 from vessa import jobs
 from vessa.client import AsyncAnnotatorClient
-from vessa.errors import InvalidImage, NoTemplate, UnknownJob
+from vessa.errors import InvalidImage, NoTemplate, UnknownJob, Unreachable
 from vessa.protocol import Call
 
 
@@ -58,6 +58,31 @@ def test_a_job_that_fails_says_why_and_is_forgotten(ask: Any, volume: Path) -> N
     with pytest.raises(NoTemplate, match="another group"):
         ask(handler, "segment_volume", volume, bank="b")
     assert requests == ["POST /jobs", "GET /jobs/j", "GET /jobs/j", "GET /jobs/j/result", "DELETE /jobs/j"]
+
+
+def test_a_service_that_is_away_for_a_while_does_not_lose_the_job(
+    ask: Any, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[str] = []
+    job = {"id": "j", "bank": "b", "slices": 6, "done": 2, "result": "nifti"}
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        requests.append(f"{request.method} {request.url.path}")
+        if requests[-1] == "GET /jobs/j":
+            if len(requests) < 9:
+                raise httpx.ConnectError("refused")
+            return httpx.Response(200, json={**job, "state": "done"})
+        if requests[-1] == "GET /jobs/j/result":
+            return httpx.Response(200, content=b"labels")
+        if requests[-1] == "DELETE /jobs/j":  # the answer to an earlier one was lost
+            return httpx.Response(404, json={"error": {"code": "unknown_job", "message": "none"}})
+        return httpx.Response(200, json={**job, "state": "running"})
+
+    assert ask(handler, "segment_volume", volume, bank="b") == b"labels"
+    requests.clear()
+    monkeypatch.setattr(jobs, "PATIENCE_S", 0.0)
+    with pytest.raises(Unreachable, match="nothing was heard of job j"):
+        ask(handler, "segment_volume", volume, bank="b")
 
 
 def test_a_cancelled_task_cancels_its_job(volume: Path) -> None:

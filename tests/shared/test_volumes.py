@@ -62,6 +62,20 @@ def test_slices_are_cut_where_they_lie_farthest_apart_else_where_they_are_fewest
     assert Volume(voxels, np.diag([1.0, 3.0, 2.0, 1.0])).axis() == 1
     assert Volume(voxels, np.eye(4)).axis() == 0
     assert Volume(np.zeros((5, 5, 5), np.float32), np.eye(4)).axis() == 2
+    assert Volume(np.zeros((9, 8, 1), np.float32), np.diag([4.0, 4.0, 3.0, 1.0])).axis() == 2  # one slice
+
+
+def test_the_images_of_a_dicom_stay_whole_however_thin_they_are():
+    files = [written(file) for file in dicom_series(phantom(), step=0.1)]
+    assert read_volume(files).axis() == 2
+
+
+def test_a_nifti_in_other_units_is_read_in_mm():
+    voxels, affine = phantom(), np.diag([50.0, 60.0, 70.0, 1.0])
+    image = nib.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("micron")
+    volume = read_volume([image.to_bytes()])
+    np.testing.assert_allclose(volume.affine, np.diag([0.05, 0.06, 0.07, 1.0]))
 
 
 def test_a_slice_shows_the_volumes_range_with_rows_along_the_later_axis():

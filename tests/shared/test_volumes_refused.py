@@ -74,6 +74,12 @@ def with_change(index, **values):
     return files
 
 
+def without_rows(modality):
+    file = dicom_slice(np.zeros((4, 4)), Modality=modality)
+    del file.Rows
+    return file
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -86,6 +92,7 @@ def with_change(index, **values):
         ([*series(), dicom_multiframe(phantom())], "several frames itself"),
         ([dicom_slice(np.zeros((4, 4)), PhotometricInterpretation="RGB")], "RGB, not gray"),
         ([dicom_slice(np.zeros((4, 4)), BitsAllocated=1)], "1 bits a pixel"),
+        ([without_rows("SR")], "modality SR"),
         ([dicom_slice(np.zeros((4, 4)), Rows=5)], "do not fill"),
         ([dicom_slice(np.zeros((4, 4)), Rows=0)], "0 rows"),
         ([dicom_slice(np.zeros((4, 4)), ImageOrientationPatient=[1, 0, 0, 1, 0, 0])], "right angle"),

@@ -125,7 +125,7 @@ def test_what_somebody_waits_for_comes_first(feed_of, wire, names, name_of):
     feed.prefetch(names[:4])
     assert gate.arrived.wait(30)
     threading.Timer(0.2, gate.opened.set).start()
-    feed.get([names[5], names[3]])
+    feed.take([names[5], names[3]])
     feed.get(names[:4])
     assert [name_of[i] for ids in wire.asked for i in ids] == [names[i] for i in (0, 5, 3, 1, 2)]
     assert feed.stats()["wait_seconds"] > 0

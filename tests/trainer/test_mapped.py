@@ -1,6 +1,8 @@
 """Squares in files: the same as in memory, prepared once, mended when damaged, bounded."""
 
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -71,12 +73,12 @@ def test_a_changed_image_is_another_set(phantoms, tmp_path, prepare, folder):
     path = tmp_path / "changed" / "images" / f"{dataset.slices()[0].name}.png"
     Image.fromarray(np.full((32, 32), 7, np.uint8)).save(path)
     assert (prepare(open_dataset(tmp_path / "changed")).images[0].max()) == 7
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.glob("[!.]*"))) == 2
 
 
 def test_a_damaged_row_is_prepared_again(prepare, folder):
     prepare()
-    (place,) = folder.iterdir()
+    (place,) = folder.glob("[!.]*")
     raw = np.load(place / "images.npy", mmap_mode="r+")
     raw[4] ^= 255
     raw.flush()
@@ -90,17 +92,17 @@ def test_a_damaged_row_is_prepared_again(prepare, folder):
 @pytest.mark.parametrize("name", ["images.npy", "sums.npy", "sizes.npy"])
 def test_a_damaged_file_is_built_anew(prepare, folder, name):
     prepare()
-    (place,) = folder.iterdir()
+    (place,) = folder.glob("[!.]*")
     (place / name).write_bytes((place / name).read_bytes()[:100])
     assert same(prepare(), prepare(folder=None))
 
 
 def test_the_folder_is_bounded(prepare, folder):
     prepare(size=40)
-    first = {p.name for p in folder.iterdir()}
+    first = {p.name for p in folder.glob("[!.]*")}
     prepare(size=48, limit_bytes=1)
-    assert len(list(folder.iterdir())) == 1
-    assert not first & {p.name for p in folder.iterdir()}
+    assert len(list(folder.glob("[!.]*"))) == 1
+    assert not first & {p.name for p in folder.glob("[!.]*")}
 
 
 def test_a_folder_that_cannot_be_made_is_refused(prepare, tmp_path):
@@ -115,3 +117,23 @@ def test_a_run_learns_the_same_from_files(tiny, dataset, tmp_path, folder):
         run = Run(tiny(f"out={tmp_path / name}", *keys), dataset, None, "")
         figures.append({k: v for k, v in run._step().items() if k != "wait_seconds"})
     assert figures[0] == figures[1]
+
+
+def test_squares_and_runs_among_the_images_are_no_other_images(phantoms, tmp_path, prepare, monkeypatch):
+    shutil.copytree(phantoms, tmp_path / "data")
+    dataset = open_dataset(tmp_path / "data")
+    places = {"folder": tmp_path / "data" / "prepared", "out": tmp_path / "data" / "run"}
+    prepare(dataset, **places)
+    places["out"].mkdir()
+    (places["out"] / "metrics.jsonl").write_text("{}")
+    monkeypatch.setattr(dataset, "image", lambda _: pytest.fail("decoded again"))
+    prepare(dataset, **places)
+
+
+def test_what_a_kill_left_half_built_is_deleted_a_day_later(prepare, folder):
+    for name, age in ((".old.0123", 90_000), (".new.0123", 60)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "images.npy").write_bytes(b"half")
+        os.utime(folder / name / "images.npy", (time.time() - age,) * 2)
+    prepare()
+    assert {p.name for p in folder.glob(".*") if p.is_dir()} == {".new.0123"}

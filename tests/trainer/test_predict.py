@@ -107,8 +107,12 @@ def test_an_interrupted_prediction_goes_on_and_nothing_else_is_mixed_in(run, tmp
     assert (out / "a.png").read_bytes() == b"kept"
     with Image.open(out / "b.png") as mask:
         assert mask.size == (10, 12)
-    with pytest.raises(InvalidDataset, match="another run or other options"):
+    with pytest.raises(InvalidDataset, match="other images, runs or options"):
         go(run, tmp_path / "scans", out, flips=True)
+    (tmp_path / "scans").rename(tmp_path / "others")
+    with pytest.raises(InvalidDataset, match="other images, runs or options"):
+        go(run, tmp_path / "others", out)
+    (tmp_path / "others").rename(tmp_path / "scans")
     (out / "predict.json").unlink()
     with pytest.raises(InvalidDataset, match="not predicted here"):
         go(run, tmp_path / "scans", out)

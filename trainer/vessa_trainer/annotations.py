@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -61,13 +61,14 @@ class AnnotationFeed:
         kept: int = 8192,
         seed: int = 0,
         exact: bool = False,
+        learned: Collection[str] | None = None,
         incidents: Incidents | None = None,
     ) -> None:
         """Start the background thread.
 
         bank: the seeded bank; kept: labels held in memory; seed: of template_choice "sample"; exact: steps
-        wait for labels asked again; incidents: where it is noted that the annotator was away. Raises
-        VessaError when the annotator does not answer.
+        wait for labels asked again; learned: groups whose labels `stats` judges, None for all; incidents:
+        where it is noted that the annotator was away. Raises VessaError when the annotator does not answer.
         """
         self._fetcher = LabelFetcher(client, dataset, bank, cache, config, seed)
         self.class_ids = self._fetcher.class_ids  # the K classes of prompts, in this order
@@ -86,6 +87,7 @@ class AnnotationFeed:
         self._prompts: dict[str, Prompts] = {}
         self._answers: dict[str, Prompts | None] = {}  # what each label was asked with
         self._exact, self._incidents = exact, incidents
+        self._learned = None if learned is None else frozenset(learned)
         self._arrived = time.monotonic()
         self._away: VessaError | None = None
         self._broken: BaseException | None = None
@@ -119,7 +121,9 @@ class AnnotationFeed:
         raises: Unreachable also when steps went without labels for `patience_s` seconds while none came.
         """
         with self._changed:
+            started = time.monotonic()
             self._wait(names, self._config.max_wait_s, exact=self._exact)
+            self._wait_seconds += time.monotonic() - started
             labels = [self._labels.get(name) for name in names]
             late = labels.count(None)
             if late and not self._late:
@@ -151,7 +155,6 @@ class AnnotationFeed:
                     break
                 pause = min(pause, limit - (now - started))
             self._changed.wait(timeout=pause)
-        self._wait_seconds += time.monotonic() - started
         for name in names:
             if name in self._labels:
                 self._labels.move_to_end(name)
@@ -184,9 +187,9 @@ class AnnotationFeed:
         """Counts since the start, and what the labels are worth, where that is known.
 
         wait_seconds: the training step's own waiting; taken: labels that steps asked for; late: those of them
-        that had not come; label_dice: of the newest labels with masks
-        that exist in unlabeled groups (never learned from); echo_before, echo_after: Dice of the
-        replaced and of the new labels with the prompts that the new ones answer.
+        that had not come. Of the groups that are learned from alone: refreshed, labels that came again with
+        prompts; label_dice, of the newest labels with masks that exist (never learned from); echo_before,
+        echo_after, Dice of the replaced and of the new labels with the prompts that the new ones answer.
         """
         with self._changed:
             counts: dict[str, float] = {
@@ -286,10 +289,11 @@ class AnnotationFeed:
         truth = self._truth(wanted.item)
         with self._changed:
             old = self._labels.get(name)
-            if wanted.prompts is not None and old is not None:
+            learned = self._learned is None or wanted.item.group in self._learned
+            if learned and wanted.prompts is not None and old is not None:
                 self._refreshed += 1
                 self._echo.add(name, wanted.prompts, old.labels, label.labels)
-            if truth is not None and truth.shape == label.labels.shape:
+            if learned and truth is not None and truth.shape == label.labels.shape:
                 self._quality.add(name, label.labels, truth)
             self._labels[name], self._answers[name] = label, wanted.prompts
             self._labels.move_to_end(name)

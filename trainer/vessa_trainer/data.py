@@ -127,11 +127,12 @@ class Prepared:
         need_masks: bool,
         folder: Path | None = None,
         limit_bytes: float = math.inf,
+        out: Path | None = None,
     ) -> None:
         """Decode and resize; `need_masks` raises InvalidDataset for a slice without annotation.
 
         folder: where squares are kept in files, for this run and others, instead of in memory; limit_bytes:
-        of that folder.
+        of that folder; out: of the run, which may lie among the images like that folder.
         """
         self.slices = list(slices)
         self.rows = {s.name: i for i, s in enumerate(self.slices)}
@@ -148,7 +149,7 @@ class Prepared:
                 torch.from_numpy(np.stack(a)) for a in (images, masks, valid)
             )
         else:
-            key = key_of(dataset, self.slices, size, need_masks)
+            key = key_of(dataset, self.slices, size, need_masks, [folder, *([out] if out else [])])
             self._mapped = MappedSquares(folder, key, len(self.slices), self._square, limit_bytes)
             arrays = (self._mapped.images, self._mapped.masks, self._mapped.valid)
             self.images, self.masks, self.valid = (torch.from_numpy(a) for a in arrays)

@@ -77,7 +77,7 @@ def fit(config: Config, *, resume_line: str, resume: bool = True) -> dict[str, A
         processes.wait()
         bank = client.bank(bank_of(dataset, config))
         source = {"bank": bank.model_dump()} | {k: getattr(info, k) for k in _WHO}
-        incidents = Incidents(out)
+        incidents = Incidents(out) if processes.first else None  # the others see the same
         feed = AnnotationFeed(
             client,
             dataset,
@@ -86,6 +86,7 @@ def fit(config: Config, *, resume_line: str, resume: bool = True) -> dict[str, A
             config.annotator,
             seed=config.seed,
             exact=config.deterministic,
+            learned=read_splits(dataset, config.data).unlabeled,
             incidents=incidents,
         )
         try:
@@ -176,8 +177,8 @@ def _train(
     if feed is not None:
         stats = feed.stats()
         stats |= processes.total({k: stats[k] for k in COUNTS})
-    if not processes.first:
-        processes.wait()
+    if result is None:
+        processes.wait()  # for what the first one writes
         summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_text())
         return summary
     summary = {

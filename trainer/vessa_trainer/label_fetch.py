@@ -12,12 +12,10 @@ from vessa.client import Annotation, AnnotatorClient, Prompts
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, Slice
 from vessa.errors import (
+    PASSING,
     BadResponse,
     DeadlineExceeded,
     InternalError,
-    NotReady,
-    QueueFull,
-    StoreUnavailable,
     UnknownImage,
     Unreachable,
     VessaError,
@@ -29,15 +27,7 @@ from vessa_trainer.step import PseudoLabel
 
 _log = logging.getLogger(__name__)
 # What may pass by itself; BadResponse is what a proxy says while the annotator behind it is down.
-_PASSING = (
-    Unreachable,
-    QueueFull,
-    NotReady,
-    StoreUnavailable,
-    DeadlineExceeded,
-    InternalError,
-    BadResponse,
-)
+_PASSING = (*PASSING, DeadlineExceeded, InternalError, Unreachable, BadResponse)
 _TRIES = 3  # of an item that the annotator itself fails on: it may have been a restart, or it is the image
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from vessa.datasets import Case, Dataset
-from vessa.errors import InvalidWeights, Unreachable, VessaError
+from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
 from vessa_trainer import checkpoint
@@ -39,7 +39,7 @@ from vessa_trainer.tracking import Tracking
 
 _log = logging.getLogger(__name__)
 
-# A step's labeled and unlabeled batch, and the seconds waited for labels.
+# labeled, unlabeled, seconds waited for labels
 Batch = tuple[tuple[Tensor, Tensor, Tensor], UnlabeledViews | None, float]
 
 
@@ -72,7 +72,7 @@ def evaluate(
 class Run:
     """One run's state, or one process's part of it, which then has the whole model and its rows of batches.
 
-    feed: of labels, where the method has an annotator; resume_line: how to go on.
+    feed: of labels, where the method has an annotator; resume_line: how to go on
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class Run:
             raise ValueError("a feed of labels belongs to the methods that learn from one, and to no other")
         self.config, self.dataset, self.feed, self.resume_line = config, dataset, feed, resume_line
         self.processes = processes
+        for batch in (config.batch_labeled, config.batch_unlabeled):
+            processes.places(batch)  # before anything is decoded
         self.device = open_device(config.device if processes.count == 1 else processes.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -101,13 +103,14 @@ class Run:
         self.splits = read_splits(dataset, config.data)
         size = config.student.size
         prepared = None if config.data.prepared is None else Path(config.data.prepared)
-        options: dict[str, Any] = {"folder": prepared, "limit_bytes": config.data.prepared_gb * 1e9}
-        labeled = slices_of(dataset, self.splits.labeled)
-        self.labeled = Prepared(dataset, labeled, size, need_masks=True, **options)
+        limit = config.data.prepared_gb * 1e9
+        options: dict[str, Any] = {"folder": prepared, "limit_bytes": limit, "out": self.out}
+        rows = slices_of(dataset, self.splits.labeled)
+        self.labeled = Prepared(dataset, rows, size, need_masks=True, **options)
         self.unlabeled: Prepared | None = None
         if config.semi.method != "supervised":
-            unlabeled = slices_of(dataset, self.splits.unlabeled)
-            self.unlabeled = Prepared(dataset, unlabeled, size, need_masks=False, **options)
+            rows = slices_of(dataset, self.splits.unlabeled)
+            self.unlabeled = Prepared(dataset, rows, size, need_masks=False, **options)
         parts = [p for p in (self.labeled, self.unlabeled) if p is not None]
         self.channels = max(p.channels for p in parts)
         for part in parts:
@@ -189,8 +192,11 @@ class Run:
         if self.feedback is not None:
             self.feedback.forget_older(self.step)
 
-    def train(self, on_step: Callable[[int], None] | None = None) -> RunResult:
-        """Train to the end. Raises Interrupted, after saving, when stopped or left by the annotator."""
+    def train(self, on_step: Callable[[int], None] | None = None) -> RunResult | None:
+        """Train to the end; the first process scores, the others return None.
+
+        Raises Interrupted, after saving, when stopped or left by the annotator.
+        """
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         try:
             with (
@@ -212,7 +218,7 @@ class Run:
                         self.save()
                     if on_step is not None:
                         on_step(self.step)
-        except Interrupted:
+        except (Interrupted, InvalidConfig):
             raise
         except (VessaError, KeyboardInterrupt) as error:
             if self._drawn_from is not None:  # in the middle of a step: it will be drawn again
@@ -220,8 +226,7 @@ class Run:
             self.save()
             why = error.message if isinstance(error, VessaError) else "stopped by Ctrl-C or SIGTERM"
             raise Interrupted(f"{why}; saved at step {self.step}. Resume with: {self.resume_line}") from error
-        self.processes.wait()  # the best teacher is written
-        return self._result()
+        return self._result() if self.processes.first else None
 
     def _step(self) -> dict[str, float]:
         started = time.perf_counter()

@@ -1,12 +1,14 @@
 """Prepared squares in files mapped into memory: decoded once for all runs, read when they are needed."""
 
+import fcntl
 import hashlib
 import json
+import math
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,20 @@ from numpy.lib.format import open_memmap
 from vessa.datasets import Dataset, Slice
 from vessa.errors import InvalidConfig
 
+_ABANDONED_S = 86400.0  # nobody writes to a folder of this age any more
 VERSION = 1  # of how images are prepared and laid out
 Square = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]  # image, mask, valid; height and width
 
 
-def key_of(dataset: Dataset, slices: Sequence[Slice], size: int, need_masks: bool) -> str:
-    """Hash what the squares depend on: files by name, size and time, so that nothing has to be decoded."""
-    root = dataset.root.resolve()
-    files = sorted(p for p in root.rglob("*") if p.is_file())
+def key_of(
+    dataset: Dataset, slices: Sequence[Slice], size: int, need_masks: bool, apart: Sequence[Path] = ()
+) -> str:
+    """Hash what the squares depend on: files by name, size and time, so that nothing has to be decoded.
+
+    apart: folders that may lie in the data set's and are none of it, such as that of the squares
+    """
+    root, outside = dataset.root.resolve(), {path.resolve() for path in apart}
+    files = sorted(p for p in root.rglob("*") if p.is_file() and not outside.intersection(p.parents))
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     parts = [VERSION, str(root), [s.name for s in slices], size, need_masks, stats]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -44,15 +52,21 @@ class MappedSquares:
         InvalidConfig when the folder cannot be written.
         """
         self.path, self._prepare = folder / key, prepare
-        if not self._open(count):
-            shutil.rmtree(self.path, ignore_errors=True)
-            try:
+        if self._open(count):
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / ".lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one prepares, the others find it
+                if self._open(count):
+                    return
+                shutil.rmtree(self.path, ignore_errors=True)
                 self._build(count)
-            except OSError as error:
-                raise InvalidConfig(f"data.prepared {folder} cannot hold the images: {error}") from error
-            _make_room(folder, self.path, limit_bytes)
-            if not self._open(count):
-                raise InvalidConfig(f"{self.path} cannot be read right after it was written")
+                _make_room(folder, self.path, limit_bytes)
+        except OSError as error:
+            raise InvalidConfig(f"data.prepared {folder} cannot hold the images: {error}") from error
+        if not self._open(count):
+            raise InvalidConfig(f"{self.path} cannot be read right after it was written")
 
     def _open(self, count: int) -> bool:
         try:
@@ -86,8 +100,7 @@ class MappedSquares:
                 array.flush()
             np.save(fresh / "sizes.npy", sizes)
             np.save(fresh / "sums.npy", sums)
-            with suppress(FileExistsError, OSError):  # another process was faster
-                fresh.rename(self.path)
+            fresh.rename(self.path)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -137,7 +150,11 @@ def _store(
 
 
 def _make_room(folder: Path, keep: Path, limit_bytes: float) -> None:
-    """Delete the squares used longest ago until the others fit."""
+    """Delete what a kill left half built, then the squares used longest ago until the others fit."""
+    for path in folder.glob(".*"):
+        newest = max((f.stat().st_mtime for f in path.iterdir()), default=0.0) if path.is_dir() else math.inf
+        if time.time() - newest > _ABANDONED_S:
+            shutil.rmtree(path, ignore_errors=True)
     found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
     found.sort(key=lambda p: (p / "sums.npy").stat().st_mtime if (p / "sums.npy").is_file() else 0.0)
     held = {p: sum(f.stat().st_blocks * 512 for f in p.iterdir()) for p in found}

@@ -107,7 +107,8 @@ def predict(
     name = run.resolve().name
     outputs = find_outputs(source, VolumeOptions(axis, nifti, classes, f"student {name}"))
     _check_folder(source, out, outputs)
-    _claim(out, outputs, {"weights": _digest(run), "flips": flips, "axis": axis})
+    folder = (source if source.is_dir() else source.parent).resolve()  # names are paths below it
+    _claim(out, outputs, {"weights": _digest(run), "flips": flips, "axis": axis, "source": str(folder)})
     missing = [output for output in outputs if not (out / output.name).exists()]
     for output in track(missing, "predicting", console=console, transient=True):
         images, labels = output.images(), []
@@ -135,7 +136,7 @@ def _claim(out: Path, outputs: Sequence[Output], settings: dict[str, object]) ->
     path = out / SETTINGS
     if path.is_file():
         if json.loads(path.read_text()) != settings:
-            raise InvalidDataset(f"{out} holds masks of another run or other options: give another folder")
+            raise InvalidDataset(f"{out} holds masks of other images, runs or options: give another folder")
         return
     strange = next((o.name for o in outputs if (out / o.name).exists()), None)
     if strange is not None:

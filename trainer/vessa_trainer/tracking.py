@@ -1,7 +1,7 @@
 """Where a run's figures go while it trains: TensorBoard, and the trackers that a config names."""
 
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol
@@ -10,6 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vessa.errors import InvalidConfig
 from vessa_trainer.config import Config
+
+_log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -115,9 +117,14 @@ class Tracking:
             self._trackers.append(kinds[tracker](run, name, parameters))
 
     def add(self, group: str, figures: Mapping[str, float], step: int) -> None:
-        """Keep figures as group/name."""
-        for tracker in self._trackers:
-            tracker.add({f"{group}/{name}": value for name, value in figures.items()}, step)
+        """Keep figures as group/name. A place that takes none is left out from then on, with a warning."""
+        named = {f"{group}/{name}": value for name, value in figures.items()}
+        for tracker in list(self._trackers):
+            try:
+                tracker.add(named, step)
+            except Exception as error:  # of libraries and servers of others: the run outlives its dashboards
+                self._trackers.remove(tracker)
+                _log.warning("%s takes no more figures: %s", type(tracker).__name__, error)
 
     def __enter__(self) -> "Tracking":
         return self
@@ -126,8 +133,10 @@ class Tracking:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for tracker in self._trackers:
-            with suppress(OSError):
+            try:
                 tracker.close()
+            except Exception as error:  # see `add`
+                _log.warning("%s was not closed: %s", type(tracker).__name__, error)
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from vessa.errors import Forbidden, UnknownBank
 from vessa.schemas import BankInfo
-from vessa_server.adaptation import Adaptation
 from vessa_server.bank import Bank, TemplateBanks, TemplateInfos
 from vessa_server.keys import Caller, Role
 from vessa_server.template import Template
@@ -41,11 +40,6 @@ class CallersBanks:
         """Remove one template."""
         self.get(name)
         self.banks.remove(name, identity)
-
-    def adapt(self, name: str, adaptation: Adaptation | None) -> None:
-        """Serve the bank by weights of its own, or by the common ones again."""
-        self.get(name)
-        self.banks.adapt(name, adaptation)
 
     def delete(self, name: str) -> None:
         """Delete a bank; Forbidden for a shared one of another key."""

@@ -27,7 +27,7 @@ class Adapting:
 
     def __init__(self, banks: TemplateBanks, annotator: "Annotator") -> None:
         self._banks, self._annotator = banks, annotator
-        self._states: dict[str, AdaptationInfo] = {}
+        self._states: dict[tuple[str, str | None], AdaptationInfo] = {}  # by bank and owner
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -38,17 +38,17 @@ class Adapting:
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
                 raise QueueFull("another bank is being adapted to; try again later", retry_after=30.0)
-            self._states[name] = AdaptationInfo(bank=name, state="running")
+            self._states[_key(bank)] = AdaptationInfo(bank=name, state="running")
             self._thread = threading.Thread(
                 target=self._run, args=(bank, seconds), name="vessa-adapt", daemon=True
             )
             self._thread.start()
-            return self._states[name]
+            return self._states[_key(bank)]
 
     def info(self, name: str) -> AdaptationInfo:
         """Return how it goes, or went; UnknownBank."""
         bank = self._banks.get(name)
-        known = self._states.get(name)
+        known = self._states.get(_key(bank))
         if known is not None:
             return known
         if bank.adaptation is not None:
@@ -59,8 +59,9 @@ class Adapting:
         """Serve a bank by the common weights again; UnknownBank, QueueFull while it is being adapted to."""
         if self.info(name).state == "running":
             raise QueueFull("the bank is being adapted to; try again later", retry_after=30.0)
+        bank = self._banks.get(name)
         self._banks.adapt(name, None)
-        self._states.pop(name, None)
+        self._states.pop(_key(bank), None)
 
     def stop(self, seconds: float) -> None:
         """Give up what runs, and wait for the end of its step for at most `seconds`."""
@@ -74,7 +75,7 @@ class Adapting:
         def progress(share: float, step: int, dice: float) -> None:
             if self._stopping.is_set():
                 raise _Stopped
-            self._states[bank.name] = AdaptationInfo(
+            self._states[_key(bank)] = AdaptationInfo(
                 bank=bank.name, state="running", progress=min(share, 1.0)
             )
 
@@ -90,8 +91,8 @@ class Adapting:
             )
             log.info("bank %s: adaptation %s", bank.name, figures)
             if found is not None:
-                self._banks.adapt(bank.name, found)
-                del self._states[bank.name]
+                self._banks.adapt(bank.name, found, learned_from=bank)
+                del self._states[_key(bank)]
                 return
             state = AdaptationInfo(bank=bank.name, state="done", progress=1.0, figures=figures)
         except _Stopped:
@@ -103,4 +104,9 @@ class Adapting:
         except Exception:
             log.exception("adaptation to bank %s failed", bank.name)
             state = AdaptationInfo(bank=bank.name, state="failed", error="the service's log says why")
-        self._states[bank.name] = state
+        self._states[_key(bank)] = state
+
+
+def _key(bank: Bank) -> tuple[str, str | None]:
+    """Whose adaptation it is: a bank that another key makes under the same name is another one."""
+    return bank.name, bank.owner

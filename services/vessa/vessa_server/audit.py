@@ -18,6 +18,8 @@ from vessa.errors import VessaError
 from vessa_server.settings import Settings, default_store
 from vessa_server.store import disk
 
+_LONGEST = 80  # characters of what a caller names: nobody pushes others' lines out with long ones
+
 
 @dataclass(frozen=True)
 class Actor:
@@ -43,7 +45,9 @@ class AuditLog:
         about: what is changed, by names and ids; what is put into the dictionary that this yields goes into
         the second line.
         """
-        line = {"key": actor.key, "source": actor.source, "request": actor.request, "action": action, **about}
+        who = {"key": actor.key, "source": actor.source, "request": actor.request}
+        about = {name: v[:_LONGEST] if isinstance(v, str) else v for name, v in about.items()}
+        line = {**who, "action": action, **about}
         self._append(line | {"state": "asked"})
         more: dict[str, Any] = {}
         try:
@@ -89,5 +93,5 @@ def open_audit(settings: Settings) -> AuditLog:
     """Return the audit log: `audit_file`, else beside a folder store's banks, else in the user's data."""
     scheme, _, place = settings.store.partition(":")
     folder = Path(place).expanduser() if scheme == "folder" else Path(default_store().partition(":")[2])
-    path = settings.audit_file or folder / "audit.jsonl"
+    path = settings.audit_file or folder / ".audit" / "audit.jsonl"  # no bank can be called that
     return AuditLog(path, settings.audit_bytes, settings.audit_files)

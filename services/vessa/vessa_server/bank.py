@@ -261,13 +261,21 @@ class TemplateBanks:
 
         self.store.change(check_name(name), edit, {})
 
-    def adapt(self, name: str, adaptation: Adaptation | None) -> None:
-        """Serve the bank by weights of its own, or by the common ones again; UnknownBank."""
+    def adapt(self, name: str, adaptation: Adaptation | None, *, learned_from: Bank | None = None) -> None:
+        """Serve the bank by weights of its own, or by the common ones again.
+
+        learned_from: what they were learned from. UnknownBank also where another bank has the name by now.
+        """
         blob = b"" if adaptation is None else adaptation.to_blob()
         digest = None if adaptation is None else adaptation.digest
 
         def edit(old: Index) -> Index | None:
             self._require(name, old)
+            if learned_from is not None and (
+                old.owner != learned_from.owner
+                or old.entries.keys().isdisjoint(template.id for template in learned_from.templates)
+            ):
+                raise UnknownBank(f"another template bank is called {name!r} by now")
             return None if old.adaptation == digest else replace(old, adaptation=digest)
 
         self.store.change(check_name(name), edit, {} if digest is None else {digest: blob})

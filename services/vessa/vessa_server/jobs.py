@@ -1,7 +1,5 @@
 """Volumes that are segmented slice by slice in the background, kept on disk across a restart. No HTTP here.
 
-One folder a job: `job.json`, the files, for each finished slice a label map and what made it; in the end the
-result in their place, and what made it.
 One thread works on one job after another; its slices wait in the device queue like everybody's, under a
 client of their own, so that single images take turns with them. Of several services that share the folder one
 works at a time.
@@ -9,29 +7,30 @@ works at a time.
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from anyio import CapacityLimiter
 from numpy.typing import NDArray
 
 from vessa.errors import (
-    DeadlineExceeded,
+    PASSING,
+    ClassConflict,
     InternalError,
     JobUnfinished,
     NotReady,
     QueueFull,
     StoreUnavailable,
+    TooLarge,
     UnknownJob,
     VessaError,
     error_from,
@@ -41,55 +40,19 @@ from vessa.volumes import Bounds, Volume, read_volume, write_labels
 from vessa.volumes.grid import slice_of
 from vessa_server.access import CallersBanks
 from vessa_server.annotations import Annotations
+from vessa_server.job_files import Job, Kind, Wish, alone_on, folder_of, read_job, remove, size_of
 from vessa_server.keys import Caller, Role
 from vessa_server.service import Loaded, Service
-from vessa_server.settings import Settings, default_store
+from vessa_server.settings import Settings
 from vessa_server.store import write_whole
 from vessa_server.wire.images import decode_mask, label_png
 from vessa_server.wire.reading import SegmentRequest
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["nifti", "dicom-seg"]
-_PASSING = (QueueFull, NotReady, StoreUnavailable, DeadlineExceeded)
 _BEAT_S = 0.5
 _FULL_S = 2.0
 _UPLOAD_S = 3600.0  # an upload that is older was cut off by a kill
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is kept of a job. slices: along the axis; files: uploaded; error: (code, message) of a failure."""
-
-    id: str
-    owner: str
-    role: int
-    bank: str
-    classes: list[str] | None
-    group: str | None
-    axis: int
-    kind: Kind
-    slices: int
-    files: int
-    created: float
-    state: Literal["queued", "running", "done", "failed"] = "queued"
-    error: tuple[str, str] | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.state in ("done", "failed")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a caller asks for. axis: see `Volume.axis`; kind: None for what fits the files."""
-
-    bank: str
-    classes: list[str] | None = None
-    group: str | None = None
-    axis: str = "auto"
-    kind: Kind | None = None
 
 
 class Jobs:
@@ -98,8 +61,9 @@ class Jobs:
     def __init__(self, settings: Settings, service: Service) -> None:
         """Open the folder; nothing runs yet."""
         self._settings, self._service = settings, service
-        self._folder = _folder_of(settings)
+        self._folder = folder_of(settings)
         self._lock = threading.Lock()
+        self.reading = CapacityLimiter(1)  # a small file may be a volume of gigabytes: `create` one at a time
         self._stopping, self._news = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="vessa-jobs", daemon=True)
 
@@ -128,15 +92,18 @@ class Jobs:
         """
         volume = read_volume(files, self._bounds)
         axis = volume.axis(wish.axis)
+        most = self._settings.max_job_slices
+        if volume.shape[axis] > most:
+            raise TooLarge(f"the volume has {volume.shape[axis]} slices along this axis, more than {most}")
         reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
-        reader.segment_slices(wish.bank, wish.classes, volume.image(axis, 0)[None], wish.group)
+        asked = reader.segment_slices(wish.bank, wish.classes, volume.image(axis, 0)[None], wish.group)
         kind: Kind = wish.kind or ("dicom-seg" if volume.headers else "nifti")
         job = Job(
             id=secrets.token_hex(12),
             owner=caller.name,
             role=int(caller.role),
             bank=wish.bank,
-            classes=wish.classes,
+            classes=asked.classes,
             group=wish.group,
             axis=axis,
             kind=kind,
@@ -146,11 +113,11 @@ class Jobs:
         )
         # made now, while somebody is there to be told: a header may not suffice for a DICOM SEG
         write_labels(volume, np.zeros(volume.shape, np.uint8), {1: "class"}, "", kind)
-        take(job.slices)
         with self._lock:
-            self._make_place(sum(map(len, files)))
             folder = self._folder / f".{job.id}"
             try:
+                self._make_place(sum(map(len, files)), caller)
+                take(job.slices)
                 folder.mkdir(parents=True, mode=0o700)
                 for index, data in enumerate(files):
                     (folder / f"{index:05d}.input").write_bytes(data)
@@ -176,7 +143,7 @@ class Jobs:
         """Stop a job and delete all of it."""
         job = self._get(identity, caller)
         with self._lock:
-            shutil.rmtree(self._path(job), ignore_errors=True)
+            remove(self._path(job))
 
     def result(self, identity: str, caller: Caller) -> tuple[Kind, bytes]:
         """Return a finished job's file; JobUnfinished, or the error that ended it."""
@@ -210,7 +177,7 @@ class Jobs:
         return self._folder / job.id
 
     def _all(self) -> list[Job]:
-        found = (_read(path) for path in sorted(self._folder.glob("[!.]*/job.json")))
+        found = (read_job(path) for path in sorted(self._folder.glob("[!.]*/job.json")))
         return sorted((job for job in found if job is not None), key=lambda job: (job.created, job.id))
 
     def _get(self, identity: str, caller: Caller) -> Job:
@@ -232,22 +199,24 @@ class Jobs:
             error=message,
         )
 
-    def _make_place(self, size: int) -> None:
-        """Forget jobs over the age; QueueFull when there are too many, or too many bytes, still."""
-        oldest = time.time() - self._settings.job_age_s
+    def _make_place(self, size: int, caller: Caller) -> None:
+        """Forget what is over its age; QueueFull when too many jobs or bytes, or of one key, are left."""
+        oldest, settings = time.time() - self._settings.job_age_s, self._settings
         for left in self._folder.glob(".*"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > _UPLOAD_S:
                     shutil.rmtree(left, ignore_errors=True)
         for job in self._all():
-            if job.finished and job.created < oldest:
-                shutil.rmtree(self._path(job), ignore_errors=True)
-        kept = self._all()
-        held = sum(path.stat().st_size for path in self._folder.glob("*/*"))
-        if len(kept) >= self._settings.max_jobs or held + size > self._settings.max_jobs_bytes:
+            if job.finished and job.ended < oldest:
+                remove(self._path(job))
+        kept, held = self._all(), size_of(self._folder)
+        own = sum(job.owner == caller.name for job in kept)
+        share = max(1, settings.max_jobs * 3 // 4)  # a key that forgets its results leaves places for others
+        if len(kept) >= settings.max_jobs or own >= share or held + size > settings.max_jobs_bytes:
             raise QueueFull(
-                f"{len(kept)} jobs of {held} bytes are kept, at most {self._settings.max_jobs} of "
-                f"{self._settings.max_jobs_bytes}; delete finished ones or come back later",
+                f"{len(kept)} jobs of {held} bytes are kept, {own} of them this key's; at most "
+                f"{settings.max_jobs} of {settings.max_jobs_bytes} are, {share} a key: delete finished "
+                "ones or come back later",
                 retry_after=30.0,
             )
 
@@ -264,7 +233,7 @@ class Jobs:
             self._news.wait(5.0)
             self._news.clear()
             return
-        with _alone(self._folder) as alone:
+        with alone_on(self._folder) as alone:
             job = self._next() if alone else None
             if job is not None:
                 self._try(job)
@@ -277,7 +246,7 @@ class Jobs:
     def _try(self, job: Job) -> None:
         try:
             self._work(self._change(job, state="running"))
-        except _PASSING:
+        except PASSING:
             self._stopping.wait(_BEAT_S)
         except FileNotFoundError:
             log.info("job %s was deleted while it ran", job.id)
@@ -292,24 +261,28 @@ class Jobs:
     def _work(self, job: Job) -> None:
         loaded = self._service.loaded()
         folder = self._path(job)
-        volume = read_volume([folder / f"{i:05d}.input" for i in range(job.files)], self._bounds)
+        # the bytes first: what goes wrong then is the disk's fault and not the file's
+        files = [(folder / f"{i:05d}.input").read_bytes() for i in range(job.files)]
+        volume = read_volume(files, self._bounds)
         caller = Caller(job.owner, Role(job.role))
         reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
         missing = [i for i in range(job.slices) if not (folder / f"{i:05d}.png").exists()]
-        classes: dict[int, str] = {}
-        for start in range(0, max(len(missing), 1), self._settings.max_batch):
+        height, width = volume.image(job.axis, 0).shape
+        step = max(1, self._settings.max_answer_bytes // (2 * height * width))
+        step = min(step, self._settings.max_batch, self._settings.max_items)
+        for start in range(0, len(missing), step):
             if self._stopping.is_set():
                 raise NotReady("the service is shutting down")
-            places = missing[start : start + self._settings.max_batch]
-            images = np.stack([volume.image(job.axis, i) for i in places or [0]])
-            request = reader.segment_slices(job.bank, job.classes, images, job.group)
-            classes = request.classes
-            if places:
-                answers = asyncio.run(loaded.segment(request, f"job of {job.owner}"))
-                _keep(folder, places, request, answers, loaded.annotations)
+            places = missing[start : start + step]
+            images = np.stack([volume.image(job.axis, i) for i in places])
+            request = reader.segment_slices(job.bank, list(job.classes.values()), images, job.group)
+            if request.classes != job.classes:
+                raise ClassConflict(f"the classes of bank {job.bank!r} were changed while the job ran")
+            answers = asyncio.run(loaded.segment(request, f"job of {job.owner}", deadline=False))
+            _keep(folder, places, request, answers, loaded.annotations)
         labels = _assemble(volume, job, folder)
         source = f"{loaded.annotator.model_digest[:16]}"
-        self._finish(job, write_labels(volume, labels, classes, source, job.kind))
+        self._finish(job, write_labels(volume, labels, job.classes, source, job.kind))
 
     def _finish(self, job: Job, data: bytes) -> None:
         write_whole(self._path(job) / "result", data)
@@ -318,7 +291,7 @@ class Jobs:
     def _end(self, job: Job, **changes: Any) -> None:
         """Keep the outcome; what it was made of is needed no more."""
         try:
-            self._change(job, **changes)
+            self._change(job, ended=time.time(), **changes)
         except FileNotFoundError:
             return  # deleted meanwhile
         for pattern in ("*.input", "*.png"):
@@ -330,28 +303,6 @@ class Jobs:
         with self._lock:
             write_whole(self._path(job) / "job.json", json.dumps(asdict(changed)).encode())
         return changed
-
-
-def _folder_of(settings: Settings) -> Path:
-    """Return `jobs_folder`, else a folder beside a folder store's banks, else in the user's data."""
-    scheme, _, place = settings.store.partition(":")
-    folder = Path(place).expanduser() if scheme == "folder" else Path(default_store().partition(":")[2])
-    return settings.jobs_folder or folder / ".jobs"
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Tell whether no other service works on the jobs of a folder; none begins before this ends."""
-    handle = os.open(folder / "worker.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    alone = True
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            alone = False
-        yield alone
-    finally:
-        os.close(handle)
 
 
 def _may(caller: Caller, job: Job) -> bool:
@@ -382,12 +333,3 @@ def _assemble(volume: Volume, job: Job, folder: Path) -> NDArray[np.uint8]:
         size = (part.shape[0], part.shape[1])
         part[...] = decode_mask((folder / f"{index:05d}.png").read_bytes(), size, part.size)
     return labels
-
-
-def _read(path: Path) -> Job | None:
-    """Return a kept job; None when it was deleted, or when the file is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Job(**{**values, "error": tuple(values["error"]) if values["error"] else None})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None

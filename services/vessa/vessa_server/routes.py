@@ -168,7 +168,8 @@ async def add_templates(
         banks = CallersBanks(loaded.banks, caller)
         writing = change("template.add", bank=wanted.bank, images=len(wanted.items))
         async with contextmanager_in_threadpool(writing) as more:
-            infos = await unless_gone(request, loaded.seed(wanted, banks))
+            templates = await unless_gone(request, loaded.encode(wanted, banks))
+            infos = await run_in_threadpool(banks.add, wanted.bank, templates)  # once begun, it is done
             more["templates"] = [info.id for info in infos if info.created]
         return infos[0] if kind == FORM else TemplateInfos(templates=infos)
 

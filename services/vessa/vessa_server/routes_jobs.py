@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
@@ -28,9 +29,9 @@ async def create_job(request: Request, response: Response, caller: CallerDep) ->
     """Segment a volume slice by slice, in the background.
 
     image: one NIfTI file (.nii, .nii.gz), one DICOM file of one or many frames, or, repeated, the files of
-    one DICOM series. axis: how it is cut: auto (default: the axis with the largest spacing), axial, coronal
-    or sagittal. result: nifti or dicom-seg; by default DICOM SEG for DICOM and NIfTI for NIfTI. The answer's
-    Location tells how it goes.
+    one DICOM series. axis: how it is cut: auto (default: a DICOM's images, else the axis with the largest
+    spacing), axial, coronal or sagittal. result: nifti or dicom-seg; by default DICOM SEG for DICOM and NIfTI
+    for NIfTI. The answer's Location tells how it goes.
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as loaded:
@@ -42,7 +43,9 @@ async def create_job(request: Request, response: Response, caller: CallerDep) ->
             read_job, request.headers["content-type"], body, loaded.settings.max_job_slices
         )
         take = partial(limits.take, caller)
-        info = await run_in_threadpool(_jobs(request).create, files, wish, caller, loaded, take)
+        jobs = _jobs(request)
+        create = partial(jobs.create, files, wish, caller, loaded, take)
+        info = await run_sync(create, limiter=jobs.reading)
     response.headers["Location"] = f"/jobs/{info.id}"
     return info
 

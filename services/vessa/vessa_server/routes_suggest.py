@@ -1,5 +1,7 @@
 """What to annotate next: the route that ranks unlabeled images by what they would bring to a bank."""
 
+import time
+
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
@@ -14,6 +16,7 @@ from vessa_server.service import Loaded
 from vessa_server.suggesting import suggest
 from vessa_server.wire.candidates import Candidates, read_candidates
 from vessa_server.wire.docs import SUGGEST_BODY
+from vessa_server.wire.fields import check_size
 from vessa_server.wire.reading import SegmentRequest
 
 suggestions = APIRouter(dependencies=[Depends(require_key)])
@@ -50,6 +53,7 @@ async def _look(loaded: Loaded, bank: Bank, wanted: Candidates, client: str) -> 
     from vessa_server.items import DescribeItem, SegmentItem
 
     assert wanted.images is not None
+    check_size(wanted.images.shape[1:3], max(len(bank.classes), 1), loaded.settings.max_pixels)
     pairs = list(zip(wanted.ids, wanted.images, wanted.groups, strict=True))
     features = await loaded.describe([DescribeItem(i, image) for i, image, _ in pairs], client)
     sure: list[float | None] = [None] * len(pairs)
@@ -100,6 +104,7 @@ def _rank(loaded: Loaded, bank: Bank, wanted: Candidates) -> Suggestions:
         covered=np.stack(usable) if usable else None,
         groups=wanted.units,
         confidence=np.array(sure, np.float32) if bank.classes else None,
+        until=time.monotonic() + loaded.settings.request_timeout_s,
     )
     found = [
         Suggestion(group=p.group, image_ids=[wanted.ids[i] for i in p.images], gain=round(p.gain, 6))

@@ -18,7 +18,6 @@ from vessa.errors import (
     UnknownBank,
     VessaError,
 )
-from vessa.schemas import TemplateInfo
 from vessa_server.access import CallersBanks
 from vessa_server.adapting import Adapting
 from vessa_server.annotations import Annotations
@@ -68,7 +67,7 @@ class Loaded:
             lambda: {**annotator.bytes_held(), "annotations": self.annotations.nbytes},
         )
         self.adapting = Adapting(banks, annotator)
-        self.looks = Looks()
+        self.looks = Looks(2 * settings.max_candidates)
         self.reader = Reader(settings, banks, sizes, annotator.holds)
 
     def _process(self, items: list[Any]) -> list[Any]:
@@ -102,10 +101,10 @@ class Loaded:
 
         return "-".join([LABELS_VERSION, *(f"no{part}" for part in sorted(self.settings.without))])
 
-    async def segment(self, request: SegmentRequest, client: str = "") -> list[Any]:
+    async def segment(self, request: SegmentRequest, client: str = "", *, deadline: bool = True) -> list[Any]:
         """Return a SegmentResult or VessaError for each image of the request.
 
-        client: whose request it is; clients take turns on the device
+        client: whose request it is; clients take turns on the device; deadline: False for jobs
         """
         places = [i for i, item in enumerate(request.items) if not isinstance(item, VessaError)]
         for i in places:
@@ -113,12 +112,12 @@ class Loaded:
         results: list[Any] = list(request.items)
         items = [request.items[i] for i in places]
         keys = [item.key(request.bank.version) for item in items if not isinstance(item, VessaError)]
-        for place, answer in zip(places, await self._work(items, client, keys), strict=True):
+        for place, answer in zip(places, await self._work(items, client, keys, deadline), strict=True):
             results[place] = answer
         return results
 
-    async def seed(self, request: TemplateRequest, banks: CallersBanks) -> list[TemplateInfo]:
-        """Encode the examples that the bank does not hold yet, and add them all or none."""
+    async def encode(self, request: TemplateRequest, banks: CallersBanks) -> list[Template]:
+        """Return the examples as templates, those that the bank holds already as they are in it."""
         held = await asyncio.to_thread(_held, request, banks)
         missing = [i for i, template in enumerate(held) if template is None]
         templates: list[Any] = list(held)
@@ -128,18 +127,22 @@ class Loaded:
                 answer.item = i
                 raise answer
             templates[i] = answer
-        return await asyncio.to_thread(banks.add, request.bank, templates)
+        return templates
 
     async def describe(self, items: "Sequence[DescribeItem]", client: str) -> list[Any]:
         """Return the feature (D,) or a VessaError of each image."""
         return await self._work(items, client)
 
     async def _work(
-        self, items: Sequence[Any], client: str = "", keys: Sequence[Hashable] | None = None
+        self,
+        items: Sequence[Any],
+        client: str = "",
+        keys: Sequence[Hashable] | None = None,
+        deadline: bool = True,
     ) -> list[Any]:
         if not items:
             return []
-        seconds = self.settings.request_timeout_s
+        seconds = self.settings.request_timeout_s if deadline else None
         try:
             async with asyncio.timeout(seconds):
                 return await self.queue.submit_all(items, client, keys)

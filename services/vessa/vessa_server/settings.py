@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         0, ge=0, description="images by one key that has no limit of its own; 0 for any number"
     )
     audit_bytes: Positive = Field(16 * MEGABYTE, description="of one file of the audit log")
-    audit_files: Positive = Field(8, description="files of the audit log that are kept")
+    audit_files: int = Field(8, ge=2, description="files of the audit log that are kept")
     queue_items: Positive = Field(256, description="items waiting for the device")
     max_batch: Positive = Field(8, description="items on the device at once")
     max_batch_pixels: Positive = Field(
@@ -86,9 +86,9 @@ class Settings(BaseSettings):
     drain_s: Seconds = Field(30.0, description="for requests in work after SIGTERM")
     adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be asked for")
     jobs_folder: Path | None = Field(None, description="of the jobs; unset, in the store's folder")
-    max_jobs: Positive = Field(64, description="jobs that are kept, finished or not")
+    max_jobs: Positive = Field(64, description="jobs that are kept, 3/4 of them of one key at most")
     max_jobs_bytes: Positive = Field(4096 * MEGABYTE, description="all of them together, on disk")
-    job_age_s: Seconds = Field(7 * 86400.0, description="finished jobs over it go when place is needed")
+    job_age_s: Seconds = Field(7 * 86400.0, description="finished jobs over it go with the next one")
     max_job_bytes: Positive = Field(256 * MEGABYTE, description="size of the files of one job")
     max_job_voxels: Positive = Field(512**3, description="voxels of one job's volume")
     max_job_slices: Positive = Field(2048, description="slices, and files, of one job's volume")

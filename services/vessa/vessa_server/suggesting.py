@@ -6,7 +6,9 @@ patient, that lowers the coverage loss most. Numpy alone; no HTTP, no networks.
 """
 
 import heapq
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vessa.errors import DeadlineExceeded
 
 POWER = 4.0  # chosen on the validation patients of acdc, see docs/decisions.md
 _BLOCK = 4096  # rows of a block of distances, so that memory stays small
@@ -42,6 +46,7 @@ def suggest(
     groups: Sequence[str] | None = None,
     confidence: Floats | None = None,
     power: float = POWER,
+    until: float = math.inf,
 ) -> list[Pick]:
     """Rank what to annotate next, best first: at most `count` groups.
 
@@ -51,7 +56,8 @@ def suggest(
 
     The loss is the sum over candidates of (1 - confidence) x (1 - cosine to the nearest template) ** power.
     With a large power only the farthest counts, which is k-center and picks outliers; 1 is k-medians.
-    Raises ValueError for arrays that do not fit each other.
+    until: time.monotonic() at which it is given up. Raises ValueError for arrays that do not fit each other,
+    DeadlineExceeded.
     """
     number = len(features)
     names = [str(i) for i in range(number)] if groups is None else list(groups)
@@ -71,6 +77,8 @@ def suggest(
     whole = float((weights * away**power).sum())
 
     def gain(name: str) -> float:
+        if time.monotonic() > until:
+            raise DeadlineExceeded(f"{number} candidates take too long; rank fewer at once")
         return float((weights * (away**power - np.minimum(away, nearest(name)) ** power)).sum())
 
     def nearest(name: str) -> Floats:
@@ -107,7 +115,7 @@ class Looks:
     The least recently used go first; a feature of the nano preset is 1.5 kB, of the larger ones 6 kB.
     """
 
-    def __init__(self, capacity: int = 20_000) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._features: OrderedDict[str, Floats] = OrderedDict()
         self._sure: OrderedDict[tuple[str, str, int], float] = OrderedDict()
@@ -123,7 +131,9 @@ class Looks:
     def feature(self, image_id: str) -> Floats | None:
         """Return an image's feature, None when it is not known."""
         with self._lock:
-            return self._features.get(image_id)
+            if (found := self._features.get(image_id)) is not None:
+                self._features.move_to_end(image_id)
+            return found
 
     def confidence(self, image_id: str, bank: str, version: int) -> float | None:
         """Return how sure the annotator was of an image by this state of a bank, None when not known."""

@@ -105,6 +105,9 @@ def _parse(source: Source, *, pixels: bool) -> Dataset:
 
 def _size(header: Dataset) -> tuple[int, int, int]:
     """Return rows, columns and frames, of an image that has one gray value a pixel."""
+    if "Rows" not in header:
+        what = str(header.get("Modality", "none"))[:16]
+        raise InvalidImage(f"a DICOM file holds no image (modality {what}); give images alone")
     kind = str(header.get("PhotometricInterpretation", "none"))
     if kind not in _GRAY or int(header.get("SamplesPerPixel", 1)) != 1:
         raise InvalidImage(

@@ -62,9 +62,10 @@ def dicom_seg_bytes(
         )
     except Exception:  # a header may lack any of the many attributes that are referred to
         raise InvalidImage(
-            "the DICOM header lacks what a DICOM SEG refers to (UIDs of study, series, instance and class); "
-            "ask for NIfTI instead"
+            "a DICOM SEG cannot refer to this DICOM's header: most often the UIDs of study, series, instance "
+            "or class are lacking; ask for NIfTI instead"
         ) from None
+    segmentation.SpecificCharacterSet = "ISO_IR 192"  # classes have names in any script
     file = io.BytesIO()
     segmentation.save_as(file)
     return file.getvalue()
@@ -83,7 +84,7 @@ def _segment(number: int, name: str, source: str) -> "SegmentDescription":
 
     return hd.seg.SegmentDescription(
         segment_number=number,
-        segment_label=name[:64],
+        segment_label=name.replace("\\", "/")[:64],  # DICOM would take a backslash for a second value
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=codes.SCT.AnatomicalStructure,
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,

@@ -36,8 +36,9 @@ def is_volume(path: Path) -> bool:
 
 
 def series_files(folder: Path) -> list[Path]:
-    """Return the DICOM files that lie in a folder, by name."""
-    return [p for p in sorted(folder.iterdir()) if p.is_file() and is_dicom(read_head(p))]
+    """Return the DICOM files that lie in a folder, by name, without a directory of them (DICOMDIR)."""
+    files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.name.upper() != "DICOMDIR")
+    return [p for p in files if is_dicom(read_head(p))]
 
 
 def read_volume(source: Path | Sequence[Source], bounds: Bounds | None = None) -> Volume:

@@ -85,10 +85,15 @@ class Volume:
     def axis(self, name: str = "auto") -> int:
         """Return the axis, 0 to 2, along which slices are cut.
 
-        sagittal, coronal, axial: the axis closest to left-right, front-back, head-foot; auto: the one with
-        the largest spacing, of equal ones (within 1 %) that with the fewest slices, then the last.
+        sagittal, coronal, axial: the axis closest to left-right, front-back, head-foot; auto: the images of a
+        DICOM as they are; else the axis of a single slice, else the one with the largest spacing, of equal
+        ones (within 1 %) that with the fewest slices, then the last.
         """
         if name == "auto":
+            if self.headers:
+                return 2
+            if 1 in self.shape:
+                return max(a for a in range(3) if self.shape[a] == 1)
             longest = max(self.spacing) * 0.99
             return min((a for a in range(3) if self.spacing[a] >= longest), key=lambda a: (self.shape[a], -a))
         if name not in AXES:

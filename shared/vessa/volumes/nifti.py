@@ -15,6 +15,7 @@ from vessa.errors import InvalidImage
 from vessa.volumes.grid import Bounds, Source, Volume, check_affine
 
 _HEADERS: dict[int, Any] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_MM = {"meter": 1000.0, "micron": 0.001}  # a file that names no unit is taken for one in mm
 _MAX_OFFSET = 1 << 20  # bytes before the voxels, extensions with them
 
 
@@ -105,6 +106,7 @@ def _header(head: bytes, bounds: Bounds) -> NiftiHeader:
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
         offset, affine = float(header["vox_offset"]), header.get_best_affine()
+        scale = _MM.get(header.get_xyzt_units()[0], 1.0)
         slope, intercept = header.get_slope_inter()
     except Exception:  # nibabel fails in many ways on hostile headers
         raise InvalidImage("the NIfTI header is damaged: its fields contradict one another") from None
@@ -122,4 +124,5 @@ def _header(head: bytes, bounds: Bounds) -> NiftiHeader:
             f"the NIfTI header puts the voxels at an offset that is not {size} to {_MAX_OFFSET}"
         )
     slope, intercept = 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
-    return NiftiHeader(shape, check_affine(affine, "NIfTI file"), dtype, int(offset), slope, intercept)
+    affine = np.diag([scale, scale, scale, 1.0]) @ check_affine(affine, "NIfTI file")
+    return NiftiHeader(shape, affine, dtype, int(offset), slope, intercept)

@@ -33,6 +33,7 @@ from vessa_server.model.language import SEG, Probe, as_seen
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 4
+_LONGEST_WAIT_S = 2.0  # between two tries, whatever a proxy's Retry-After says: the device waits
 _WATCH_S = 2.0
 _CONNECT_S = 5.0
 _REMEMBERED = 10_000  # images that vLLM is believed to hold
@@ -181,6 +182,7 @@ class LanguageService:
         pictures = [Picture.of(p) for p in as_seen(targets, self.image_size)]
         pairs = [(told, pictures[row]) for told, row in zip(read, rows, strict=True)]
         with self._asking:
+            self.check()  # it may have been lost while others asked
             try:
                 return self._states(pairs).to(targets.device)
             except VessaError as error:
@@ -188,7 +190,7 @@ class LanguageService:
         self.check()
         raise AssertionError("a failure was just noted")
 
-    def _fail(self, error: VessaError) -> None:
+    def _fail(self, error: Exception) -> None:
         if self._failure is None:
             log.error("vLLM cannot be used: %s", error)
         self._failure = str(error)
@@ -205,16 +207,18 @@ class LanguageService:
                         self._compare()
                         self._failure = None
                         log.info("vLLM can be used again")
-                except VessaError as error:
+                except Exception as error:  # whatever a server or proxy says: who watches goes on
                     if not self._closed.is_set():
                         self._fail(error)
 
     def _compare(self) -> None:
         """Compare name, last token and state of the probe with what these weights give."""
         models = self._json("GET", "/v1/models", None).get("data")
-        if not isinstance(models, list) or not models or not isinstance(models[0].get("id"), str):
+        first = models[0] if isinstance(models, list) and models else None
+        name = first.get("id") if isinstance(first, dict) else None
+        if not isinstance(name, str):
             raise InvalidWeights("vLLM names no model that it serves")
-        self._model, self._sent = models[0]["id"], OrderedDict()
+        self._model, self._sent = name, OrderedDict()
         overlays, targets = (as_seen(images, self.image_size)[0] for images in Probe.images())
         told = Told(Picture.of(overlays), Probe.CLASS, Probe.INSTRUCTION)
         pair = (told, Picture.of(targets))
@@ -344,4 +348,4 @@ def _wait(error: Exception) -> bool | float:
     """Tell stamina whether and when to try again."""
     if not isinstance(error, _RepeatableError):
         return False
-    return True if error.wait_s is None else error.wait_s
+    return True if error.wait_s is None else min(error.wait_s, _LONGEST_WAIT_S)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from vessa.codec import decode, image_digest
 from vessa.errors import InvalidRequest, MalformedBody, TooLarge
 from vessa_server.settings import Settings
-from vessa_server.wire.fields import check_known, check_size, json_metadata, read_strings
+from vessa_server.wire.fields import check_known, json_metadata, read_strings
 from vessa_server.wire.reading import SEGMENT_TENSORS
 
 TENSORS = {"images": SEGMENT_TENSORS["images"]}
@@ -45,7 +45,6 @@ def read_candidates(body: bytes, settings: Settings) -> Candidates:
     else:
         ids = tuple(image_digest(image) for image in images)
         most = settings.max_items
-        check_size(images.shape[1:3], 1, settings.max_pixels)
     if not ids or len(ids) > most:
         raise TooLarge(f"expected 1 to {most} candidates in this request, got {len(ids)}")
     groups: list[str | None] = [None] * len(ids)
