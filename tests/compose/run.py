@@ -197,6 +197,9 @@ def main() -> None:
                 stack.compose("down", "-v", "--timeout", "5", check=False)
             say(f"{name}: {figures[name]}")
     print(json.dumps(figures))
+    dice = [figures[name]["dice"] for name in options.scenarios.split(",")]
+    if any(abs(one[method] - dice[0][method]) > 0.02 for one in dice for method in one):
+        raise SystemExit("the scenarios differ: a kill or the missing network changed what is learned")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_attention_and_mask_are_those_of_the_tracker(segmenter, images, masks, t
     embedding = segmenter.attend(features[2:], memory)
     assert torch.allclose(embedding, attended, atol=1e-5)
     official = track(sam, pixels[2:], templates, remembered=remembered)
-    logits, _, presence = segmenter.decode(embedding, features[2:], None, PromptBatch())
+    logits, _, presence = segmenter.decode(embedding, features[2:].details, None, PromptBatch())
     assert torch.allclose(logits, official["pred_masks"], atol=1e-4)
     assert torch.allclose(presence, official["object_score_logits"][:, 0], atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_a_box_is_two_points_with_labels_2_and_3(segmenter, images, masks, monke
     prompt = {"point_coords": corners, "point_labels": labels}
     official = track(sam, pixels[2:], 1, remembered={0: out}, point=prompt)
     embedding = segmenter.attend(features[2:], memory[None])
-    logits, _, _ = segmenter.decode(embedding, features[2:], None, PromptBatch(corners, labels))
+    logits, _, _ = segmenter.decode(embedding, features[2:].details, None, PromptBatch(corners, labels))
     assert torch.allclose(logits, official["pred_masks"], atol=1e-4)
 
 
@@ -159,11 +159,11 @@ def test_what_is_absent_has_an_empty_mask_outside_of_training(segmenter, images,
     features = segmenter.encode_images(images[:1])
     embedding = segmenter.attend(features, None)
     with torch.no_grad():
-        logits, _, presence = segmenter.decode(embedding, features, None, PromptBatch())
+        logits, _, presence = segmenter.decode(embedding, features.details, None, PromptBatch())
         assert presence.item() < 0
         assert (logits == -1024).all()
     segmenter.train()
-    logits, _, _ = segmenter.decode(embedding, features, None, PromptBatch())
+    logits, _, _ = segmenter.decode(embedding, features.details, None, PromptBatch())
     segmenter.eval()
     assert (logits > -1000).all()
 

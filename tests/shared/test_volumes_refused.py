@@ -104,6 +104,11 @@ def test_dicom_that_is_no_volume(files, message):
         read_volume([written(file) for file in files], Bounds())
 
 
+def test_an_axis_that_labels_could_not_have_is_refused():
+    with pytest.raises(TooLarge, match="an axis of 40000"):
+        Bounds().check((40000, 2, 2), "NIfTI file")
+
+
 def test_a_dicom_bomb_is_refused_by_its_header():
     for values in ({"Rows": 60000, "Columns": 60000}, {"NumberOfFrames": 2_000_000_000}):
         with pytest.raises((TooLarge, InvalidImage)):

@@ -122,8 +122,10 @@ class Drawing:
             embedding = torch.cat([s.embedding for s in states])
             spoken = [s.h_seg for s in states if s.h_seg is not None]
             h_seg = torch.cat(spoken) if spoken else None
-            features = _join([p.seen.features for p in passes])
-            logits, iou, _ = self.model.segmenter.decode(embedding, features, h_seg, self._prompts(passes))
+            details = [
+                torch.cat(level) for level in zip(*(p.seen.features.details for p in passes), strict=True)
+            ]
+            logits, iou, _ = self.model.segmenter.decode(embedding, details, h_seg, self._prompts(passes))
         drawn = [
             one if (box := _prompts_of(p).box) is None else hold_to_box(one, box, p.seen.square, UNSEEN)
             for one, p in zip(logits.float().split(1), passes, strict=True)

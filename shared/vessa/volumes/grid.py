@@ -16,6 +16,7 @@ from vessa.images import robust_range, scale_to_bytes
 Axis = Literal["auto", "sagittal", "coronal", "axial"]
 AXES: tuple[str, ...] = get_args(Axis)
 _PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
+_LONGEST = 32767  # of an axis of a NIfTI-1 file, in which labels are written
 
 Source = Path | bytes
 
@@ -43,6 +44,8 @@ class Bounds:
             raise TooLarge(f"the {what} has slices of {shape[0]} x {shape[1]}, more than {self.pixels} px")
         if shape[2] > self.slices:
             raise TooLarge(f"the {what} has {shape[2]} slices, more than the limit of {self.slices}")
+        if max(shape) > _LONGEST:
+            raise TooLarge(f"the {what} has an axis of {max(shape)}, longer than labels can have: {_LONGEST}")
         if math.prod(shape) > self.voxels:
             raise TooLarge(f"the {what} has {math.prod(shape)} voxels, more than the limit of {self.voxels}")
 

@@ -4,6 +4,7 @@ The graph is the `sam2` package's `SAM2Base`; this module calls its parts one by
 video tracker around them (`track_step`) replaces logits by constants and cuts gradients.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,11 @@ class ImageFeatures:
     position: Tensor
     fine: Tensor
     finer: Tensor
+
+    @property
+    def details(self) -> tuple[Tensor, Tensor]:
+        """What masks are drawn with: finer, fine."""
+        return self.finer, self.fine
 
     def __getitem__(self, index: Any) -> "ImageFeatures":
         """Pick images by a slice, list or index tensor."""
@@ -222,11 +228,11 @@ class Segmenter(nn.Module):
         return torch.cat(position).to(memory.dtype)
 
     def decode(
-        self, embedding: Tensor, features: ImageFeatures, h_seg: Tensor | None, prompts: PromptBatch
+        self, embedding: Tensor, details: Sequence[Tensor], h_seg: Tensor | None, prompts: PromptBatch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw N masks.
 
-        embedding: (N, C, h, w) from `attend`; features: of the N targets;
+        embedding: (N, C, h, w) from `attend`; details: `ImageFeatures.details` of the N targets;
         h_seg: (N, C) from the language model, joined to the sparse prompts as in LISA, or None
         Returns logits (N, 1, 4h, 4w), predicted IoU (N,) in [0, 1], presence logit (N,). Official
         weights know what is absent (presence below 0): outside of training its mask is empty, as in
@@ -250,7 +256,7 @@ class Segmenter(nn.Module):
             dense_prompt_embeddings=dense,
             multimask_output=False,
             repeat_image=False,
-            high_res_features=[features.finer, features.fine],
+            high_res_features=list(details),
         )
         if self.preset.config is not None and not self.training:
             logits = torch.where(presence[..., None, None] > 0, logits, NO_OBJ_SCORE)

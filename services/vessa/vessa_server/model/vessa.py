@@ -66,7 +66,7 @@ class Vessa(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw one mask for each of N (target, class) pairs; see `Segmenter.attend` and `decode`."""
         embedding = self.segmenter.attend(features, memories)
-        return self.segmenter.decode(embedding, features, h_seg, prompts or PromptBatch())
+        return self.segmenter.decode(embedding, features.details, h_seg, prompts or PromptBatch())
 
 
 def overlay(images: Tensor, masks: Tensor, opacity: float = 0.4) -> Tensor:

@@ -131,7 +131,9 @@ class _Student:
     def loss(self, seen: _Seen) -> Tensor:
         """Eq. 3; a share of the masks is drawn with the prompts that a student would send."""
         self.segmenter.training = True  # of this copy alone: logits keep their gradient where nothing is
-        logits, _, _ = self.segmenter.decode(seen.embedding, seen.features, seen.h_seg, seen.batch.prompts)
+        logits, _, _ = self.segmenter.decode(
+            seen.embedding, seen.features.details, seen.h_seg, seen.batch.prompts
+        )
         return mask_loss(logits.float(), seen.batch.truth, LossWeights(dice=1.0))
 
     @torch.no_grad()
@@ -140,7 +142,9 @@ class _Student:
         self.segmenter.training = False
         scores = []
         for seen in exam:
-            logits, _, _ = self.segmenter.decode(seen.embedding, seen.features, seen.h_seg, PromptBatch())
+            logits, _, _ = self.segmenter.decode(
+                seen.embedding, seen.features.details, seen.h_seg, PromptBatch()
+            )
             scores.append(soft_dice((logits.float() > 0) * 40.0 - 20.0, seen.batch.truth, 1e-3))
         return float(torch.cat(scores).mean())
 
