@@ -370,13 +370,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", default="nano")
     parser.add_argument("--size", type=int, default=256, help="px, side of the images")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--overload-rounds", type=int, default=3)
     parser.add_argument(
         "--batch", type=int, default=64, help="images of a round through HTTP and in the loop"
     )
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--each", type=int, default=10, help="images that each client sends in a round")
+    parser.add_argument("--each", type=int, default=6, help="images that each client sends in a round")
     parser.add_argument("--quick", action="store_true", help="as little as shows that it runs")
     options = parser.parse_args()
     if options.quick:
