@@ -24,6 +24,11 @@ AFFINE = np.array([[-1.2, 0, 0.1, 3], [0, 1.5, 0, 4], [0.1, 0, 6.0, 5], [0, 0, 0
 SHAPE = (40, 30, 5)
 
 
+def settings_of(weights, folder, **more):
+    key = "a-key-for-tests-0123456789"
+    return Settings(api_key=key, weights=str(weights), device="cpu", store=f"folder:{folder}", **more)
+
+
 def post(server, *files, bank, **fields):
     parts = [("image", (f"{i}.bin", data)) for i, data in enumerate(files)]
     return server.http.post("/jobs", files=parts, data={"bank": bank, **fields})
@@ -176,16 +181,7 @@ def test_a_job_tells_what_made_each_of_its_slices(server, key_of):
 
 
 def test_jobs_are_bounded_in_number(server_of, nano_weights, tmp_path):
-    server = server_of(
-        Settings(
-            api_key="a-key-for-tests-0123456789",
-            weights=str(nano_weights),
-            device="cpu",
-            store=f"folder:{tmp_path}",
-            max_jobs=1,
-            job_age_s=1e-3,
-        )
-    )
+    server = server_of(settings_of(nano_weights, tmp_path, max_jobs=1, job_age_s=1e-3))
     server.seed("jobs")
     data = gzip.compress(nifti(phantom((40, 30, 3)), AFFINE))
     first = post(server, data, bank="jobs").json()
@@ -201,12 +197,7 @@ def test_jobs_are_bounded_in_number(server_of, nano_weights, tmp_path):
 
 
 def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_weights, tmp_path):
-    settings = Settings(
-        api_key="a-key-for-tests-0123456789",
-        weights=str(nano_weights),
-        device="cpu",
-        store=f"folder:{tmp_path}",
-    )
+    settings = settings_of(nano_weights, tmp_path)
     first = server_of(settings)
     first.seed("jobs")
     data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
@@ -249,12 +240,7 @@ def test_slices_are_counted_along_the_axis_that_is_asked_for(server):
 
 
 def test_a_job_whose_banks_classes_were_changed_fails_and_mixes_nothing(server_of, nano_weights, tmp_path):
-    settings = Settings(
-        api_key="a-key-for-tests-0123456789",
-        weights=str(nano_weights),
-        device="cpu",
-        store=f"folder:{tmp_path}",
-    )
+    settings = settings_of(nano_weights, tmp_path)
     first = server_of(settings)
     first.seed("jobs")
     data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
