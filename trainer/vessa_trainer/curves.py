@@ -122,6 +122,7 @@ def bars_figure(
             if len(values) > 1:
                 axis.plot([x] * len(values), values, ".", color=_INK, markersize=4)
     axis.set_xticks(range(len(classes)), [c.replace(" ", "\n", 1) for c in classes], fontsize=8)
+    axis.margins(y=0.1 + 0.08 * len(methods))  # room for the legend above the highest bar
     _finish(axis, label, bottom=0, x_label="")
     axis.grid(axis="x", visible=False)
     axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
