@@ -138,7 +138,7 @@ class Replicas:
                     broken += self._last_answer > sent
                 if broken >= _BROKEN:
                     raise DeadlineExceeded(
-                        f"no answer to this one, though others had theirs: {error}"
+                        f"given up after {broken} tries, while others were answered: {error}"
                     ) from error
             finally:
                 with self._changed:

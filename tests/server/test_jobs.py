@@ -271,3 +271,19 @@ def test_a_job_is_gone_at_once_whoever_still_writes_to_it(tmp_path):
     with pytest.raises(FileNotFoundError):
         (folder / "result").write_bytes(b"late")
     assert size_of(tmp_path) == 0
+
+
+def test_a_job_whose_files_are_gone_fails_and_holds_nobody_up(server_of, nano_weights, tmp_path):
+    settings = settings_of(nano_weights, tmp_path)
+    first = server_of(settings)
+    first.seed("jobs")
+    data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
+    identity = post(first, data, bank="jobs").json()["id"]
+    wait(first, identity)  # its input is deleted with that
+    first.http.__exit__(None, None, None)
+    kept = tmp_path / ".jobs" / identity / "job.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "state": "running"}))
+    second = server_of(settings)
+    info = wait(second, identity)
+    assert (info["state"], "missing" in info["error"]) == ("failed", True)
+    assert wait(second, post(second, data, bank="jobs").json()["id"])["state"] == "done"

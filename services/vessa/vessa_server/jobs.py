@@ -249,7 +249,11 @@ class Jobs:
         except PASSING:
             self._stopping.wait(_BEAT_S)
         except FileNotFoundError:
-            log.info("job %s was deleted while it ran", job.id)
+            if self._path(job).is_dir():
+                told = "files of the job are missing; send the volume again"
+                self._end(job, state="failed", error=(InternalError.code, told))
+            else:
+                log.info("job %s was deleted while it ran", job.id)
         except OSError:
             raise  # the disk's fault and not the job's: `_run` waits for room
         except VessaError as error:
