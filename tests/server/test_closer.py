@@ -80,15 +80,17 @@ def test_prompts_tell_where_to_look():
 def test_a_window_enters_and_leaves_at_its_place():
     image = torch.zeros(1, 1, 60, 80)
     image[..., 20:30, 50:70] = 1
-    for window in (Window(10, 40, 40), Window(-10, 45, 50)):  # the second reaches over the edges
+    over_edges = Window(-10, 45, 50)
+    for window, places in (
+        (Window(10, 40, 40), (slice(10, 50), slice(40, 80))),
+        (over_edges, (slice(0, 40), slice(45, 80))),
+    ):
         square = Square(60, 80, window)
         seen = square.enter(image, window.side)
         assert seen.shape == (1, 1, window.side, window.side)
-        back = square.leave(seen, outside=-1)
-        assert back.shape == image.shape
-        inside = square.leave(torch.ones_like(seen), outside=0) > 0
-        assert torch.equal(back[inside], image[inside])
-        assert (back[~inside] == -1).all()
+        rows, columns = square.seen
+        assert (rows, columns) == places
+        assert torch.equal(square.leave(seen), image[..., rows, columns])
         corner = square.points(torch.tensor([50.0, 20.0]), 2 * window.side)
         assert corner.tolist() == [2 * (50 - window.left), 2 * (20 - window.top)]
 

@@ -2,4 +2,5 @@
 
 from vessa_server.cli import main
 
-main()
+if __name__ == "__main__":  # the device process imports this too
+    main()

@@ -22,7 +22,7 @@ from vessa_server.allocator import keep_freed_memory
 from vessa_server.bank import Bank, TemplateBanks, sample_template
 from vessa_server.caching import ByteCache
 from vessa_server.closer import NOTHING, find, prompted_box, union, window_around
-from vessa_server.drawing import UNSEEN, Drawing, Pass, StageClock, mask_square
+from vessa_server.drawing import Drawing, Pass, StageClock, mask_square
 from vessa_server.features import Seen
 from vessa_server.items import DescribeItem, SegmentItem, SegmentResult, TemplateItem
 from vessa_server.model import checkpoint
@@ -180,7 +180,7 @@ class Annotator:
                 results.append(plan)
                 continue
             with self.clock.stage("fuse"):
-                results.append(self._fuse(item, start.bank, plan, [next(outputs) for _ in plan]))
+                results.append(self._fuse(item, start, plan, [next(outputs) for _ in plan]))
             if item.image_id in self._held:
                 self._held.put(item.image_id, start.seen)  # it has grown
         return results
@@ -297,19 +297,30 @@ class Annotator:
         return passes
 
     def _fuse(
-        self, item: SegmentItem, bank: Bank, plan: list[Pass], outputs: list[tuple[Tensor, float]]
+        self, item: SegmentItem, start: _Start, plan: list[Pass], outputs: list[tuple[Tensor, float]]
     ) -> SegmentResult:
-        """Fuse the classes' logits by softmax over [0, z1..zK] on the image's own grid."""
-        logits = torch.cat([logits for logits, _ in outputs], dim=1)
-        logits = plan[0].seen.square.leave(logits, outside=UNSEEN)[0]  # (K, H, W)
+        """Fuse the classes' logits by softmax over [0, z1..zK] on the image's own grid.
+
+        Where a closer look saw nothing is background, without a doubt.
+        """
+        square, size, adaptation = plan[0].seen.square, start.seen.image.shape[:2], start.bank.adaptation
+        logits = square.leave(torch.cat([logits for logits, _ in outputs], dim=1))[0]  # (K, h, w)
         probability = torch.cat([torch.zeros_like(logits[:1]), logits]).softmax(0)
         confidence, winner = probability.max(0)
         ids = np.array([0] + [p.class_id for p in plan], np.uint8)
+        labels, confidences = np.zeros(size, np.uint8), np.full(size, 255, np.uint8)
+        labels[square.seen] = ids[winner.cpu().numpy()]
+        confidences[square.seen] = (confidence * 255).round().byte().cpu().numpy()
+        probabilities = None
+        if item.probabilities:
+            probabilities = np.zeros((len(ids), *size), np.float16)
+            probabilities[0] = 1
+            probabilities[:, *square.seen] = probability.half().cpu().numpy()
         return SegmentResult(
             image_id=item.image_id,
-            labels=ids[winner.cpu().numpy()],
-            confidence=(confidence * 255).round().byte().cpu().numpy(),
-            probabilities=probability.half().cpu().numpy() if item.probabilities else None,
+            labels=labels,
+            confidence=confidences,
+            probabilities=probabilities,
             class_ids=tuple(p.class_id for p in plan),
             class_names=tuple(p.class_name for p in plan),
             scores={p.class_name: round(score, 4) for p, (_, score) in zip(plan, outputs, strict=True)},
@@ -319,8 +330,8 @@ class Annotator:
                 ]
                 for p in plan
             },
-            bank_version=bank.version,
-            adaptation=None if bank.adaptation is None else bank.adaptation.digest,
+            bank_version=start.bank.version,
+            adaptation=None if adaptation is None else adaptation.digest,
         )
 
 

@@ -98,9 +98,9 @@ def create_app(settings: Settings | None = None, annotator_factory: Factory = lo
     app.state.access = resolve_access(settings)
     app.state.audit = open_audit(settings)
     app.state.limits = KeyLimits(settings.key_requests, settings.key_images_per_minute)
-    app.include_router(probes)
-    for router in (operations, api, suggestions, jobs_api):
+    for router in (api, jobs_api, suggestions, operations):  # in the order in which they are tried
         app.include_router(router, responses=FAILURES)
+    app.include_router(probes)
     app.add_exception_handler(VessaError, _on_vessa_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -24,8 +24,10 @@ from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.template import Template, View
 
 STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
-_CONCURRENT_MASKS = 12  # (image, class) pairs decoded in one pass; bounds memory, not what a request may hold
-UNSEEN = -20.0  # mask logit of what a closer look leaves out, and of what a box prompt excludes
+# (image, class) pairs drawn in one pass: eight images of three classes. It bounds memory, not what a request
+# may hold.
+_CONCURRENT_MASKS = 24
+_EXCLUDED = -20.0  # mask logit of what a box prompt excludes
 
 
 class StageClock:
@@ -127,7 +129,7 @@ class Drawing:
             ]
             logits, iou, _ = self.model.segmenter.decode(embedding, details, h_seg, self._prompts(passes))
         drawn = [
-            one if (box := _prompts_of(p).box) is None else hold_to_box(one, box, p.seen.square, UNSEEN)
+            one if (box := _prompts_of(p).box) is None else hold_to_box(one, box, p.seen.square, _EXCLUDED)
             for one, p in zip(logits.float().split(1), passes, strict=True)
         ]
         return list(zip(drawn, iou.tolist(), strict=True))

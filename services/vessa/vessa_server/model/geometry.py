@@ -55,12 +55,19 @@ class Square:
         """Move (N, C, height, width) float onto the square, resized to (N, C, size, size)."""
         return resize(self.pad(array), (size, size), mode)
 
-    def leave(self, logits: Tensor, outside: float = 0.0) -> Tensor:
-        """Move (N, C, s, s) float back to (N, C, height, width); `outside` where nothing was seen."""
+    @property
+    def seen(self) -> tuple[slice, slice]:
+        """Rows and columns of the image that are seen."""
         shown = self.shown
-        right, bottom = shown.left + shown.side - self.width, shown.top + shown.side - self.height
+        rows = slice(max(shown.top, 0), min(shown.top + shown.side, self.height))
+        return rows, slice(max(shown.left, 0), min(shown.left + shown.side, self.width))
+
+    def leave(self, logits: Tensor) -> Tensor:
+        """Move (N, C, s, s) float back to the px of the image that are `seen`, (N, C, h, w)."""
+        (rows, columns), shown = self.seen, self.shown
         square = resize(logits, (shown.side, shown.side))
-        return F.pad(square, (shown.left, -right, shown.top, -bottom), value=outside)
+        square = square[..., rows.start - shown.top : rows.stop - shown.top, :]
+        return square[..., columns.start - shown.left : columns.stop - shown.left]
 
     def points(self, xy: Tensor, size: int) -> Tensor:
         """Move (..., 2) points (x, y) in native px to px of the resized square."""
