@@ -188,8 +188,11 @@ class Load:
 
 
 def resident(pid: int) -> float:
-    """Return the memory that a process has now, MiB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Return the memory that a process and those it has started have now, MiB."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    started = sum(resident(int(child)) for file in children for child in file.read_text().split())
+    own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return own + started
 
 
 def slope(samples: list[tuple[float, float]]) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from vessa.codec import MEDIA_TYPE, encode
 from vessa_server.app import create_app
+from vessa_server.device import load
 from vessa_server.keys import Keys, Role, create_key
 from vessa_server.settings import Settings
 from vessa_server.template import Template, View, template_id
@@ -113,7 +114,7 @@ def server_of() -> Iterator[Callable[..., Server]]:
     opened: list[TestClient] = []
 
     def make(settings: Settings, *, wait: bool = True, **options: Any) -> Server:
-        app = create_app(settings, **options)
+        app = create_app(settings, **({"device_factory": load} | options))
         # A failure must come back as the answer a caller would see, not as the exception.
         http = TestClient(
             app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {settings.key}"}
@@ -135,7 +136,7 @@ def server(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("banks")
     store, keys = f"folder:{folder}", tmp_path_factory.mktemp("keys") / "keys.jsonl"
     settings = Settings(api_key=KEY, weights=str(nano_weights), device="cpu", store=store, keys_file=keys)
-    app = create_app(settings)
+    app = create_app(settings, load)
     with TestClient(app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {KEY}"}) as http:
         wait_ready(http)
         yield Server(http, settings, app)
@@ -179,7 +180,7 @@ def template_of() -> Callable[..., Template]:
     return make_template
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def example() -> Callable[..., tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """Draw an image and its mask: `example(seed, size)`."""
     return draw_example

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vessa.codec import TensorSpec, decode, encode
 from vessa.errors import InvalidWeights
-from vessa_server.app import load
+from vessa_server.device import load
 from vessa_server.settings import Settings
 
 NAMES = {1: "ventricle", 2: "wall"}
@@ -119,7 +119,7 @@ def test_info_says_what_runs(server: Any) -> None:
     assert info["device"] == "cpu"
     assert info["labels_version"]
     assert info["limits"]["max_body_bytes"] == server.settings.max_body_bytes
-    assert info["model"] == server.app.state.service.loaded().annotator.model_digest
+    assert info["model"] == server.app.state.service.loaded().about.model
 
 
 def test_info_tells_an_annotator_without_a_part_from_a_whole_one(
@@ -181,7 +181,7 @@ def test_while_weights_load_only_livez_answers(server_of: Any, nano_weights: Pat
         return load(settings, banks)
 
     settings = Settings(api_key="k" * 20, weights=str(nano_weights), device="cpu", store=f"folder:{tmp_path}")
-    server = server_of(settings, wait=False, annotator_factory=slow)
+    server = server_of(settings, wait=False, device_factory=slow)
     try:
         assert server.http.get("/livez").status_code == 200
         for method, path in (("GET", "/readyz"), ("GET", "/info"), ("POST", "/segment"), ("GET", "/banks")):
@@ -226,14 +226,14 @@ def test_a_hung_device_thread_fails_readyz_and_requests_meet_their_deadline(
     )
     server = server_of(settings)
     go = threading.Event()
-    annotator = server.app.state.service.loaded().annotator
-    original = annotator.encode_templates
+    device = server.app.state.service.loaded().device
+    original = device.encode_templates
 
     def hang(items: Any) -> Any:
         assert go.wait(30)
         return original(items)
 
-    annotator.encode_templates = hang
+    device.encode_templates = hang
     image, mask = example()
     body = encode(
         {"images": image[None], "masks": mask[None]},
@@ -257,7 +257,7 @@ def test_a_hung_device_thread_fails_readyz_and_requests_meet_their_deadline(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert server.http.get("/banks").json() == []  # what was too late was not half done
-    annotator.encode_templates = original
+    device.encode_templates = original
     assert server.send("/templates", body).status_code == 201
 
 
@@ -272,11 +272,11 @@ def test_a_restart_keeps_the_banks_and_other_weights_encode_them_anew(
     assert second.http.get("/banks/b").json() == info
 
     def other_weights(settings: Settings, banks: Any) -> Any:
-        annotator = load(settings, banks)
-        annotator.model_digest = "other"
-        return annotator
+        device = load(settings, banks)
+        device.annotator.model_digest = "other"
+        return device
 
-    third = server_of(settings, annotator_factory=other_weights)
+    third = server_of(settings, device_factory=other_weights)
     assert [t["id"] for t in third.http.get("/templates", params={"bank": "b"}).json()] == ids
     assert third.http.get("/banks/b").json()["version"] > info["version"]
     bank = third.app.state.service.loaded().banks.get("b")

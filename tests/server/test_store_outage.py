@@ -97,18 +97,18 @@ def test_a_redis_that_goes_away_during_a_batch_fails_its_items_with_the_same_cod
 ) -> None:
     """The body was read while Redis lived; the device thread meets the outage."""
     served.seed("b", 2)
-    annotator = served.app.state.service.loaded().annotator
-    original = annotator.segment
+    device = served.app.state.service.loaded().device
+    original = device.segment
 
     def kill_first(items: Any) -> Any:
         redis.kill()
         return original(items)
 
-    annotator.segment = kill_first
+    device.segment = kill_first
     try:
         answer = served.segment({"images": np.stack([example(i)[0] for i in range(2)])}, bank="b")
     finally:
-        annotator.segment = original
+        device.segment = original
     assert answer.status_code == 200
     assert answer.content.count(b"store_unavailable") == 2
     redis.start()

@@ -2,7 +2,7 @@
 
 Where the preset says so it is done twice: on the whole image, then closer (see `closer`).
 
-Everything here runs on the device thread. Pixels and masks come in and go out as numpy arrays;
+Everything here runs in one thread of the device process. Pixels and masks come in and go out as numpy arrays;
 only this module and those below it know torch.
 """
 
@@ -33,8 +33,6 @@ from vessa_server.model.vessa import Vessa
 from vessa_server.template import Template, View, template_id
 
 _Result = TypeVar("_Result")
-
-LABELS_VERSION = "4"  # of pre- and post-processing: raise it when the same weights would answer differently
 
 
 @dataclass
@@ -96,6 +94,10 @@ class Annotator:
     def holds(self, image_id: str) -> bool:
         """Whether a request by this id needs no pixels."""
         return image_id in self._held
+
+    def held_images(self) -> frozenset[str]:
+        """Return the ids of all images that are held."""
+        return frozenset(key for key, _ in self._held if isinstance(key, str))
 
     def bytes_held(self) -> dict[str, int]:
         """Return the bytes of what is kept of images and templates and, on CUDA, of the device's memory."""

@@ -2,11 +2,9 @@
 
 import logging
 import math
-import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -19,10 +17,11 @@ from starlette.requests import ClientDisconnect
 from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
 from vessa.schemas import ErrorBody, ErrorResponse
 from vessa_server import __version__
-from vessa_server.allocator import keep_freed_memory
 from vessa_server.audit import open_audit
 from vessa_server.bank import TemplateBanks
 from vessa_server.connections import BoundedHttp
+from vessa_server.device import Device
+from vessa_server.device_process import DeviceProcess
 from vessa_server.exporting import export_traces
 from vessa_server.jobs import Jobs
 from vessa_server.limits import KeyLimits
@@ -37,9 +36,6 @@ from vessa_server.settings import Settings
 from vessa_server.telemetry import Observe, current_request
 from vessa_server.wire.docs import FAILURES
 
-if TYPE_CHECKING:
-    from vessa_server.annotator import Annotator
-
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """Reference-guided segmentation of medical images.
@@ -52,28 +48,18 @@ _SWITCH_S = 0.0005
 CLIENT_LEFT = 499  # nobody reads it; it makes the metrics tell disconnects from failures
 
 
-def load(settings: Settings, banks: TemplateBanks) -> "Annotator":
-    """Load the annotator that the settings describe; torch is imported here, in the loading thread."""
-    if settings.threads:
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # torch reads it once, when it is imported
-    from vessa_server.annotator import load_annotator
-
-    budget, without = settings.feature_cache_bytes, frozenset[str](settings.without)
-    vllm = None
-    if settings.language == "vllm":
-        from vessa_server.model.language_service import VllmAddress
-
-        vllm = VllmAddress(settings.vllm_url, settings.vllm_key.get_secret_value(), settings.vllm_timeout_s)
-    return load_annotator(settings.weights, settings.device, banks, budget, without, vllm)
+def in_own_process(settings: Settings, banks: TemplateBanks) -> Device:
+    """Load the annotator into a process of its own, which opens the banks' store itself."""
+    return DeviceProcess(settings)
 
 
-def create_app(settings: Settings | None = None, annotator_factory: Factory = load) -> FastAPI:
+def create_app(settings: Settings | None = None, device_factory: Factory = in_own_process) -> FastAPI:
     """Return the app. It loads when its lifespan starts; until then all but /livez answer 503 not_ready.
 
-    annotator_factory: makes the annotator from the settings and the banks, in the loading thread.
+    device_factory: loads the annotator, in the loading thread; `vessa_server.device.load` keeps it in here.
     """
     settings = settings or Settings()
-    service = Service(settings, annotator_factory)
+    service = Service(settings, device_factory)
     jobs = Jobs(settings, service)
 
     @asynccontextmanager
@@ -163,8 +149,7 @@ def prepare_process(settings: Settings) -> None:
     log_to_stderr(settings)
     if settings.traces:
         export_traces()
-    keep_freed_memory()
-    # The device thread asks for the interpreter after every operation: it must not wait for a whole 5 ms.
+    # While a batch changes, the device waits for this process: its thread must not wait for a whole 5 ms.
     sys.setswitchinterval(_SWITCH_S)
 
 

@@ -1,4 +1,4 @@
-"""A bounded queue in front of the one thread that uses the device.
+"""A bounded queue in front of the device, which one thread asks.
 
 Requests submit items from the event loop; the device thread takes them in batches, bounded in items and in
 pixels. An idle device starts at once with whatever is there. Between batches it waits a few milliseconds for
@@ -272,7 +272,7 @@ class DeviceQueue:
             return results
         except Exception as error:
             name = type(error).__name__
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 log.warning("the device's memory did not suffice for a batch of %d (%s)", len(batch), name)
                 return _OutOfMemory()
             if len(batch) > 1:
@@ -288,7 +288,8 @@ class _OutOfMemory:
     """The outcome of a batch that was too much for the device's memory."""
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device's memory did not suffice."""
     # By its name, since torch is not known here; on a CPU it raises a RuntimeError that says so.
     named = type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)

@@ -285,7 +285,7 @@ class Jobs:
             answers = asyncio.run(loaded.segment(request, f"job of {job.owner}", deadline=False))
             _keep(folder, places, request, answers, loaded.annotations)
         labels = _assemble(volume, job, folder)
-        source = f"{loaded.annotator.model_digest[:16]}"
+        source = f"{loaded.about.model[:16]}"
         self._finish(job, write_labels(volume, labels, job.classes, source, job.kind))
 
     def _finish(self, job: Job, data: bytes) -> None:

@@ -70,7 +70,7 @@ class Replica:
         return app
 
     async def check_health(self) -> None:
-        """Wait for the weights, so that no request comes before; later look for a hung device thread.
+        """Wait for the weights, so that no request comes before; later look for a hung device.
 
         Ray replaces a replica that fails. A vLLM that is away is no reason: it would be for the next one.
         """

@@ -99,14 +99,14 @@ def adapt_bank(
         raise InvalidRequest(f"seconds is at most {longest:g} here, got {seconds:g}")
     with change("bank.adapt", bank=bank, seconds=seconds):
         banks.get(bank)
-        return loaded.adapting.start(bank, seconds)
+        return loaded.device.adapt(bank, seconds)
 
 
 @api.get("/banks/{bank}/adapt")
 def adaptation_info(bank: BankPath, loaded: LoadedDep, banks: BanksDep) -> AdaptationInfo:
     """How the bank's adaptation goes, or went."""
     banks.get(bank)
-    return loaded.adapting.info(bank)
+    return loaded.device.adaptation(bank)
 
 
 @api.delete("/banks/{bank}/adapt", status_code=204, dependencies=CURATE)
@@ -114,7 +114,7 @@ def forget_adaptation(bank: BankPath, loaded: LoadedDep, banks: BanksDep, change
     """Serve the bank by the common weights again."""
     with change("bank.adapt.forget", bank=bank):
         banks.get(bank)
-        loaded.adapting.forget(bank)
+        loaded.device.forget_adaptation(bank)
 
 
 @api.get("/templates")
@@ -218,7 +218,7 @@ async def segment(
         def answer() -> Response:
             answers = loaded.annotations.answer(wanted, results, caller)
             if answer_type == SAFETENSORS:
-                model, version = loaded.annotator.model_digest, loaded.labels_version
+                model, version = loaded.about.model, loaded.labels_version
                 return Response(tensor_answer(wanted, answers, model, version), media_type=SAFETENSORS)
             if isinstance(one := answers[0], VessaError):
                 raise one

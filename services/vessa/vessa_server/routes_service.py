@@ -23,7 +23,7 @@ async def livez() -> dict[str, str]:
 
 @probes.get("/readyz", responses={503: FAILURES[503]})
 async def readyz(request: Request) -> dict[str, str]:
-    """Answer 200 when weights are loaded and the device thread lives, else 503; it needs no key."""
+    """Answer 200 when weights are loaded and the device lives, else 503; it needs no key."""
     service_of(request).check_ready()
     return {"status": "ready"}
 
@@ -55,16 +55,15 @@ async def openapi(request: Request) -> dict[str, Any]:
 @operations.get("/info")
 def info(loaded: LoadedDep, banks: BanksDep) -> ServiceInfo:
     """What runs here: version, weights, device, limits, banks, and the annotator's parts in use."""
-    annotator = loaded.annotator
-    stage1 = annotator.model.provenance.get("data")
+    about = loaded.about
     return ServiceInfo(
         version=__version__,
-        preset=annotator.preset,
-        model=annotator.model_digest,
-        device=annotator.device,
+        preset=about.preset,
+        model=about.model,
+        device=about.device,
         limits=loaded.settings.limits(),
         banks=banks.list(),
         labels_version=loaded.labels_version,
         parts=loaded.parts,
-        trained_on=None if stage1 is None else [entry["name"] for entry in stage1],
+        trained_on=None if about.trained_on is None else list(about.trained_on),
     )

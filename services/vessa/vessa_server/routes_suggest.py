@@ -97,7 +97,7 @@ def _rank(loaded: Loaded, bank: Bank, wanted: Candidates) -> Suggestions:
     )
     if unknown:
         return answer
-    usable = [t.whole.feature for t in bank.templates if t.model == loaded.annotator.model_digest]
+    usable = [t.whole.feature for t in bank.templates if t.model == loaded.about.model]
     picks = suggest(
         np.stack(known),
         wanted.count,

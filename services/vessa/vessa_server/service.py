@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vessa.errors import (
     DeadlineExceeded,
@@ -19,10 +19,11 @@ from vessa.errors import (
     VessaError,
 )
 from vessa_server.access import CallersBanks
-from vessa_server.adapting import Adapting
 from vessa_server.annotations import Annotations
 from vessa_server.bank import TemplateBanks, merge_classes
 from vessa_server.batching import DeviceQueue
+from vessa_server.device import Device
+from vessa_server.items import LABELS_VERSION, DescribeItem, SegmentItem, TemplateItem
 from vessa_server.settings import Settings
 from vessa_server.store import open_store
 from vessa_server.suggesting import Looks
@@ -30,25 +31,21 @@ from vessa_server.telemetry import Metrics
 from vessa_server.template import Template, template_id
 from vessa_server.wire.reading import Reader, SeenSizes, SegmentRequest, TemplateRequest
 
-if TYPE_CHECKING:
-    from vessa_server.annotator import Annotator
-    from vessa_server.items import DescribeItem, SegmentItem, TemplateItem
-
 log = logging.getLogger(__name__)
 
 STORE_RETRY_S = 2.0
+_CLOSE_S = 5.0
 
-Factory = Callable[[Settings, TemplateBanks], "Annotator"]
+Factory = Callable[[Settings, TemplateBanks], Device]
 
 
 class Loaded:
     """What exists once the weights are loaded and the banks are encoded."""
 
-    def __init__(
-        self, settings: Settings, metrics: Metrics, banks: TemplateBanks, annotator: "Annotator"
-    ) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, banks: TemplateBanks, device: Device) -> None:
         """Start the device thread."""
-        self.settings, self.banks, self.annotator, self.metrics = settings, banks, annotator, metrics
+        self.settings, self.banks, self.device, self.metrics = settings, banks, device, metrics
+        self.about = device.about
         sizes = SeenSizes()
         self.queue = DeviceQueue(
             self._process,
@@ -58,28 +55,23 @@ class Loaded:
             metrics.batch,
             max_pixels=settings.max_batch_pixels,
             pixels_of=lambda item: _pixels_of(item, sizes),
-            release=annotator.release_memory,
+            release=device.release_memory,
         )
         metrics.queue_depth.set_function(lambda: self.queue.depth)
-        self.annotations = Annotations(settings.annotation_bytes, annotator.model_digest, self.labels_version)
+        self.annotations = Annotations(settings.annotation_bytes, self.about.model, self.labels_version)
         metrics.show_annotator(
-            lambda: annotator.clock.seconds,
-            lambda: {**annotator.bytes_held(), "annotations": self.annotations.nbytes},
+            device.seconds, lambda: {**device.bytes_held(), "annotations": self.annotations.nbytes}
         )
-        self.adapting = Adapting(banks, annotator)
         self.looks = Looks(2 * settings.max_candidates)
-        self.reader = Reader(settings, banks, sizes, annotator.holds)
+        self.reader = Reader(settings, banks, sizes, device.holds)
 
     def _process(self, items: list[Any]) -> list[Any]:
         """Run a batch in the device thread: all kinds of items may be mixed in it."""
-        from vessa_server.items import DescribeItem, SegmentItem, TemplateItem
-
-        annotator = self.annotator
         results: list[Any] = [None] * len(items)
         kinds: dict[type, Callable[[list[Any]], Sequence[Any]]] = {
-            TemplateItem: annotator.encode_templates,
-            DescribeItem: annotator.describe,
-            SegmentItem: annotator.segment,
+            TemplateItem: self.device.encode_templates,
+            DescribeItem: self.device.describe,
+            SegmentItem: self.device.segment,
         }
         for kind, run in kinds.items():
             places = [i for i, item in enumerate(items) if isinstance(item, kind)]
@@ -91,14 +83,12 @@ class Loaded:
     @property
     def parts(self) -> list[str]:
         """What takes part in the answers, of "language" and "memory"."""
-        there = {"memory"} | ({"language"} if self.annotator.model.reader is not None else set())
+        there = {"memory"} | ({"language"} if self.about.language else set())
         return sorted(there - self.settings.without)
 
     @property
     def labels_version(self) -> str:
         """Tell labels of the same weights apart: by pre- and post-processing, and by the parts left out."""
-        from vessa_server.annotator import LABELS_VERSION
-
         return "-".join([LABELS_VERSION, *(f"no{part}" for part in sorted(self.settings.without))])
 
     async def segment(self, request: SegmentRequest, client: str = "", *, deadline: bool = True) -> list[Any]:
@@ -108,7 +98,7 @@ class Loaded:
         """
         places = [i for i, item in enumerate(request.items) if not isinstance(item, VessaError)]
         for i in places:
-            self.metrics.feature(self.annotator.holds(request.ids[i]))
+            self.metrics.feature(self.device.holds(request.ids[i]))
         results: list[Any] = list(request.items)
         items = [request.items[i] for i in places]
         keys = [item.key(request.bank.version) for item in items if not isinstance(item, VessaError)]
@@ -129,7 +119,7 @@ class Loaded:
             templates[i] = answer
         return templates
 
-    async def describe(self, items: "Sequence[DescribeItem]", client: str) -> list[Any]:
+    async def describe(self, items: Sequence[DescribeItem], client: str) -> list[Any]:
         """Return the feature (D,) or a VessaError of each image."""
         return await self._work(items, client)
 
@@ -164,7 +154,7 @@ def _held(request: TemplateRequest, banks: CallersBanks) -> list[Template | None
     return [there.get(template_id(i.image, i.mask, i.classes, i.group)) for i in request.items]
 
 
-def _pixels_of(item: "SegmentItem | TemplateItem | DescribeItem", sizes: SeenSizes) -> int:
+def _pixels_of(item: SegmentItem | TemplateItem | DescribeItem, sizes: SeenSizes) -> int:
     """Return the pixels of the square around an item's image, also when only its id came."""
     size = sizes.get(item.image_id) if item.image is None else item.image.shape[:2]
     return max(size or (0,)) ** 2
@@ -191,12 +181,12 @@ class Service:
     def stop(self) -> None:
         """Take no more work and finish what waits, for at most `drain_s` seconds."""
         self._stopping.set()
-        if self._loaded is not None:
-            self._loaded.adapting.stop(self.settings.drain_s)
-        if self._loaded is not None and not self._loaded.queue.drain(self.settings.drain_s):
-            log.warning("the device thread was still busy after %g s", self.settings.drain_s)
-        if self._loaded is not None and (reader := self._loaded.annotator.model.reader) is not None:
-            reader.close()
+        if (loaded := self._loaded) is None:
+            return
+        drained = loaded.queue.drain(self.settings.drain_s)
+        if not drained:
+            log.warning("the device was still busy after %g s", self.settings.drain_s)
+        loaded.device.close(_CLOSE_S if drained else 0.0)
 
     def loaded(self) -> Loaded:
         """Return the loaded parts; NotReady until then."""
@@ -205,12 +195,11 @@ class Service:
         return self._loaded
 
     def check_ready(self) -> None:
-        """NotReady unless weights are loaded and the device thread gives signs of life."""
-        silence = self.loaded().queue.silence()
-        if silence > self.settings.hang_s:
-            raise NotReady("the device thread hangs; the service must be restarted", retry_after=30.0)
-        if (reader := self.loaded().annotator.model.reader) is not None:
-            reader.check()
+        """NotReady unless weights are loaded and the device gives signs of life."""
+        loaded = self.loaded()
+        loaded.device.check()
+        if loaded.queue.silence() > self.settings.hang_s:
+            raise NotReady("the device hangs; the service must be restarted", retry_after=30.0)
         if self._stopping.is_set():
             raise NotReady("the service is shutting down", retry_after=5.0)
 
@@ -254,24 +243,21 @@ class Service:
         banks = TemplateBanks(open_store(self.settings.store), self.settings.max_templates)
         names = banks.store.names()
         self._say(f"loading weights {self.settings.weights!r}")
-        annotator = self._factory(self.settings, banks)
-        self._say(
-            f"weights {annotator.model_digest[:16]} are on {annotator.device}; {len(names)} template banks"
-        )
-        self._refresh(banks, annotator)
-        return Loaded(self.settings, self.metrics, banks, annotator)
+        device = self._factory(self.settings, banks)
+        about = device.about
+        self._say(f"weights {about.model[:16]} are on {about.device}; {len(names)} template banks")
+        self._refresh(banks, device)
+        return Loaded(self.settings, self.metrics, banks, device)
 
-    def _refresh(self, banks: TemplateBanks, annotator: "Annotator") -> None:
-        from vessa_server.items import TemplateItem
-
+    def _refresh(self, banks: TemplateBanks, device: Device) -> None:
         def encode(templates: list[Template]) -> Sequence[Template | VessaError]:
             items = [TemplateItem(t.image, t.mask, t.classes, t.group) for t in templates]
-            return annotator.encode_templates(items)
+            return device.encode_templates(items)
 
         def progress(done: int, total: int) -> None:
             self._say(f"encoding templates for these weights: {done} of {total}")
 
-        banks.refresh(encode, annotator.model_digest, progress)
+        banks.refresh(encode, device.about.model, progress)
 
     def _say(self, text: str) -> None:
         self._progress = text

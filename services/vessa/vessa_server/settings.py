@@ -27,7 +27,7 @@ class Settings(BaseSettings):
 
     host: address to bind, loopback unless told otherwise; api_key: when empty, one is generated and kept in
     the key file; insecure: serve without a key. weights: `nano` or a weights directory; device: cpu, cuda,
-    cuda:N or auto. store: folder:PATH or redis://...; threads: CPU threads of the device thread, 0 = torch's
+    cuda:N or auto. store: folder:PATH or redis://...; threads: CPU threads that compute, 0 = torch's
     choice. without: parts of the annotator to leave out, as in the paper's ablations (Table 4):
     VESSA_WITHOUT=language, memory or language,memory. language: in_process, or vllm at vllm_url with vllm_key
     (docs/vllm.md).
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     batch_wait_s: float = Field(0.005, ge=0, le=1)
     request_timeout_s: Seconds = Field(120.0, description="from the complete body to the answer")
     body_timeout_s: Seconds = Field(30.0, description="for the whole head, and the whole body, to arrive")
-    hang_s: Seconds = Field(300.0, description="a device thread silent for longer fails /readyz")
+    hang_s: Seconds = Field(300.0, description="a device silent for longer fails /readyz")
     drain_s: Seconds = Field(30.0, description="for requests in work after SIGTERM")
     adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be asked for")
     jobs_folder: Path | None = Field(None, description="of the jobs; unset, in the store's folder")
