@@ -365,7 +365,8 @@ def _or_error(call: Callable[..., _Result], *arguments: object) -> _Result | Ves
 
 
 def _own(features: ImageFeatures) -> ImageFeatures:
-    """Copy, so that keeping one image does not keep its whole batch alive."""
-    return ImageFeatures(
-        features.embedding.clone(), features.position.clone(), features.fine.clone(), features.finer.clone()
+    """Copy, so that keeping one image does not keep its whole batch alive; details as masks are drawn with them."""
+    fine, finer = (
+        level.clone(memory_format=torch.channels_last) for level in (features.fine, features.finer)
     )
+    return ImageFeatures(features.embedding.clone(), features.position.clone(), fine, finer)

@@ -115,6 +115,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.preset = preset
         self.sam = _official(preset) if preset.config else _nano(preset)
+        self.sam.sam_mask_decoder.transformer.register_forward_pre_hook(_by_position)
         self.side = preset.image_size // preset.stride
         self.correlation = (
             Correlation(preset.dim, preset.correlation_heads) if preset.correlation_heads else None
@@ -256,11 +257,22 @@ class Segmenter(nn.Module):
             dense_prompt_embeddings=dense,
             multimask_output=False,
             repeat_image=False,
-            high_res_features=list(details),
+            high_res_features=[level.contiguous(memory_format=torch.channels_last) for level in details],
         )
         if self.preset.config is not None and not self.training:
             logits = torch.where(presence[..., None, None] > 0, logits, NO_OBJ_SCORE)
         return logits, iou[:, 0], presence[:, 0]
+
+
+def _by_position(transformer: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Lay the mask decoder's images out position by position, as its transformer reads them.
+
+    Then it adds and multiplies without copies. All N images have one position encoding (N, C, h, w), which need
+    not be there N times.
+    """
+    images, positions, tokens = arguments
+    images, position = (x.contiguous(memory_format=torch.channels_last) for x in (images, positions[:1]))
+    return images, position.expand_as(images), tokens
 
 
 def _official(preset: SegmenterPreset) -> SAM2Base:
