@@ -36,7 +36,7 @@ os.environ["OMP_NUM_THREADS"] = (
 
 import httpx
 import numpy as np
-from serving import annotator, answers, free_port, running
+from serving import Served, annotator, answers, free_port, paused, running
 
 from vessa.annotation import Annotation, Prompts, box_and_point
 from vessa.client import AnnotatorClient, AsyncAnnotatorClient
@@ -49,7 +49,6 @@ BANK = "bench"
 MAX_BATCH, WAIT_S = 8, 0.005
 POINTINGS = 4  # requests with points on each image
 Image = np.ndarray[Any, np.dtype[np.uint8]]
-Place = tuple[str, str]  # address and key
 
 
 class Images:
@@ -97,7 +96,7 @@ class Load:
 
 
 @contextlib.contextmanager
-def annotating(folder: Path, name: str, options: argparse.Namespace, batch: int) -> Iterator[Place]:
+def annotating(folder: Path, name: str, options: argparse.Namespace, batch: int) -> Iterator[Served]:
     """Run the service with batches of at most `batch`; yields its address and its key."""
     settings = {
         "VESSA_WEIGHTS": options.weights,
@@ -111,14 +110,14 @@ def annotating(folder: Path, name: str, options: argparse.Namespace, batch: int)
 
 
 @contextlib.contextmanager
-def litserve(folder: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Run LitServe on the same bank and weights; yields its address."""
+def litserve(folder: Path, options: argparse.Namespace) -> Iterator[Served]:
+    """Run LitServe on the same bank and weights; yields its address, without a key."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "benchmarks/litserve_peer.py", str(port), str(folder / "banks")]
     command += [options.weights, str(MAX_BATCH), str(WAIT_S)]
-    with running(command, folder / "litserve.log", lambda: answers(f"{url}/health")):
-        yield url
+    with running(command, folder / "litserve.log", lambda: answers(f"{url}/health")) as process:
+        yield Served(url, "", process)
 
 
 def bare_loop(folder: Path, options: argparse.Namespace) -> Callable[[list[Image]], float]:
@@ -197,13 +196,13 @@ def theirs(http: httpx.AsyncClient) -> Send:
 
 
 async def concurrent(
-    batched: Place, single: Place, peer: str, images: Images, options: argparse.Namespace
+    batched: Served, single: Served, peer: Served, images: Images, options: argparse.Namespace
 ) -> list[tuple[float, float, float]]:
     """Time the crowd at the service, at the one with batches of one, and at LitServe, in turn."""
     async with (
         AsyncAnnotatorClient(*batched, timeout=600) as first,
         AsyncAnnotatorClient(*single, timeout=600) as second,
-        httpx.AsyncClient(base_url=peer, timeout=600) as third,
+        httpx.AsyncClient(base_url=peer.url, timeout=600) as third,
     ):
         senders = [ours(first), ours(second), theirs(third)]
         for send in senders:
@@ -214,7 +213,8 @@ async def concurrent(
             times = [0.0, 0.0, 0.0]
             for place in range(3):
                 which = (place + turn) % 3  # none is always the first
-                times[which] = await crowd(senders[which], some, options.clients)
+                with paused(*(s.process for i, s in enumerate((batched, single, peer)) if i != which)):
+                    times[which] = await crowd(senders[which], some, options.clients)
             rounds.append((times[0], times[1], times[2]))
         return rounds
 
@@ -243,7 +243,7 @@ def prompted(client: AnnotatorClient, images: Images, rounds: int) -> list[tuple
 
 
 async def prompted_crowd(
-    place: Place, images: Images, options: argparse.Namespace
+    place: Served, images: Images, options: argparse.Namespace
 ) -> list[tuple[float, float]]:
     """Time the crowd with new images, then with points on the same ones."""
     async with AsyncAnnotatorClient(*place, timeout=600) as client:
@@ -282,7 +282,7 @@ async def attempt(client: AsyncAnnotatorClient, image: Image, load: Load) -> Non
         load.lost += 1
 
 
-async def overload(place: Place, images: Images, options: argparse.Namespace) -> tuple[Load, Load]:
+async def overload(place: Served, images: Images, options: argparse.Namespace) -> tuple[Load, Load]:
     """Load the service with as many clients as it admits, then with three times the rate that it bore."""
     calm, crowded = Load(), Load()
     async with AsyncAnnotatorClient(*place, timeout=600, attempts=1) as client:
@@ -332,7 +332,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         peer = servers.enter_context(litserve(folder, options))
         crowds = asyncio.run(concurrent(batched, single, peer, images, options))
         say("batches, batches of one, LitServe", crowds)
-        calm, crowded = asyncio.run(overload(batched, images, options))
+        with paused(single.process, peer.process):
+            calm, crowded = asyncio.run(overload(batched, images, options))
     return {
         "http_over_bare": median(bare / http for bare, http in pairs),
         "batched_over_single": median(one / ours for ours, one, _ in crowds),

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -33,7 +34,9 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def running(command: list[str], log: Path, ready: Callable[[], bool], **settings: str) -> Iterator[None]:
+def running(
+    command: list[str], log: Path, ready: Callable[[], bool], **settings: str
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a service, and what it starts itself, until the end of the block."""
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -45,7 +48,7 @@ def running(command: list[str], log: Path, ready: Callable[[], bool], **settings
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command} did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)
-        yield
+        yield process
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -56,7 +59,31 @@ def running(command: list[str], log: Path, ready: Callable[[], bool], **settings
 
 
 @contextmanager
-def annotator(folder: Path, name: str = "annotator", **settings: str) -> Iterator[tuple[str, str]]:
+def paused(*processes: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Stop services, and what they started, during the block: even one without work may look for it all the time."""
+    for process in processes:
+        os.killpg(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running annotator: its address, its key, its process."""
+
+    url: str
+    key: str
+    process: "subprocess.Popen[bytes]"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.url, self.key))
+
+
+@contextmanager
+def annotator(folder: Path, name: str = "annotator", **settings: str) -> Iterator[Served]:
     """Run the service on a CPU, its banks in `folder / "banks"`; yields its address and its key."""
     port, key = free_port(), secrets.token_urlsafe(24)
     url = f"http://127.0.0.1:{port}"
@@ -69,5 +96,5 @@ def annotator(folder: Path, name: str = "annotator", **settings: str) -> Iterato
     }
     command = [sys.executable, "-m", "vessa_server", "serve"]
     log = folder / f"{name}.log"
-    with running(command, log, lambda: answers(f"{url}/readyz"), **(common | settings)):
-        yield url, key
+    with running(command, log, lambda: answers(f"{url}/readyz"), **(common | settings)) as process:
+        yield Served(url, key, process)

@@ -267,8 +267,8 @@ class Segmenter(nn.Module):
 def _by_position(transformer: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Lay the mask decoder's images out position by position, as its transformer reads them.
 
-    Then it adds and multiplies without copies. All N images have one position encoding (N, C, h, w), which need
-    not be there N times.
+    Then it adds and multiplies without copies. All N images have one position encoding (N, C, h, w), which is
+    not needed N times.
     """
     images, positions, tokens = arguments
     images, position = (x.contiguous(memory_format=torch.channels_last) for x in (images, positions[:1]))
