@@ -60,7 +60,7 @@ def running(
 
 @contextmanager
 def paused(*processes: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Stop services, and what they started, during the block: even one without work may look for it all the time."""
+    """Stop services, and what they started, during the block: an idle one may look for work all the time."""
     for process in processes:
         os.killpg(process.pid, signal.SIGSTOP)
     try:

@@ -365,7 +365,7 @@ def _or_error(call: Callable[..., _Result], *arguments: object) -> _Result | Ves
 
 
 def _own(features: ImageFeatures) -> ImageFeatures:
-    """Copy, so that keeping one image does not keep its whole batch alive; details lie as `decode` reads them."""
+    """Copy, so that keeping one image does not keep its whole batch; details lie as `decode` reads them."""
     fine, finer = (
         level.clone(memory_format=torch.channels_last) for level in (features.fine, features.finer)
     )
