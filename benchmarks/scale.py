@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from serving import free_port
+from serving import family, free_port
 
 from vessa.client import AnnotatorClient
 
@@ -213,7 +213,7 @@ def lost_by_a_kill(cluster: Cluster, images: Sequence[Any], threads: int = 4) ->
 
 @contextmanager
 def share_of_a_core(process: int, share: float) -> Iterator[None]:
-    """Hold a process, and what it starts from here on, to a share of a core, until it has ended."""
+    """Hold a process, and all that it starts, to a share of a core, until it has ended."""
     period = 20_000  # microseconds: short beside an image
     quota = round(share * period)
     first = Path("/sys/fs/cgroup/cpu")  # version 1 has a tree for each controller, version 2 one for all
@@ -227,7 +227,8 @@ def share_of_a_core(process: int, share: float) -> Iterator[None]:
         group.mkdir()
         for name, value in limits.items():
             (group / name).write_text(value)
-        (group / "cgroup.procs").write_text(f"{process}")
+        for one in family(process):
+            (group / "cgroup.procs").write_text(f"{one}")
     except OSError as error:
         raise SystemExit(f"--share needs root and the kernel's cpu control group: {error}") from error
     try:

@@ -33,6 +33,12 @@ def answers(url: str) -> bool:
         return False
 
 
+def family(pid: int) -> list[int]:
+    """Return a process and all that it has started and that runs, as Linux tells."""
+    children = [file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [pid, *(one for some in children for child in some for one in family(int(child)))]
+
+
 @contextmanager
 def running(
     command: list[str], log: Path, ready: Callable[[], bool], **settings: str

@@ -27,6 +27,7 @@ import httpx
 import numpy as np
 from PIL import Image
 from scipy import stats
+from serving import family
 
 from vessa.codec import MEDIA_TYPE, encode
 
@@ -189,10 +190,8 @@ class Load:
 
 def resident(pid: int) -> float:
     """Return the memory that a process and those it has started have now, MiB."""
-    children = Path(f"/proc/{pid}/task").glob("*/children")
-    started = sum(resident(int(child)) for file in children for child in file.read_text().split())
-    own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return own + started
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def slope(samples: list[tuple[float, float]]) -> tuple[float, float, float]:
