@@ -7,6 +7,7 @@ in halves, so that it harms nobody else.
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -271,6 +272,8 @@ def _main(settings: Settings, work: Connection, aside: Connection) -> None:
             work.send((number, _as_sent(error, "loading failed")))
             return
         banks.model = device.about.model
+        gc.collect()
+        gc.freeze()  # what has been loaded stays: the collector need not look through it again and again
         threading.Thread(target=_serve_aside, args=(device, aside), name="vessa-aside", daemon=True).start()
         work.send((number, device.about))
         _serve_work(device, work)
