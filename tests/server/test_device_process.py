@@ -111,6 +111,7 @@ def test_it_is_known_here_what_is_held_there(remote: DeviceProcess, example: Any
     assert remote.holds(item.image_id)
     assert remote.seconds()["draw"] > 0
     assert remote.bytes_held()["features"] > 0
+    assert remote.bytes_held()["device_process"] > 100 << 20
     remote.release_memory(True)
     assert not remote.holds(item.image_id)
     assert remote.bytes_held()["features"] == 0

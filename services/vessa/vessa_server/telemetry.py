@@ -110,7 +110,9 @@ class _Annotator(Collector):
         for name, value in self._seconds().items():
             stages.add_metric([name], value)
         yield stages
-        held = GaugeMetricFamily("vessa_bytes", "Memory: kept features, the device's", labels=["where"])
+        held = GaugeMetricFamily(
+            "vessa_bytes", "Memory: kept features, the device's, the device process's", labels=["where"]
+        )
         for name, value in self._bytes().items():
             held.add_metric([name], value)
         yield held
