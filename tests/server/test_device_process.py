@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import pickle
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,9 @@ def test_adaptations_go_on_beside_what_is_computed(remote: DeviceProcess, exampl
     remote.forget_adaptation("b")
 
 
-async def _three(queue: DeviceQueue, items: list[SegmentItem]) -> list[Any]:
-    return await queue.submit_all(items)
-
-
 def test_a_killed_process_is_started_again_and_the_batch_is_answered(
     local: LocalDevice, remote: DeviceProcess, example: Any
 ) -> None:
-    import asyncio
-
     items = [query(example, seed) for seed in range(40, 43)]
     expected = local.segment(items)
     remote.segment([query(example, 44)])
@@ -157,7 +152,7 @@ def test_a_killed_process_is_started_again_and_the_batch_is_answered(
 
     queue = DeviceQueue(process, 8, 8)
     try:
-        answers = asyncio.run(_three(queue, items))
+        answers = asyncio.run(queue.submit_all(items))
     finally:
         queue.drain(10)
     for answer, one in zip(answers, expected, strict=True):
@@ -166,7 +161,7 @@ def test_a_killed_process_is_started_again_and_the_batch_is_answered(
     assert not remote.holds(query(example, 44).image_id)
 
 
-def test_while_it_is_away_it_says_so_and_other_weights_do_not_come_back(
+def test_while_it_is_away_it_says_so_and_damaged_weights_do_not_come_back(
     settings: Settings, remote: DeviceProcess, example: Any
 ) -> None:
     description = Path(settings.weights) / "vessa.json"
@@ -193,7 +188,10 @@ def test_weights_that_do_not_load_are_told_as_in_this_process(settings: Settings
 
 def test_errors_arrive_without_torch() -> None:
     full = QueueFull("full", retry_after=3.0, queue_position=2, item=1)
-    sent = pickle.loads(pickle.dumps(_as_sent(full, "")))
+    here, there = Pipe()
+    with here, there:
+        here.send(_as_sent(full, ""))
+        sent = there.recv()
     assert (type(sent), sent.retry_after, sent.queue_position, sent.item) == (QueueFull, 3.0, 2, 1)
     assert isinstance(_as_sent(torch.OutOfMemoryError("no room"), ""), MemoryError)
     other = _as_sent(torch.linalg.LinAlgError("singular"), "segment failed")

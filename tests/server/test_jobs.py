@@ -239,14 +239,19 @@ def test_slices_are_counted_along_the_axis_that_is_asked_for(server):
     assert "3000 slices along this axis, more than 2048" in answer.text
 
 
-def test_a_job_whose_banks_classes_were_changed_fails_and_mixes_nothing(server_of, nano_weights, tmp_path):
-    settings = settings_of(nano_weights, tmp_path)
-    first = server_of(settings)
+def job_done_before(first):
+    """Let a server end a job, and then itself; returns the job's id and its volume."""
     first.seed("jobs")
     data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
     identity = post(first, data, bank="jobs").json()["id"]
     wait(first, identity)
     first.http.__exit__(None, None, None)
+    return identity, data
+
+
+def test_a_job_whose_banks_classes_were_changed_fails_and_mixes_nothing(server_of, nano_weights, tmp_path):
+    settings = settings_of(nano_weights, tmp_path)
+    identity, data = job_done_before(server_of(settings))
     folder = tmp_path / ".jobs" / identity
     job = json.loads((folder / "job.json").read_text())
     classes = {key: f"not {name}" if key == "1" else name for key, name in job["classes"].items()}
@@ -275,12 +280,7 @@ def test_a_job_is_gone_at_once_whoever_still_writes_to_it(tmp_path):
 
 def test_a_job_whose_files_are_gone_fails_and_holds_nobody_up(server_of, nano_weights, tmp_path):
     settings = settings_of(nano_weights, tmp_path)
-    first = server_of(settings)
-    first.seed("jobs")
-    data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
-    identity = post(first, data, bank="jobs").json()["id"]
-    wait(first, identity)  # its input is deleted with that
-    first.http.__exit__(None, None, None)
+    identity, data = job_done_before(server_of(settings))  # its input is deleted with that
     kept = tmp_path / ".jobs" / identity / "job.json"
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "state": "running"}))
     second = server_of(settings)

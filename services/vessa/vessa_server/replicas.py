@@ -83,7 +83,7 @@ class Replica:
                     raise self._service.failure from None
                 await asyncio.sleep(_POLL_S)
         with contextlib.suppress(LanguageUnavailable):
-            self._service.check_ready()
+            await asyncio.to_thread(self._service.check_ready)  # it asks another process
 
 
 def run(settings: Settings, scale: Scale, address: str | None = None) -> None:

@@ -22,7 +22,7 @@ async def livez() -> dict[str, str]:
 
 
 @probes.get("/readyz", responses={503: FAILURES[503]})
-async def readyz(request: Request) -> dict[str, str]:
+def readyz(request: Request) -> dict[str, str]:
     """Answer 200 when weights are loaded and the device lives, else 503; it needs no key."""
     service_of(request).check_ready()
     return {"status": "ready"}

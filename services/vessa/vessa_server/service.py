@@ -195,7 +195,7 @@ class Service:
         return self._loaded
 
     def check_ready(self) -> None:
-        """NotReady unless weights are loaded and the device gives signs of life."""
+        """NotReady unless weights are loaded and the device gives signs of life; it may wait for the device."""
         loaded = self.loaded()
         loaded.device.check()
         if loaded.queue.silence() > self.settings.hang_s:
