@@ -195,7 +195,7 @@ class Service:
         return self._loaded
 
     def check_ready(self) -> None:
-        """NotReady unless weights are loaded and the device gives signs of life; it may wait for the device."""
+        """NotReady unless weights are loaded and the device gives signs of life, which may take a moment."""
         loaded = self.loaded()
         loaded.device.check()
         if loaded.queue.silence() > self.settings.hang_s:
