@@ -15,8 +15,8 @@
 #   proving     the proving ground with many more inputs than CI's: PROVING_EFFORT=20; docs/reliability.md
 #   soak        20 minutes of mixed load, slope of the service's memory: ARGS="--minutes N"; ends in JSON
 #   bench-annotator    time per image, new and seen before; the last line is one JSON object
-# PYTHON=/path/to/python3 chooses the interpreter of a new .venv, PYTEST_ARGS goes to pytest,
-# ARGS to the demo and the benchmarks.
+# PYTHON=/path/to/python3 chooses the interpreter of a new .venv, PYTEST_ARGS goes to pytest, WORKERS=4 runs the
+# tests by four processes, ARGS goes to the demo and the benchmarks.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # What the proving ground is made of; all of it is in `test` too, with fewer inputs.
@@ -34,6 +34,9 @@ STAMP := .venv/.setup-$(shell cat $(SETUP_INPUTS) | cksum | tr -d ' ')
 # These carry the method and the wire format: every line and branch of them is tested.
 FULLY_COVERED := shared/vessa/codec.py shared/vessa/metrics.py \
                  trainer/vessa_trainer/losses.py trainer/vessa_trainer/schedule.py trainer/vessa_trainer/views.py
+# Files side by side; each worker computes with one thread, or they would wait for each other's.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 comma := ,
 empty :=
 space := $(empty) $(empty)
@@ -57,11 +60,11 @@ demo: setup
 
 test: setup redis nginx
 	@ls $(FULLY_COVERED) >/dev/null  # a renamed file would leave the report, and the gate, unseen
-	$(BIN)/python -m pytest -m "not slow and not vllm" --cov --cov-report= $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not vllm" --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report --include='$(subst $(space),$(comma),$(strip $(FULLY_COVERED)))' --fail-under=100
 
 test-all: setup redis nginx
-	$(BIN)/python -m pytest -m "not vllm" --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) -m "not vllm" --cov --cov-report=term $(PYTEST_ARGS)
 
 # VLLM_ENV=FOLDER is where vLLM's own environment is or will be made; 2.5 GB, its pins are not ours.
 VLLM_ENV ?= .venv-vllm
@@ -111,7 +114,7 @@ test-compose: setup
 	@$(BIN)/python tests/compose/run.py $(ARGS)
 
 proving: setup redis
-	PROVING_EFFORT=$(or $(PROVING_EFFORT),20) $(BIN)/python -m pytest $(PROVING) $(PYTEST_ARGS)
+	PROVING_EFFORT=$(or $(PROVING_EFFORT),20) $(PYTEST) $(PROVING) $(PYTEST_ARGS)
 
 soak: setup
 	@$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import proving
 import pytest
@@ -195,6 +196,18 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seco
         time.sleep(0.2)
     process.kill()
     pytest.fail(f"the annotator did not become ready:\n{log.read_text()[-3000:]}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a worker of pytest-xdist tell what it has tried."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["tried"] = dict(proving.tried)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a worker has tried; one that died tells nothing."""
+    proving.tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
