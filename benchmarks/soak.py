@@ -11,6 +11,7 @@ import collections
 import io
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -188,10 +189,17 @@ class Load:
         return answer.status_code
 
 
-def resident(pid: int) -> float:
-    """Return the memory that a process and those it has started have now, MiB."""
-    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def resident(pid: int) -> list[float]:
+    """Return the memory that a process and those it has started have now, MiB each."""
+    pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid)]
+    return [count * os.sysconf("SC_PAGE_SIZE") / 2**20 for count in pages]
+
+
+def held(url: str, key: str) -> dict[str, float]:
+    """Return the bytes that the service says it holds, by where, in MiB."""
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}, timeout=30).text
+    found = re.findall(r'^vessa_bytes\{where="(\w+)"\} (\S+)$', text, re.MULTILINE)
+    return {where: round(float(count) / 2**20, 1) for where, count in found}
 
 
 def slope(samples: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -212,7 +220,9 @@ def start(folder: Path, weights: str) -> tuple[subprocess.Popen[bytes], str, str
     settings = {
         "VESSA_API_KEY": key, "VESSA_PORT": str(port), "VESSA_STORE": f"folder:{folder / 'banks'}",
         "VESSA_WEIGHTS": weights, "VESSA_DEVICE": "cpu", "VESSA_THREADS": "1", "OMP_NUM_THREADS": "1",
-        "VESSA_FEATURE_CACHE_BYTES": str(64 << 20), "XDG_CONFIG_HOME": str(folder),
+        # What is kept on purpose is full before the slope counts.
+        "VESSA_FEATURE_CACHE_BYTES": str(64 << 20), "VESSA_ANNOTATION_BYTES": str(4 << 20),
+        "XDG_CONFIG_HOME": str(folder),
         "VESSA_LOG_LEVEL": "warning",
     }  # fmt: skip
     with (folder / "log").open("w") as log:
@@ -247,17 +257,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         process, url, key = start(Path(place), options.weights)
         try:
-            first, began = resident(process.pid), time.monotonic()
+            first, began = sum(resident(process.pid)), time.monotonic()
             until = began + 60 * options.minutes
             clients = [Load(url, key, seed, counts) for seed in range(options.clients)]
             pool = stack.enter_context(ThreadPoolExecutor(options.clients))
             running = [pool.submit(one.run, until) for one in clients]
             samples = []
             while not all(one.done() for one in running):
-                samples.append((time.monotonic() - began, resident(process.pid)))
+                each = resident(process.pid)
+                samples.append((time.monotonic() - began, sum(each)))
                 if len(samples) % 60 == 0:
+                    parts = " + ".join(f"{mib:.1f}" for mib in each)
                     print(
-                        f"{samples[-1][0]:6.0f} s  {samples[-1][1]:7.1f} MiB  {counts.total()} requests",
+                        f"{samples[-1][0]:6.0f} s  {samples[-1][1]:7.1f} MiB ({parts})  {counts.total()} requests"
+                        f"  {held(url, key)}",
                         flush=True,
                     )
                 time.sleep(1.0)
