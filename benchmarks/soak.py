@@ -268,11 +268,8 @@ def main() -> None:
                 samples.append((time.monotonic() - began, sum(each)))
                 if len(samples) % 60 == 0:
                     parts = " + ".join(f"{mib:.1f}" for mib in each)
-                    print(
-                        f"{samples[-1][0]:6.0f} s  {samples[-1][1]:7.1f} MiB ({parts})  {counts.total()} requests"
-                        f"  {held(url, key)}",
-                        flush=True,
-                    )
+                    line = f"{samples[-1][0]:6.0f} s  {samples[-1][1]:7.1f} MiB ({parts})"
+                    print(f"{line}  {counts.total()} requests  {held(url, key)}", flush=True)
                 time.sleep(1.0)
             for one in running:
                 one.result()  # a client that died of something says so
