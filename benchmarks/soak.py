@@ -1,7 +1,8 @@
 """Whether the service's memory grows: minutes of mixed load, and the slope of what the process holds.
 
 Clients segment in every format, add and remove templates, send what must be refused, run jobs, and leave in
-the middle. The slope is a least-squares line through the resident memory after the warm-up; its 95 %
+the middle. It begins with full batches alone: the allocator keeps what the largest took, and what comes by
+chance later would look like growth. The slope is a least-squares line through the resident memory after the warm-up; its 95 %
 confidence interval is of the means of ten blocks of samples, since neighbors depend on each other. The last
 line is one JSON object. A slope whose interval lies above `--most` MiB/h is an error.
 """
@@ -34,6 +35,8 @@ from vessa.codec import MEDIA_TYPE, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 96)
+_MOST = 8  # images of a request
+_FULL_LOAD = 0.1  # share of the time
 CLASSES = '{"1": "disk"}'
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -61,9 +64,11 @@ class Load:
         self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=120)
         self.jobs: list[str] = []
 
-    def run(self, until: float) -> None:
-        """Work until a moment of time.monotonic()."""
+    def run(self, until: float, full_until: float) -> None:
+        """Work until a moment of time.monotonic(), at first with full batches alone."""
         self.add()
+        while time.monotonic() < full_until:
+            self.counts[f"batch {self.batch(_MOST)}"] += 1
         ways: list[tuple[Callable[[], Any], float]] = [
             (self.form, 5), (self.batch, 3), (self.by_id, 2), (self.add, 2), (self.remove, 2), (self.bad, 5),
             (self.leave, 3), (self.job, 0.5), (self.look, 2), (self.drop_bank, 0.2),
@@ -91,9 +96,9 @@ class Load:
         """POST a safetensors body."""
         return self.http.post(path, content=body, headers={"Content-Type": MEDIA_TYPE}).status_code
 
-    def batch(self) -> int:
+    def batch(self, least: int = 1) -> int:
         """Segment several images at once."""
-        images = np.stack([example(self.rng)[0] for _ in range(int(self.rng.integers(1, 9)))])
+        images = np.stack([example(self.rng)[0] for _ in range(int(self.rng.integers(least, _MOST + 1)))])
         return self.send("/segment", encode({"images": images}, {"bank": self.bank}))
 
     def by_id(self) -> int:
@@ -261,7 +266,8 @@ def main() -> None:
             until = began + 60 * options.minutes
             clients = [Load(url, key, seed, counts) for seed in range(options.clients)]
             pool = stack.enter_context(ThreadPoolExecutor(options.clients))
-            running = [pool.submit(one.run, until) for one in clients]
+            full_until = began + _FULL_LOAD * 60 * options.minutes
+            running = [pool.submit(one.run, until, full_until) for one in clients]
             samples = []
             while not all(one.done() for one in running):
                 each = resident(process.pid)

@@ -64,7 +64,7 @@ SEGMENT_FIELDS = {
 class SeenSizes:
     """Remembers the (H, W) of images by id, so that prompts that come without pixels can be checked."""
 
-    def __init__(self, capacity: int = 65536) -> None:
+    def __init__(self, capacity: int = 16384) -> None:
         """Keep the `capacity` latest."""
         self._sizes: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._capacity = capacity
