@@ -2,9 +2,9 @@
 
 Clients segment in every format, add and remove templates, send what must be refused, run jobs, and leave in
 the middle. It begins with full batches alone: the allocator keeps what the largest took, and what comes by
-chance later would look like growth. The slope is a least-squares line through the resident memory after the warm-up; its 95 %
-confidence interval is of the means of ten blocks of samples, since neighbors depend on each other. The last
-line is one JSON object. A slope whose interval lies above `--most` MiB/h is an error.
+chance later would look like growth. The slope is a least-squares line through the resident memory after the
+warm-up; its 95 % confidence interval is of the means of ten blocks of samples, since neighbors depend on each
+other. The last line is one JSON object. A slope whose interval lies above `--most` MiB/h is an error.
 """
 
 import argparse
