@@ -2,9 +2,9 @@
 
 Clients segment in every format, add and remove templates, send what must be refused, run jobs, and leave in
 the middle. It begins with full batches alone: the allocator keeps what the largest took, and what comes by
-chance later would look like growth. The slope is a least-squares line through the resident memory after the
-warm-up; its 95 % confidence interval is of the means of ten blocks of samples, since neighbors depend on each
-other. The last line is one JSON object. A slope whose interval lies above `--most` MiB/h is an error.
+chance later would look like growth. The slope is a least-squares line through the processes' own memory after
+the warm-up; its 95 % confidence interval is of the means of ten blocks of samples, since neighbors depend on
+each other. The last line is one JSON object. A slope whose interval lies above `--most` MiB/h is an error.
 """
 
 import argparse
@@ -195,9 +195,12 @@ class Load:
 
 
 def resident(pid: int) -> list[float]:
-    """Return the memory that a process and those it has started have now, MiB each."""
-    pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid)]
-    return [count * os.sysconf("SC_PAGE_SIZE") / 2**20 for count in pages]
+    """Return the memory that a process and those it has started hold of their own, MiB each.
+
+    Pages of files, which the kernel takes back when others need the memory, do not count.
+    """
+    told = [Path(f"/proc/{one}/status").read_text() for one in family(pid)]
+    return [int(text.split("RssAnon:")[1].split()[0]) / 2**10 for text in told]
 
 
 def held(url: str, key: str) -> dict[str, float]:
