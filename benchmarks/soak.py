@@ -200,7 +200,8 @@ def resident(pid: int) -> list[float]:
     Pages of files, which the kernel takes back when others need the memory, do not count.
     """
     told = [Path(f"/proc/{one}/status").read_text() for one in family(pid)]
-    return [int(text.split("RssAnon:")[1].split()[0]) / 2**10 for text in told]
+    own = [re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", text, re.MULTILINE) for text in told]
+    return [sum(int(kib) for kib in parts) / 2**10 for parts in own]
 
 
 def held(url: str, key: str) -> dict[str, float]:
@@ -228,7 +229,7 @@ def start(folder: Path, weights: str) -> tuple[subprocess.Popen[bytes], str, str
     settings = {
         "VESSA_API_KEY": key, "VESSA_PORT": str(port), "VESSA_STORE": f"folder:{folder / 'banks'}",
         "VESSA_WEIGHTS": weights, "VESSA_DEVICE": "cpu", "VESSA_THREADS": "1", "OMP_NUM_THREADS": "1",
-        # What is kept on purpose is full before the slope counts.
+        # Features and annotations are full before the slope counts.
         "VESSA_FEATURE_CACHE_BYTES": str(64 << 20), "VESSA_ANNOTATION_BYTES": str(4 << 20),
         "XDG_CONFIG_HOME": str(folder),
         "VESSA_LOG_LEVEL": "warning",
