@@ -65,7 +65,7 @@ class SeenSizes:
     """Remembers the (H, W) of images by id, so that prompts that come without pixels can be checked."""
 
     def __init__(self, capacity: int = 16384) -> None:
-        """Keep the `capacity` latest; an older image must be sent anew, even where the device still holds it."""
+        """Keep the `capacity` latest; an older image must be sent anew, even if the device holds it."""
         self._sizes: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._capacity = capacity
         self._lock = threading.Lock()
