@@ -55,13 +55,13 @@ def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights directory of an untrained nano annotator: real code and files, the same in every run."""
     import torch
 
-    from vessa_server.model import checkpoint
     from vessa_server.model.presets import PRESETS
     from vessa_server.model.vessa import Vessa
+    from vessa_server.model.weights import directory
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights") / "nano"
-    checkpoint.write(Vessa(PRESETS["nano"]).eval(), folder, {"command": "none: untrained, for tests"})
+    directory.write(Vessa(PRESETS["nano"]).eval(), folder, {"command": "none: untrained, for tests"})
     return folder
 
 

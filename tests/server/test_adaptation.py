@@ -19,7 +19,7 @@ from vessa_server.adaptation import Adaptation
 from vessa_server.annotator import Annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.items import SegmentItem, TemplateItem
-from vessa_server.model import checkpoint
+from vessa_server.model.weights import directory
 from vessa_server.pretraining import adapt as module
 from vessa_server.pretraining.adapt import adapt
 from vessa_server.store import FolderStore, RedisStore
@@ -31,7 +31,7 @@ CLASSES = {1: "disk", 2: "ring"}
 @pytest.fixture
 def annotator(nano_weights: Path, tmp_path: Path, example: Any) -> Annotator:
     """Untrained weights and a bank of eight examples of eight patients."""
-    model, digest = checkpoint.read(nano_weights)
+    model, digest = directory.read(nano_weights)
     annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
     items = [TemplateItem(*example(seed), CLASSES, f"p{seed}") for seed in range(8)]
     annotator.banks.add("bank", annotator.encode_templates(items))  # type: ignore[arg-type]

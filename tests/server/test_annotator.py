@@ -10,8 +10,8 @@ from vessa.errors import InvalidImage, NoTemplate, UnknownBank, UnknownClass, Un
 from vessa_server.annotator import Annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
-from vessa_server.model import checkpoint
-from vessa_server.model.prefix import InProcess
+from vessa_server.model.language.prefix_cache import InProcess
+from vessa_server.model.weights import directory
 from vessa_server.store import FolderStore
 
 CLASSES = {1: "liver", 4: "spleen"}
@@ -28,7 +28,7 @@ def example(seed, size=(60, 80)):
 
 @pytest.fixture(scope="module")
 def model(nano_weights):
-    return checkpoint.read(nano_weights)
+    return directory.read(nano_weights)
 
 
 @pytest.fixture

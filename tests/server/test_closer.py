@@ -11,8 +11,8 @@ from vessa_server.annotator import Annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.closer import Found, find, prompted_box, union, window_around
 from vessa_server.items import SegmentItem, TemplateItem
-from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, Window
+from vessa_server.model.weights import directory
 from vessa_server.store import FolderStore
 
 
@@ -105,7 +105,7 @@ def example(seed, size=(60, 80)):
 
 @pytest.fixture
 def annotator(nano_weights, tmp_path):
-    model, digest = checkpoint.read(nano_weights)
+    model, digest = directory.read(nano_weights)
     assert model.preset.closer
     annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
     items = [TemplateItem(*example(seed), {1: "liver"}, f"patient{seed}") for seed in range(3)]
@@ -191,7 +191,7 @@ def test_many_windows_on_one_image_in_one_batch(annotator, monkeypatch):
 
 
 def test_weights_from_before_the_second_look_look_once(nano_weights, tmp_path, monkeypatch):
-    model, digest = checkpoint.read(nano_weights)
+    model, digest = directory.read(nano_weights)
     object.__setattr__(model.preset, "closer", False)
     annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
     annotator.banks.add(

@@ -21,7 +21,7 @@ from vessa_server.cli import app
 from vessa_server.drawing import STAGES
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
 from vessa_server.items import SegmentItem
-from vessa_server.model import checkpoint
+from vessa_server.model.weights import directory
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_server.store import FolderStore
 
@@ -74,7 +74,7 @@ def test_a_bank_is_adapted_to_and_served_without_again(
 
     monkeypatch.setattr(evaluation, "_annotate", annotate)
     figures = AdaptationFigures(before=0.5, after=0.6, kept=True, steps=1, seconds=2.0, bank_version=1)
-    learned = Adaptation({"a": np.zeros(1, np.float32)}, checkpoint.digest(nano_weights), figures)
+    learned = Adaptation({"a": np.zeros(1, np.float32)}, directory.digest(nano_weights), figures)
     asked: list[float] = []
 
     def adapt(*_: object, seconds: float, **__: object) -> tuple[Adaptation, AdaptationFigures]:

@@ -26,9 +26,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable
-from vessa_server.model import checkpoint
-from vessa_server.model.language_service import LanguageService, VllmAddress, _RepeatableError, _wait
-from vessa_server.model.prefix import InProcess
+from vessa_server.model.language.prefix_cache import InProcess
+from vessa_server.model.language.remote_vlm import LanguageService, VllmAddress, _RepeatableError, _wait
+from vessa_server.model.weights import directory
 from vessa_server.settings import Settings
 
 VLLM_KEY = "a-key-of-the-language-model"
@@ -39,7 +39,7 @@ class Speaker:
     """Answers as vLLM does, from a language model; `fault` says what goes wrong, `left` how often."""
 
     def __init__(self, weights: Path) -> None:
-        self.language = checkpoint.read(weights)[0].language
+        self.language = directory.read(weights)[0].language
         self.pictures: dict[str, torch.Tensor] = {}
         self.sent = self.asked = 0
         self.fault, self.left = "", 0
@@ -161,7 +161,7 @@ def opened(nano_weights: Path) -> Iterator[Opener]:
     services = []
 
     def make(speaker: Speaker, key: str = VLLM_KEY, timeout: float = 20.0) -> LanguageService:
-        expected = checkpoint.manifest(nano_weights)["language_state"]
+        expected = directory.manifest(nano_weights)["language_state"]
         address = VllmAddress(speaker.url, key, timeout)
         services.append(LanguageService(address, nano_weights / "language", 128, expected))
         return services[-1]
@@ -306,7 +306,7 @@ def test_a_server_that_comes_back_with_other_weights_is_not_used(connected, spea
 
 
 def test_nobody_there_is_told(opened, nano_weights, port):
-    expected = checkpoint.manifest(nano_weights)["language_state"]
+    expected = directory.manifest(nano_weights)["language_state"]
     address = VllmAddress(f"http://127.0.0.1:{port}", VLLM_KEY)
     service = LanguageService(address, nano_weights / "language", 128, expected)
     with pytest.raises(LanguageUnavailable, match="ConnectError"):

@@ -8,18 +8,18 @@ import torch
 from PIL import Image
 
 from vessa.errors import InvalidWeights
-from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, resize, to_tensor
-from vessa_server.model.instructions import answer, ask, spell_out
+from vessa_server.model.language.instructions import answer, ask, spell_out
 from vessa_server.model.presets import PRESETS, Preset
-from vessa_server.model.prompts import hold_to_box
+from vessa_server.model.prompt_encoding import hold_to_box
 from vessa_server.model.segmenter import PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
+from vessa_server.model.weights import directory
 
 
 @pytest.fixture(scope="module")
 def model(nano_weights):
-    return checkpoint.read(nano_weights)[0]
+    return directory.read(nano_weights)[0]
 
 
 @pytest.fixture
@@ -131,24 +131,24 @@ def test_several_templates_share_the_memory(model, images, masks):
 
 
 def test_weights_survive_a_round_trip(model, tmp_path):
-    digest = checkpoint.write(model, tmp_path / "again", {"command": "test"})
-    again, read_digest = checkpoint.read(tmp_path / "again")
+    digest = directory.write(model, tmp_path / "again", {"command": "test"})
+    again, read_digest = directory.read(tmp_path / "again")
     assert digest == read_digest
     for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
 def test_a_damaged_file_is_refused(nano_weights, model, tmp_path):
-    checkpoint.write(model, tmp_path / "w", {})
+    directory.write(model, tmp_path / "w", {})
     path = tmp_path / "w" / "segmenter.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(InvalidWeights, match=r"segmenter\.safetensors does not have the checksum"):
-        checkpoint.read(tmp_path / "w")
+        directory.read(tmp_path / "w")
     path.unlink()
     with pytest.raises(InvalidWeights, match="is missing"):
-        checkpoint.read(tmp_path / "w")
+        directory.read(tmp_path / "w")
 
 
 def test_a_partial_file_is_refused_with_the_names_of_the_keys(model, nano_weights, tmp_path):
@@ -158,15 +158,15 @@ def test_a_partial_file_is_refused_with_the_names_of_the_keys(model, nano_weight
     del state["0.bias"]
     save_file({**state, "extra": torch.zeros(1)}, tmp_path / "p.safetensors")
     with pytest.raises(InvalidWeights, match=r"missing \['0\.bias'\], unknown \['extra'\]"):
-        checkpoint.load_strictly(model.projector, tmp_path / "p.safetensors")
+        directory.load_strictly(model.projector, tmp_path / "p.safetensors")
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(InvalidWeights, match=r"expected a directory with a vessa\.json"):
-        checkpoint.read(tmp_path / "nothing")
+        directory.read(tmp_path / "nothing")
     (tmp_path / "vessa.json").write_text("{}")
     with pytest.raises(InvalidWeights, match="damaged"):
-        checkpoint.read(tmp_path)
+        directory.read(tmp_path)
 
 
 def test_presets_survive_json():

@@ -19,11 +19,11 @@ from vessa_server.annotator import load_annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.cli import app
 from vessa_server.items import SegmentItem, TemplateItem
-from vessa_server.model import checkpoint, hub
-from vessa_server.model.language import LanguageModel
-from vessa_server.model.official import build, place_language
+from vessa_server.model.language.vlm import LanguageModel
 from vessa_server.model.presets import PRESETS, LanguagePreset, full
 from vessa_server.model.segmenter import Segmenter
+from vessa_server.model.weights import directory, download
+from vessa_server.model.weights.convert_official import build, place_language
 from vessa_server.store import FolderStore
 
 
@@ -69,7 +69,7 @@ def built(files, tmp_path_factory):
 
 
 def test_the_official_files_are_taken_as_they_are(built, files):
-    model, _ = checkpoint.read(built)
+    model, _ = directory.read(built)
     official = torch.load(files / "sam.pt", weights_only=True)["model"]
     assert model.preset == full("base", "tiny", "vit_small_patch14_dinov2", 256)
     assert all(torch.equal(v, official[k]) for k, v in model.segmenter.sam.state_dict().items())
@@ -160,9 +160,9 @@ def test_a_partial_language_model_is_refused_with_its_keys(qwen, tmp_path):
 def test_a_language_model_before_stage_1_is_not_used(files, qwen, tmp_path):
     sam, dino = files / "sam.pt", files / "dino.safetensors"
     build(tmp_path / "w", "base", sam, dino, qwen, image_size=256, provenance={})
-    checkpoint.verify(tmp_path / "w")
+    directory.verify(tmp_path / "w")
     with pytest.raises(InvalidWeights, match="has not been through Stage 1"):
-        checkpoint.read(tmp_path / "w")
+        directory.read(tmp_path / "w")
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_sam_base_plus_and_dino_b_whole(tmp_path):
     write_dino(tmp_path / "dino.safetensors", "vit_base_patch14_dinov2")
     sam, dino = tmp_path / "sam.pt", tmp_path / "dino.safetensors"
     build(tmp_path / "w", "base", sam, dino, None, image_size=512, provenance={})
-    model, _ = checkpoint.read(tmp_path / "w")
+    model, _ = directory.read(tmp_path / "w")
     assert model.preset.segmenter.config == "configs/sam2.1/sam2.1_hiera_b+.yaml"
     assert model.preset.retriever.name == "vit_base_patch14_dinov2"
 
@@ -197,14 +197,16 @@ def test_a_hub_out_of_reach_says_what_to_do_by_hand(tmp_path):
 def test_a_file_fetched_by_hand_is_checked(tmp_path, monkeypatch):
     (tmp_path / "sam2.1_hiera_tiny.pt").write_bytes(b"weights")
     with pytest.raises(InvalidWeights, match="is not the official file"):
-        hub.fetch("sam2.1-tiny", tmp_path)
+        download.fetch("sam2.1-tiny", tmp_path)
     sha256 = hashlib.sha256(b"weights").hexdigest()
-    monkeypatch.setitem(hub.OFFICIAL, "sam2.1-tiny", hub.OFFICIAL["sam2.1-tiny"]._replace(sha256=sha256))
-    assert hub.fetch("sam2.1-tiny", tmp_path) == tmp_path / "sam2.1_hiera_tiny.pt"
+    monkeypatch.setitem(
+        download.OFFICIAL, "sam2.1-tiny", download.OFFICIAL["sam2.1-tiny"]._replace(sha256=sha256)
+    )
+    assert download.fetch("sam2.1-tiny", tmp_path) == tmp_path / "sam2.1_hiera_tiny.pt"
     with pytest.raises(InvalidRequest, match="by hand"):
-        hub.fetch("dinov2-base", tmp_path)
+        download.fetch("dinov2-base", tmp_path)
     with pytest.raises(InvalidRequest, match="unknown name"):
-        hub.fetch("sam", tmp_path)
+        download.fetch("sam", tmp_path)
 
 
 def test_the_presets_of_the_design_can_be_built():

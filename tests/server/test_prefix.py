@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vessa_server.model import checkpoint
-from vessa_server.model.prefix import read_templates, states_after
+from vessa_server.model.language.prefix_cache import read_templates, states_after
 from vessa_server.model.vessa import overlay
+from vessa_server.model.weights import directory
 
 NAMES = ["liver", "the left atrium of the heart", "spleen"]
 ASKED = ["Segment it.", "Find in the target image what the green overlay marks.", "Segment it."]
@@ -13,7 +13,7 @@ ASKED = ["Segment it.", "Find in the target image what the green overlay marks."
 
 @pytest.fixture(scope="module")
 def language(nano_weights):
-    return checkpoint.read(nano_weights)[0].language
+    return directory.read(nano_weights)[0].language
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 
 from vessa.errors import InvalidRequest, InvalidWeights
 from vessa_server.cli import app
-from vessa_server.model import checkpoint
-from vessa_server.model.language import LanguageModel, stored_state
-from vessa_server.model.official import place_language
+from vessa_server.model.language.vlm import LanguageModel, stored_state
 from vessa_server.model.presets import LanguagePreset, RetrieverPreset, full
 from vessa_server.model.retriever import Retriever
 from vessa_server.model.segmenter import Segmenter
+from vessa_server.model.weights import directory
+from vessa_server.model.weights.convert_official import place_language
 from vessa_server.pretraining.export import export, trained
 from vessa_server.pretraining.loop import PretrainConfig
 from vessa_server.pretraining.processes import Scale
@@ -67,7 +67,7 @@ def start(tmp_path_factory):
     retriever = RetrieverPreset(image_size=56)
     preset = full("base", "tiny", retriever.name, 128, language=True)
     preset = dataclasses.replace(preset, retriever=retriever)
-    with checkpoint.fresh_folder(folder / "start", preset, {"licence": "Apache-2.0"}) as fresh:
+    with directory.fresh_folder(folder / "start", preset, {"licence": "Apache-2.0"}) as fresh:
         save_file(stored_state(Segmenter(preset.segmenter), half=False), fresh / "segmenter.safetensors")
         save_file(stored_state(Retriever(retriever), half=False), fresh / "retriever.safetensors")
         place_language(folder / "qwen", fresh / "language", 128)
@@ -164,7 +164,7 @@ def test_passes_and_recomputed_activations_change_no_loss(one, start, tmp_path):
 
 
 def test_what_an_official_graph_trains(start):
-    model, _ = checkpoint.read(start, fresh_projector=True)
+    model, _ = directory.read(start, fresh_projector=True)
     before = sum(p.numel() for p in model.parameters())
     choose(model, Lora(rank=4))
     names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -224,17 +224,17 @@ def masks(model):
 
 def test_an_exported_run_draws_the_same_masks(one, start, tmp_path):
     digest = export(one, tmp_path / "float", dtype="float32")
-    model, found = checkpoint.read(tmp_path / "float")  # strictly, as what serves does
+    model, found = directory.read(tmp_path / "float")  # strictly, as what serves does
     assert found == digest
     before = masks(trained(one)[0])
     assert before.std() > 0
     torch.testing.assert_close(masks(model), before)
     export(one, tmp_path / "half")
-    again = masks(checkpoint.read(tmp_path / "half")[0])
+    again = masks(directory.read(tmp_path / "half")[0])
     assert ((again > 0) == (before > 0)).float().mean() > 0.98
-    manifest = checkpoint.manifest(tmp_path / "half")
+    manifest = directory.manifest(tmp_path / "half")
     assert manifest["provenance"]["command"] == "test"
-    assert manifest["provenance"]["start"]["digest"] == checkpoint.digest(start)
+    assert manifest["provenance"]["start"]["digest"] == directory.digest(start)
 
 
 def test_an_exported_language_model_is_an_ordinary_directory(one, start, tmp_path):
@@ -258,8 +258,8 @@ def test_an_exported_language_model_is_an_ordinary_directory(one, start, tmp_pat
 
 def test_exports_of_exports(nano_weights, tmp_path):
     said = CliRunner().invoke(app, ["weights", "export", str(nano_weights), "--out", str(tmp_path / "w")])
-    assert checkpoint.digest(tmp_path / "w") in said.output
-    files = [checkpoint.manifest(folder)["files"] for folder in (nano_weights, tmp_path / "w")]
+    assert directory.digest(tmp_path / "w") in said.output
+    files = [directory.manifest(folder)["files"] for folder in (nano_weights, tmp_path / "w")]
     assert all(files[1][name] == value for name, value in files[0].items() if name.endswith("safetensors"))
     assert json.loads((tmp_path / "w" / "language" / "config.json").read_text())["dtype"] == "float16"
     (tmp_path / "data").mkdir()
@@ -282,7 +282,7 @@ def test_an_official_graph_never_starts_from_random_weights(tmp_path, start):
     with pytest.raises(InvalidRequest, match="are of preset 'base', not 'large'"):
         train(tmp_path / "r", start, preset="large")
     with pytest.raises(InvalidWeights, match="has not been through Stage 1"):
-        checkpoint.read(start)
+        directory.read(start)
     assert not (tmp_path / "r").exists()
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from vessa_server.model import checkpoint
-from vessa_server.model.language_service import LanguageService, VllmAddress, serve_command
+from vessa_server.model.language.remote_vlm import LanguageService, VllmAddress, serve_command
+from vessa_server.model.weights import directory
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = Path(os.environ.get("VLLM_ENV") or ROOT / ".venv-vllm")
@@ -48,7 +48,7 @@ class Vllm:
 
     def start(self, seconds: float = 500) -> None:
         """Start it and wait until it answers; fail with its log otherwise."""
-        language = checkpoint.find("nano") / "language"
+        language = directory.find("nano") / "language"
         command = [*serve_command(language, "float32"), "--host", "127.0.0.1", "--port", str(self.port)]
         command[0] = str(ENVIRONMENT / "bin" / "vllm")
         own = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
@@ -101,8 +101,8 @@ def connect(vllm: Vllm) -> Iterator[Callable[..., LanguageService]]:
     services: list[LanguageService] = []
 
     def make(weights: Any = "nano", key: str = KEY) -> LanguageService:
-        folder = checkpoint.find(weights)
-        expected = checkpoint.manifest(folder)["language_state"]
+        folder = directory.find(weights)
+        expected = directory.manifest(folder)["language_state"]
         services.append(LanguageService(VllmAddress(vllm.url, key), folder / "language", 128, expected))
         services[-1].connect()
         return services[-1]

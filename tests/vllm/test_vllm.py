@@ -21,10 +21,10 @@ from vessa_server.annotator import load_annotator
 from vessa_server.bank import TemplateBanks
 from vessa_server.evaluation import seed_bank
 from vessa_server.items import SegmentItem
-from vessa_server.model import checkpoint
-from vessa_server.model.language import as_seen
-from vessa_server.model.language_service import Picture, VllmAddress
-from vessa_server.model.prefix import InProcess
+from vessa_server.model.language.prefix_cache import InProcess
+from vessa_server.model.language.remote_vlm import Picture, VllmAddress
+from vessa_server.model.language.vlm import as_seen
+from vessa_server.model.weights import directory
 from vessa_server.pretraining.phantoms import write_phantoms
 from vessa_server.store import FolderStore
 
@@ -48,7 +48,7 @@ def ask(reader: Any, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def in_process():
-    return InProcess(checkpoint.read("nano")[0].language)
+    return InProcess(directory.read("nano")[0].language)
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,11 @@ from vessa_server.closer import NOTHING, find, prompted_box, union, window_aroun
 from vessa_server.drawing import Drawing, Pass, StageClock, mask_square
 from vessa_server.features import Seen
 from vessa_server.items import DescribeItem, SegmentItem, SegmentResult, TemplateItem
-from vessa_server.model import checkpoint
 from vessa_server.model.geometry import Square, Window, to_tensor
-from vessa_server.model.language_service import VllmAddress
+from vessa_server.model.language.remote_vlm import VllmAddress
 from vessa_server.model.segmenter import ImageFeatures
 from vessa_server.model.vessa import Vessa
+from vessa_server.model.weights import directory
 from vessa_server.template import Template, View, template_id
 
 _Result = TypeVar("_Result")
@@ -353,7 +353,7 @@ def load_annotator(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()
-    model, digest = checkpoint.read(weights, device, vllm=vllm)
+    model, digest = directory.read(weights, device, vllm=vllm)
     return Annotator(model, banks, feature_cache_bytes, digest, without)
 
 

@@ -131,7 +131,7 @@ def load(settings: Settings, banks: TemplateBanks) -> LocalDevice:
     budget, without = settings.feature_cache_bytes, frozenset[str](settings.without)
     vllm = None
     if settings.language == "vllm":
-        from vessa_server.model.language_service import VllmAddress
+        from vessa_server.model.language.remote_vlm import VllmAddress
 
         vllm = VllmAddress(settings.vllm_url, settings.vllm_key.get_secret_value(), settings.vllm_timeout_s)
     annotator = load_annotator(settings.weights, settings.device, banks, budget, without, vllm)

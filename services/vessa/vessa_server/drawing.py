@@ -16,9 +16,9 @@ from vessa_server.caching import ByteCache
 from vessa_server.features import Attended, Seen
 from vessa_server.items import SegmentItem
 from vessa_server.model.geometry import Square, Window, to_tensor
-from vessa_server.model.instructions import DEFAULT_INSTRUCTION
-from vessa_server.model.prefix import Held, StateReader
-from vessa_server.model.prompts import MaskPrompts, hold_to_box, prompt_batch
+from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION
+from vessa_server.model.language.prefix_cache import Held, StateReader
+from vessa_server.model.prompt_encoding import MaskPrompts, hold_to_box, prompt_batch
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.template import Template, View

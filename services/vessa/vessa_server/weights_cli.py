@@ -27,7 +27,7 @@ def build(
     license: Annotated[str, typer.Option(help="Licence to note down.")] = "Apache-2.0",
 ) -> None:
     """Make a weights directory of official files. Without --qwen it works at once, from templates alone."""
-    from vessa_server.model.official import build as run
+    from vessa_server.model.weights.convert_official import build as run
 
     command = "vessa-server " + shlex.join(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])
     provenance = {"command": command, "licence": license}
@@ -40,7 +40,7 @@ def fetch(
     folder: Annotated[Path, typer.Argument(help="Where to put the file.")],
 ) -> None:
     """Download an official file and check it; one that is there already is only checked."""
-    from vessa_server.model.hub import fetch as run
+    from vessa_server.model.weights.download import fetch as run
 
     _say(f"{run(name, folder)}: checked")
 
@@ -68,14 +68,14 @@ def export(
 @weights.command()
 def show(folder: Weights) -> None:
     """Say what a weights directory holds, its checksums, where it is from and its licence."""
-    from vessa_server.model import checkpoint
+    from vessa_server.model.weights import directory
 
-    place = checkpoint.find(folder)
-    manifest = checkpoint.manifest(place)
+    place = directory.find(folder)
+    manifest = directory.manifest(place)
     preset = manifest["preset"]
     _say(f"preset: {preset['name']}, {preset['segmenter']['image_size']} px")
     _say(f"language: {'none' if preset['language'] is None else 'Qwen3-VL'}")
-    _say(f"digest: {checkpoint.digest(place)}")
+    _say(f"digest: {directory.digest(place)}")
     for key, value in manifest["provenance"].items():
         _say(f"{key}: {value}")
     for name, sha256 in manifest["files"].items():
@@ -85,11 +85,11 @@ def show(folder: Weights) -> None:
 @weights.command()
 def verify(folder: Weights) -> None:
     """Compare every file of a weights directory with its checksum."""
-    from vessa_server.model import checkpoint
+    from vessa_server.model.weights import directory
 
-    place = checkpoint.find(folder)
-    checkpoint.verify(place)
-    _say(f"{place}: {len(checkpoint.manifest(place)['files'])} files as vessa.json states")
+    place = directory.find(folder)
+    directory.verify(place)
+    _say(f"{place}: {len(directory.manifest(place)['files'])} files as vessa.json states")
 
 
 @weights.command()
@@ -98,7 +98,7 @@ def vllm(
     dtype: Annotated[str, typer.Option(help="float32 (nano) or bfloat16 (official graphs on a GPU).")],
 ) -> None:
     """Print the command by which vLLM serves the language model of a weights directory; see docs/vllm.md."""
-    from vessa_server.model import checkpoint
-    from vessa_server.model.language_service import serve_command
+    from vessa_server.model.language.remote_vlm import serve_command
+    from vessa_server.model.weights import directory
 
-    _say(shlex.join(serve_command(checkpoint.find(folder) / "language", dtype)))
+    _say(shlex.join(serve_command(directory.find(folder) / "language", dtype)))

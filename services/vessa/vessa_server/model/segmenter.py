@@ -20,9 +20,9 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
+from vessa_server.model.conv_trunk import ConvolutionalTrunk
 from vessa_server.model.geometry import resize
 from vessa_server.model.presets import SegmenterPreset
-from vessa_server.model.trunk import ConvolutionalTrunk
 
 MEMORY_DIM = 64  # channels of SAM 2's spatial memory, the same in every official checkpoint
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vessa_server.model.language import LanguageModel
-from vessa_server.model.language_service import LanguageService
-from vessa_server.model.prefix import InProcess, StateReader
+from vessa_server.model.language.prefix_cache import InProcess, StateReader
+from vessa_server.model.language.remote_vlm import LanguageService
+from vessa_server.model.language.vlm import LanguageModel
 from vessa_server.model.presets import Preset
 from vessa_server.model.retriever import Retriever
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch, Segmenter

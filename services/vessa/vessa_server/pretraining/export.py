@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vessa.errors import InvalidRequest, InvalidWeights
-from vessa_server.model import checkpoint
 from vessa_server.model.vessa import Vessa
+from vessa_server.model.weights import directory
 from vessa_server.pretraining import saving
 from vessa_server.pretraining.trainable import Lora, changing, choose, is_nano
 
@@ -28,32 +28,32 @@ def export(source: Path, out: Path, *, dtype: str | None = None, start: str | No
     """
     if dtype is not None and dtype not in DTYPES:
         raise InvalidRequest(f"unknown dtype '{dtype}'; known are {', '.join(DTYPES)}")
-    if out.exists() and not (out / checkpoint.MANIFEST).is_file():
+    if out.exists() and not (out / directory.MANIFEST).is_file():
         raise InvalidRequest(f"'{out}' is there already and no weights directory; it is left as it is")
     if (source / saving.BEST).is_file():
         model, provenance = trained(source, start)
     else:
         inside = source / "weights"
-        folder = checkpoint.find(inside if inside.is_dir() else source)
-        model, _ = checkpoint.read(folder)
-        provenance = checkpoint.manifest(folder)["provenance"]
+        folder = directory.find(inside if inside.is_dir() else source)
+        model, _ = directory.read(folder)
+        provenance = directory.manifest(folder)["provenance"]
     chosen = DTYPES[dtype or ("float16" if is_nano(model) else "bfloat16")]
     if model.language is not None:
         language: Any = model.language.model
         language.to(chosen)
-    return checkpoint.write(model, out, provenance, half=chosen == torch.float16)
+    return directory.write(model, out, provenance, half=chosen == torch.float16)
 
 
 def trained(run: Path, start: str | None = None) -> tuple[Vessa, dict[str, Any]]:
     """Return the best model of a run on an official graph, with everything folded in, and its provenance."""
     settings = saving.load_settings(run)
-    begin = checkpoint.find(start or settings["where"]["start"])
-    if checkpoint.digest(begin) != settings["start"]:
+    begin = directory.find(start or settings["where"]["start"])
+    if directory.digest(begin) != settings["start"]:
         raise InvalidWeights(
             f"the run in '{run.name}' started from weights {settings['start']}, "
-            f"those in '{begin.name}' are {checkpoint.digest(begin)}"
+            f"those in '{begin.name}' are {directory.digest(begin)}"
         )
-    model, _ = checkpoint.read(begin, fresh_projector=True, language_dtype=torch.float32)
+    model, _ = directory.read(begin, fresh_projector=True, language_dtype=torch.float32)
     adapter = choose(model, Lora(**settings["config"]["lora"]))
     path = run / saving.BEST
     try:

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from vessa.errors import InvalidRequest
-from vessa_server.model import checkpoint
 from vessa_server.model.vessa import Vessa
+from vessa_server.model.weights import directory
 from vessa_server.pretraining import saving
 from vessa_server.pretraining.losses import LossWeights
 from vessa_server.pretraining.processes import Processes, Scale, Stage1, local, sharded_like, whole
@@ -258,7 +258,7 @@ class Pretraining:
         provenance = {**self.provenance, **figures}
         if is_nano(self.model):
             if self.processes.first:
-                checkpoint.write(self.model, self.weights, provenance)
+                directory.write(self.model, self.weights, provenance)
             return
         tensors = {k: whole(v) for k, v in changing(self.model).items()}
         if self.processes.first:

@@ -10,9 +10,9 @@ import torch
 
 from vessa.datasets import Dataset, open_dataset, require_sound
 from vessa.errors import InvalidRequest
-from vessa_server.model import checkpoint
 from vessa_server.model.presets import PRESETS
 from vessa_server.model.vessa import Vessa
+from vessa_server.model.weights import directory
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.processes import Processes, Scale
 from vessa_server.pretraining.saving import hold_to_settings
@@ -66,7 +66,7 @@ def pretrain(
         "data": data,
         "studies": studies,
         "validation": validation,
-        "where": {"start": None if start is None else str(checkpoint.find(start).resolve())},
+        "where": {"start": None if start is None else str(directory.find(start).resolve())},
     }
     out.mkdir(parents=True, exist_ok=True)
     hold_to_settings(out, settings, write=processes.first)
@@ -102,14 +102,14 @@ def starting_model(
                 "`vessa-server weights build` and give them with --start"
             )
         return Vessa(PRESETS["nano"]), {}
-    folder = checkpoint.find(start)
-    manifest = checkpoint.manifest(folder)
+    folder = directory.find(start)
+    manifest = directory.manifest(folder)
     name = manifest["preset"]["name"]
     if preset not in (None, name):
         raise InvalidRequest(f"the weights in '{folder.name}' are of preset '{name}', not '{preset}'")
     # The frozen weights of an official language model are held in bfloat16 when it computes in it.
     half = torch.bfloat16 if config.bf16 and name != "nano" else None
-    model, digest = checkpoint.read(folder, fresh_projector=True, language_dtype=half)
+    model, digest = directory.read(folder, fresh_projector=True, language_dtype=half)
     return model, {"digest": digest, **manifest["provenance"]}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vessa_server.model.geometry import resize
-from vessa_server.model.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
+from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.pretraining.augment import (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from vessa_server.model.language import LanguageModel
+from vessa_server.model.language.vlm import LanguageModel
 from vessa_server.model.vessa import Vessa
 
 _LINEARS = r"model\.language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"

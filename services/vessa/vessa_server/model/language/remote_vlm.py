@@ -27,8 +27,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable, VessaError
-from vessa_server.model.instructions import answer, ask
-from vessa_server.model.language import SEG, Probe, as_seen
+from vessa_server.model.language.instructions import answer, ask
+from vessa_server.model.language.vlm import SEG, Probe, as_seen
 
 log = logging.getLogger(__name__)
 

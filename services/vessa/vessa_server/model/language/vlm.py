@@ -22,7 +22,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from vessa.errors import InvalidWeights
 from vessa_server.model.geometry import resize
-from vessa_server.model.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS, answer, ask
+from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS, answer, ask
 from vessa_server.model.presets import LanguagePreset
 
 SEG = "<SEG>"

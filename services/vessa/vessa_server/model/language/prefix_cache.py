@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from vessa_server.model.language import LanguageModel
+from vessa_server.model.language.vlm import LanguageModel
 
 
 class Held(Protocol):

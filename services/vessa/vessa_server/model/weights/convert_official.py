@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from vessa.errors import InvalidRequest, InvalidWeights
-from vessa_server.model import checkpoint
-from vessa_server.model.language import SEG, stored_state
+from vessa_server.model.language.vlm import SEG, stored_state
 from vessa_server.model.presets import full
 from vessa_server.model.retriever import Retriever
 from vessa_server.model.segmenter import Segmenter
+from vessa_server.model.weights import directory
 
 _TRUNK = "image_encoder.trunk."
 _SAM_OF_TRUNK = {(96, 12): "tiny", (96, 16): "small", (112, 24): "base_plus", (144, 48): "large"}
@@ -62,18 +62,18 @@ def build(
         )
     preset = full(name, sam_name, dino_name, image_size, language=qwen is not None)
     files = [sam, dino] + ([] if qwen is None else [qwen])
-    with checkpoint.fresh_folder(out, preset, {**provenance, "from": [p.name for p in files]}) as folder:
+    with directory.fresh_folder(out, preset, {**provenance, "from": [p.name for p in files]}) as folder:
         segmenter = Segmenter(preset.segmenter)
-        checkpoint.fit(segmenter.sam, sam_state, sam.name)
+        directory.fit(segmenter.sam, sam_state, sam.name)
         save_file(stored_state(segmenter, half=False), folder / "segmenter.safetensors")
         retriever = Retriever(preset.retriever)
         side = preset.retriever.image_size // 14
         dino_state["pos_embed"] = resample_abs_pos_embed(dino_state["pos_embed"], [side, side])
-        checkpoint.fit(retriever.backbone, dino_state, dino.name)
+        directory.fit(retriever.backbone, dino_state, dino.name)
         save_file(stored_state(retriever, half=False), folder / "retriever.safetensors")
         if qwen is not None and preset.language is not None:
             place_language(qwen, folder / "language", preset.language.image_size)
-    return checkpoint.digest(out)
+    return directory.digest(out)
 
 
 def place_language(source: Path, folder: Path, image_size: int) -> None:

@@ -1,0 +1,1 @@
+"""Weights directories: read, written, converted from official files, downloaded."""
