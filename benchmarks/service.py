@@ -42,7 +42,7 @@ from vessa.annotation import Annotation, Prompts, box_and_point
 from vessa.client import AnnotatorClient, AsyncAnnotatorClient
 from vessa.codec import image_digest
 from vessa.errors import QueueFull, VessaError
-from vessa_server.pretraining.synthetic import HEART, phantom_study
+from vessa_server.pretraining.data.synthetic import HEART, phantom_study
 
 ROOT = Path(__file__).resolve().parents[1]
 BANK = "bench"

@@ -32,7 +32,7 @@ from upstream_step import Sample, UpstreamStep
 
 from vessa.client import AnnotatorClient
 from vessa.datasets import Dataset, open_dataset
-from vessa_server.pretraining.phantoms import write_phantoms
+from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.annotations import AnnotationFeed
 from vessa_trainer.config import Config, load_config
 from vessa_trainer.data import read_splits, slices_of

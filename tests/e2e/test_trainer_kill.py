@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vessa_server.pretraining.phantoms import write_phantoms
+from vessa_server.pretraining.data.phantoms import write_phantoms
 
 SIZE, STEPS, SAVED_EVERY = 32, 60, 7
 TIMED = ("feed", "wait_seconds")  # of a row of metrics: what the clock says

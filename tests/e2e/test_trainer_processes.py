@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vessa_server.pretraining.phantoms import write_phantoms
+from vessa_server.pretraining.data.phantoms import write_phantoms
 
 SIZE = 32
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from vessa.datasets import COLLECTIONS
 from vessa.errors import InvalidRequest
 from vessa_server.cli import app
-from vessa_server.pretraining.phantoms import write_phantoms
+from vessa_server.pretraining.data.phantoms import write_phantoms
 
 
 @pytest.fixture

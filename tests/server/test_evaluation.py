@@ -22,7 +22,7 @@ from vessa_server.drawing import STAGES
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
 from vessa_server.items import SegmentItem
 from vessa_server.model.weights import directory
-from vessa_server.pretraining.phantoms import write_phantoms
+from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_server.store import FolderStore
 
 UNADAPTED = [name for name in VARIANTS if name != "adapted"]

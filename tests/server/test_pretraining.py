@@ -12,7 +12,7 @@ from scipy import ndimage
 from vessa.datasets import open_dataset
 from vessa_server.model.presets import PRESETS
 from vessa_server.model.vessa import Vessa
-from vessa_server.pretraining.augment import (
+from vessa_server.pretraining.data.augmentation import (
     rough_boxes,
     rough_logits,
     rough_points,
@@ -20,6 +20,17 @@ from vessa_server.pretraining.augment import (
     warp,
     windows_around,
 )
+from vessa_server.pretraining.data.phantoms import write_phantoms
+from vessa_server.pretraining.data.synthetic import phantom_study, random_study
+from vessa_server.pretraining.data.tasks import (
+    Pool,
+    Tasks,
+    composite_pools,
+    pool_of_dataset,
+    pool_of_study,
+    synthetic_pools,
+)
+from vessa_server.pretraining.distributed import Processes
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 from vessa_server.pretraining.losses import (
     LossWeights,
@@ -30,18 +41,7 @@ from vessa_server.pretraining.losses import (
     soft_dice,
     whereabouts_loss,
 )
-from vessa_server.pretraining.phantoms import write_phantoms
-from vessa_server.pretraining.processes import Processes
 from vessa_server.pretraining.step import Shares, prepare, prepare_layouts, training_loss
-from vessa_server.pretraining.synthetic import phantom_study, random_study
-from vessa_server.pretraining.tasks import (
-    Pool,
-    Tasks,
-    composite_pools,
-    pool_of_dataset,
-    pool_of_study,
-    synthetic_pools,
-)
 
 
 def test_mask_loss_is_equation_3():

@@ -27,13 +27,13 @@ from vessa_server.model.retriever import Retriever
 from vessa_server.model.segmenter import Segmenter
 from vessa_server.model.weights import directory
 from vessa_server.model.weights.convert_official import place_language
-from vessa_server.pretraining.export import export, trained
+from vessa_server.pretraining.data.tasks import Tasks, synthetic_pools
+from vessa_server.pretraining.distributed import Scale
+from vessa_server.pretraining.export_weights import export, trained
 from vessa_server.pretraining.loop import PretrainConfig
-from vessa_server.pretraining.processes import Scale
-from vessa_server.pretraining.run import pretrain
+from vessa_server.pretraining.lora import Adapter, Lora, changing, choose, training_mode
+from vessa_server.pretraining.pretrain import pretrain
 from vessa_server.pretraining.step import prepare, validation_scores
-from vessa_server.pretraining.tasks import Tasks, synthetic_pools
-from vessa_server.pretraining.trainable import Adapter, Lora, changing, choose, training_mode
 
 CONFIG = PretrainConfig(
     steps=4, batch=2, lr=0.2, seed=3, validate_every=2, log_every=1, lora=Lora(rank=4, dropout=0.0)

@@ -20,7 +20,7 @@ from vessa.client import AnnotatorClient
 from vessa.codec import MEDIA_TYPE, TensorSpec, decode, encode, image_digest
 from vessa.datasets import Dataset, open_dataset
 from vessa.schemas import BankInfo
-from vessa_server.pretraining.phantoms import write_phantoms
+from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.config import Config, load_config
 from vessa_trainer.fit import seed_labeled
 

@@ -25,7 +25,7 @@ from vessa_server.model.language.prefix_cache import InProcess
 from vessa_server.model.language.remote_vlm import Picture, VllmAddress
 from vessa_server.model.language.vlm import as_seen
 from vessa_server.model.weights import directory
-from vessa_server.pretraining.phantoms import write_phantoms
+from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_server.store import FolderStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]

@@ -126,11 +126,11 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Stage 1: pretrain the annotator on data folders and synthetic studies; under torchrun on many GPUs."""
+    from vessa_server.pretraining.distributed import Scale
     from vessa_server.pretraining.loop import PretrainConfig
+    from vessa_server.pretraining.lora import Lora
     from vessa_server.pretraining.losses import LossWeights
-    from vessa_server.pretraining.processes import Scale
-    from vessa_server.pretraining.run import pretrain as run
-    from vessa_server.pretraining.trainable import Lora
+    from vessa_server.pretraining.pretrain import pretrain as run
 
     config = PretrainConfig(
         steps=steps,
@@ -227,7 +227,7 @@ def phantoms(
     as_json: Json = False,
 ) -> None:
     """Write a synthetic data set of hearts and abdomens, with masks and splits."""
-    from vessa_server.pretraining.phantoms import write_phantoms
+    from vessa_server.pretraining.data.phantoms import write_phantoms
 
     _finish(write_phantoms(folder, patients=patients, slices=slices, size=size, seed=seed), as_json)
 

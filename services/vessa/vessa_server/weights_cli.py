@@ -60,7 +60,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's best weights as a weights directory; language/ is one that transformers and vLLM take."""
-    from vessa_server.pretraining.export import export as run
+    from vessa_server.pretraining.export_weights import export as run
 
     _say(f"{out}: {run(source, out, dtype=dtype, start=start)}")
 

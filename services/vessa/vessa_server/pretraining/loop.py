@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from vessa.errors import InvalidRequest
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
-from vessa_server.pretraining import saving
+from vessa_server.pretraining import checkpoints
+from vessa_server.pretraining.data.tasks import Pair, Pool, Tasks
+from vessa_server.pretraining.distributed import Processes, Scale, Stage1, local, sharded_like, whole
+from vessa_server.pretraining.lora import Lora, changing, choose, is_nano, training_mode
 from vessa_server.pretraining.losses import LossWeights
-from vessa_server.pretraining.processes import Processes, Scale, Stage1, local, sharded_like, whole
 from vessa_server.pretraining.step import (
     LayoutBatch,
     Shares,
@@ -28,8 +30,6 @@ from vessa_server.pretraining.step import (
     training_loss,
     validation_scores,
 )
-from vessa_server.pretraining.tasks import Pair, Pool, Tasks
-from vessa_server.pretraining.trainable import Lora, changing, choose, is_nano, training_mode
 
 EMA_DECAY = 0.998
 WHEREABOUTS = 8  # cells a side of the coarse map that the state at <SEG> must hold
@@ -158,7 +158,7 @@ class Pretraining:
     @property
     def weights(self) -> Path:
         """Where the best weights by validation Dice are."""
-        return self.out / ("weights" if is_nano(self.model) else saving.BEST)
+        return self.out / ("weights" if is_nano(self.model) else checkpoints.BEST)
 
     def _step(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -235,7 +235,7 @@ class Pretraining:
     def _log(self, figures: dict[str, Any]) -> None:
         if self.processes.first:
             line = {"step": self.step, "minutes": round(self.seconds / 60, 2), **figures}
-            with (self.out / saving.METRICS).open("a") as file:
+            with (self.out / checkpoints.METRICS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     @torch.no_grad()
@@ -262,7 +262,7 @@ class Pretraining:
             return
         tensors = {k: whole(v) for k, v in changing(self.model).items()}
         if self.processes.first:
-            saving.save_tensors(self.weights, tensors, {"provenance": json.dumps(provenance)})
+            checkpoints.save_tensors(self.weights, tensors, {"provenance": json.dumps(provenance)})
 
     def _validation_dice(self) -> float:
         """Mean Dice over pairs whose target shows the class, augmented the same each time."""
@@ -299,14 +299,14 @@ class Pretraining:
             "rng": self.rng.bit_generator.state,
             "banks": [p.bank.tolist() for p in self._pools],
         }
-        saving.save_checkpoint(self.out, tensors, facts, self.processes)
+        checkpoints.save_checkpoint(self.out, tensors, facts, self.processes)
 
     def resume(self) -> bool:
         """Take up the checkpoint in `out`; False when there is none."""
-        found = saving.load_checkpoint(self.out)
+        found = checkpoints.load_checkpoint(self.out)
         self.processes.wait()
         if self.processes.first:
-            saving.cut_metrics(self.out, 0 if found is None else found[1]["metrics_bytes"])
+            checkpoints.cut_metrics(self.out, 0 if found is None else found[1]["metrics_bytes"])
         if found is None:
             return False
         tensors, facts = found

@@ -11,7 +11,7 @@ from vessa_server.model.geometry import resize
 from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
-from vessa_server.pretraining.augment import (
+from vessa_server.pretraining.data.augmentation import (
     invert_together,
     rough_boxes,
     rough_logits,
@@ -20,6 +20,7 @@ from vessa_server.pretraining.augment import (
     warp,
     windows_around,
 )
+from vessa_server.pretraining.data.tasks import Pair
 from vessa_server.pretraining.losses import (
     LossWeights,
     iou_loss,
@@ -30,7 +31,6 @@ from vessa_server.pretraining.losses import (
     soft_dice,
     whereabouts_loss,
 )
-from vessa_server.pretraining.tasks import Pair
 
 BOX_SHARE, POINTS_SHARE, LOGITS_SHARE = 0.25, 0.15, 0.25
 CLOSE_SHARE = 0.5  # of the pairs are seen as in a second look: in a window around what is to be drawn

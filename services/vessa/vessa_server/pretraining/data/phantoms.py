@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from vessa_server.pretraining.synthetic import CLASSES, PROTOCOLS, phantom_study
+from vessa_server.pretraining.data.synthetic import CLASSES, PROTOCOLS, phantom_study
 
 
 def write_phantoms(folder: Path, *, patients: int, slices: int, size: int, seed: int) -> dict[str, Any]:

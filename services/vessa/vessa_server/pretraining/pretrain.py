@@ -13,11 +13,9 @@ from vessa.errors import InvalidRequest
 from vessa_server.model.presets import PRESETS
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
-from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
-from vessa_server.pretraining.processes import Processes, Scale
-from vessa_server.pretraining.saving import hold_to_settings
-from vessa_server.pretraining.synthetic import phantom_study
-from vessa_server.pretraining.tasks import (
+from vessa_server.pretraining.checkpoints import hold_to_settings
+from vessa_server.pretraining.data.synthetic import phantom_study
+from vessa_server.pretraining.data.tasks import (
     Pool,
     Tasks,
     composite_pools,
@@ -26,6 +24,8 @@ from vessa_server.pretraining.tasks import (
     pool_size,
     synthetic_pools,
 )
+from vessa_server.pretraining.distributed import Processes, Scale
+from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
 
 VALIDATION_SHARE = 0.1
 MIN_GROUPS = 4  # two for validation; one whose slices are templates and one whose slices are targets

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vessa.datasets import Dataset
 from vessa_server.model.geometry import Square, resize, to_tensor
-from vessa_server.pretraining.synthetic import (
+from vessa_server.pretraining.data.synthetic import (
     CAVITY_NAMES,
     Study,
     composite_study,

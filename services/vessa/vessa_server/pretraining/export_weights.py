@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from vessa.errors import InvalidRequest, InvalidWeights
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
-from vessa_server.pretraining import saving
-from vessa_server.pretraining.trainable import Lora, changing, choose, is_nano
+from vessa_server.pretraining import checkpoints
+from vessa_server.pretraining.lora import Lora, changing, choose, is_nano
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -30,7 +30,7 @@ def export(source: Path, out: Path, *, dtype: str | None = None, start: str | No
         raise InvalidRequest(f"unknown dtype '{dtype}'; known are {', '.join(DTYPES)}")
     if out.exists() and not (out / directory.MANIFEST).is_file():
         raise InvalidRequest(f"'{out}' is there already and no weights directory; it is left as it is")
-    if (source / saving.BEST).is_file():
+    if (source / checkpoints.BEST).is_file():
         model, provenance = trained(source, start)
     else:
         inside = source / "weights"
@@ -46,7 +46,7 @@ def export(source: Path, out: Path, *, dtype: str | None = None, start: str | No
 
 def trained(run: Path, start: str | None = None) -> tuple[Vessa, dict[str, Any]]:
     """Return the best model of a run on an official graph, with everything folded in, and its provenance."""
-    settings = saving.load_settings(run)
+    settings = checkpoints.load_settings(run)
     begin = directory.find(start or settings["where"]["start"])
     if directory.digest(begin) != settings["start"]:
         raise InvalidWeights(
@@ -55,7 +55,7 @@ def trained(run: Path, start: str | None = None) -> tuple[Vessa, dict[str, Any]]
         )
     model, _ = directory.read(begin, fresh_projector=True, language_dtype=torch.float32)
     adapter = choose(model, Lora(**settings["config"]["lora"]))
-    path = run / saving.BEST
+    path = run / checkpoints.BEST
     try:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118

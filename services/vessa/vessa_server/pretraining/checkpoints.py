@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vessa.errors import InvalidRequest, InvalidWeights
-from vessa_server.pretraining.processes import Processes, local
+from vessa_server.pretraining.distributed import Processes, local
 
 SETTINGS, CHECKPOINT, METRICS, BEST = "run.json", "checkpoint.json", "metrics.jsonl", "best.safetensors"
 

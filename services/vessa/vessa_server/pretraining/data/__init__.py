@@ -1,0 +1,1 @@
+"""What Stage 1 learns from: tasks of real and synthetic studies, augmentation, phantoms."""
