@@ -25,8 +25,8 @@ class AnnotatorApi(litserve.LitAPI):
     def setup(self, device: str) -> None:
         """Load the same weights and bank as the service, in the worker process."""
         from vessa_server.annotator import load_annotator
-        from vessa_server.bank import TemplateBanks
-        from vessa_server.store import FolderStore
+        from vessa_server.template_bank.bank import TemplateBanks
+        from vessa_server.template_bank.folder_store import FolderStore
 
         banks = TemplateBanks(FolderStore(Path(self._store)))
         self._annotator = load_annotator(self._weights, "cpu", banks, 1 << 29)

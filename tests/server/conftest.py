@@ -21,7 +21,7 @@ from vessa_server.app import create_app
 from vessa_server.device import load
 from vessa_server.keys import Keys, Role, create_key
 from vessa_server.settings import Settings
-from vessa_server.template import Template, View, template_id
+from vessa_server.template_bank.template import Template, View, template_id
 
 KEY = "a-key-for-tests-0123456789"
 CLASSES = {1: "ventricle", 2: "wall"}

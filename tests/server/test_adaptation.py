@@ -15,14 +15,15 @@ import torch
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest
 from vessa.schemas import AdaptationFigures
-from vessa_server.adaptation import Adaptation
 from vessa_server.annotator import Annotator
-from vessa_server.bank import TemplateBanks
 from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model.weights import directory
 from vessa_server.pretraining import adapt as module
 from vessa_server.pretraining.adapt import adapt
-from vessa_server.store import FolderStore, RedisStore
+from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.decoder_weights import Adaptation
+from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.template_bank.redis_store import RedisStore
 
 FIGURES = AdaptationFigures(before=0.5, after=0.6, kept=True, steps=3, seconds=1.0, bank_version=1)
 CLASSES = {1: "disk", 2: "ring"}

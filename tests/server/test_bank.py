@@ -20,9 +20,10 @@ from vessa.errors import (
     UnknownTemplate,
     VessaError,
 )
-from vessa_server.bank import Bank, TemplateBanks, check_name, sample_template
-from vessa_server.store import FolderStore, blob_digest
-from vessa_server.template import Template, View, template_id
+from vessa_server.template_bank.bank import Bank, TemplateBanks, check_name, sample_template
+from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.template_bank.index import blob_digest
+from vessa_server.template_bank.template import Template, View, template_id
 
 
 def unit(*values: float) -> np.ndarray[Any, Any]:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from vessa.errors import InvalidRequest, LimitReached, StoreUnavailable, UnknownBank
-from vessa_server.access import CallersBanks
 from vessa_server.audit import Actor, AuditLog, open_audit
-from vessa_server.bank import TemplateBanks, check_name
 from vessa_server.keys import Caller, FileKeys, Role, create_key
 from vessa_server.limits import KeyLimits
 from vessa_server.settings import Settings
-from vessa_server.store import FolderStore
+from vessa_server.template_bank.bank import TemplateBanks, check_name
+from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.template_bank.permissions import CallersBanks
 
 ACTOR = Actor("alice", "10.0.0.1", "r1")
 

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest, InvalidWeights
 from vessa_server.annotator import load_annotator
-from vessa_server.bank import TemplateBanks
 from vessa_server.cli import app
 from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model.language.vlm import LanguageModel
@@ -24,7 +23,8 @@ from vessa_server.model.presets import PRESETS, LanguagePreset, full
 from vessa_server.model.segmenter import Segmenter
 from vessa_server.model.weights import directory, download
 from vessa_server.model.weights.convert_official import build, place_language
-from vessa_server.store import FolderStore
+from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.folder_store import FolderStore
 
 
 def write_sam(path, name):

@@ -18,7 +18,10 @@ from pathlib import Path
 import pytest
 
 from vessa.errors import InvalidConfig, StoreUnavailable
-from vessa_server.store import Entry, FolderStore, Index, RedisStore, Store, blob_digest, open_store
+from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.template_bank.index import Entry, Index, Store, blob_digest
+from vessa_server.template_bank.redis_store import RedisStore
+from vessa_server.template_bank.store import open_store
 
 
 def entry(data: bytes) -> Entry:

@@ -14,7 +14,7 @@ import pytest
 
 from vessa.errors import StoreUnavailable
 from vessa_server.settings import Settings
-from vessa_server.store import RedisStore
+from vessa_server.template_bank.redis_store import RedisStore
 
 
 class Redis:

@@ -18,7 +18,6 @@ from vessa.codec import image_digest
 from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable
 from vessa_server.annotator import load_annotator
-from vessa_server.bank import TemplateBanks
 from vessa_server.evaluation import seed_bank
 from vessa_server.items import SegmentItem
 from vessa_server.model.language.prefix_cache import InProcess
@@ -26,7 +25,8 @@ from vessa_server.model.language.remote_vlm import Picture, VllmAddress
 from vessa_server.model.language.vlm import as_seen
 from vessa_server.model.weights import directory
 from vessa_server.pretraining.data.phantoms import write_phantoms
-from vessa_server.store import FolderStore
+from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.folder_store import FolderStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 ACDC = Path(__file__).resolve().parents[3] / "shared" / "data" / "acdc"

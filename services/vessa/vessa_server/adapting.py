@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vessa.errors import QueueFull, UnknownBank, VessaError
 from vessa.schemas import AdaptationInfo
-from vessa_server.bank import Bank, TemplateBanks
+from vessa_server.template_bank.bank import Bank, TemplateBanks
 
 if TYPE_CHECKING:
     from vessa_server.annotator import Annotator

@@ -18,7 +18,6 @@ from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorize
 from vessa.schemas import ErrorBody, ErrorResponse
 from vessa_server import __version__
 from vessa_server.audit import open_audit
-from vessa_server.bank import TemplateBanks
 from vessa_server.connections import BoundedHttp
 from vessa_server.device import Device
 from vessa_server.device_process import DeviceProcess
@@ -34,6 +33,7 @@ from vessa_server.security import resolve_access
 from vessa_server.service import Factory, Service
 from vessa_server.settings import Settings
 from vessa_server.telemetry import Observe, current_request
+from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.wire.docs import FAILURES
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 
 from vessa.errors import VessaError
 from vessa_server.settings import Settings, default_store
-from vessa_server.store import disk
+from vessa_server.storage.files import disk
 
 _LONGEST = 80  # characters of what a caller names: nobody pushes others' lines out with long ones
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vessa.errors import VessaError
 from vessa.schemas import AdaptationInfo
 from vessa_server.adapting import Adapting
-from vessa_server.bank import TemplateBanks
 from vessa_server.settings import Settings
-from vessa_server.template import Template
+from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.template import Template
 
 if TYPE_CHECKING:
     # The annotator brings torch, which a service whose device is another process never needs.

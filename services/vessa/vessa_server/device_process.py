@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from vessa.errors import InternalError, NotReady, VessaError
 from vessa.schemas import AdaptationInfo
-from vessa_server.bank import TemplateBanks
 from vessa_server.batching import is_out_of_memory
 from vessa_server.device import About, LocalDevice, load
 from vessa_server.logs import log_to_stderr
 from vessa_server.settings import Settings
-from vessa_server.store import open_store
-from vessa_server.template import Template
+from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.store import open_store
+from vessa_server.template_bank.template import Template
 
 if TYPE_CHECKING:
     from vessa_server.items import DescribeItem, SegmentItem, TemplateItem

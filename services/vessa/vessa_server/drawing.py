@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vessa_server.adaptation import Adaptation
 from vessa_server.caching import ByteCache
 from vessa_server.features import Attended, Seen
 from vessa_server.items import SegmentItem
@@ -21,7 +20,8 @@ from vessa_server.model.language.prefix_cache import Held, StateReader
 from vessa_server.model.prompt_encoding import MaskPrompts, hold_to_box, prompt_batch
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
-from vessa_server.template import Template, View
+from vessa_server.template_bank.decoder_weights import Adaptation
+from vessa_server.template_bank.template import Template, View
 
 STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
 # (image, class) pairs drawn in one pass: eight images of three classes. It bounds memory, not what a request

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 from vessa.client import default_key_file
 from vessa.errors import InvalidRequest, StoreUnavailable
 from vessa_server.settings import Settings
-from vessa_server.store import connect, disk, is_redis, reachable, write_whole
+from vessa_server.storage.files import disk, write_whole
+from vessa_server.storage.redis_connection import connect, is_redis, reachable
 
 LOCAL = "local"  # the admin key that a service makes itself, or that VESSA_API_KEY sets
 KEY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")

@@ -13,13 +13,13 @@ from fastapi import Depends, Path, Query, Request
 from starlette.requests import ClientDisconnect
 
 from vessa.errors import MalformedBody, TooLarge, UnsupportedMedia
-from vessa_server.access import CallersBanks
 from vessa_server.audit import AuditLog
-from vessa_server.bank import BANK_NAME
 from vessa_server.limits import KeyLimits
 from vessa_server.security import CallerDep, actor_of
 from vessa_server.service import Loaded, Service
 from vessa_server.settings import Settings
+from vessa_server.template_bank.bank import BANK_NAME
+from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.wire.answers import SAFETENSORS
 
 FORM = "multipart/form-data"

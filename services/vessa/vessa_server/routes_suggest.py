@@ -8,12 +8,12 @@ from fastapi.concurrency import run_in_threadpool
 
 from vessa.errors import NoTemplate, UnknownBank, VessaError
 from vessa.schemas import Suggestion, Suggestions
-from vessa_server.access import CallersBanks
-from vessa_server.bank import Bank, check_name
 from vessa_server.receiving import BankPath, limits_of, read_body, service_of, unless_gone
 from vessa_server.security import CallerDep, require_key
 from vessa_server.service import Loaded
 from vessa_server.suggesting import suggest
+from vessa_server.template_bank.bank import Bank, check_name
+from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.wire.candidates import Candidates, read_candidates
 from vessa_server.wire.docs import SUGGEST_BODY
 from vessa_server.wire.fields import check_size

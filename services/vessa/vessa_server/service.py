@@ -18,17 +18,17 @@ from vessa.errors import (
     UnknownBank,
     VessaError,
 )
-from vessa_server.access import CallersBanks
 from vessa_server.annotations import Annotations
-from vessa_server.bank import TemplateBanks, merge_classes
 from vessa_server.batching import DeviceQueue
 from vessa_server.device import Device
 from vessa_server.items import LABELS_VERSION, DescribeItem, SegmentItem, TemplateItem
 from vessa_server.settings import Settings
-from vessa_server.store import open_store
 from vessa_server.suggesting import Looks
 from vessa_server.telemetry import Metrics
-from vessa_server.template import Template, template_id
+from vessa_server.template_bank.bank import TemplateBanks, merge_classes
+from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.template_bank.store import open_store
+from vessa_server.template_bank.template import Template, template_id
 from vessa_server.wire.reading import Reader, SeenSizes, SegmentRequest, TemplateRequest
 
 log = logging.getLogger(__name__)

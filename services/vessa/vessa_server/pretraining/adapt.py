@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from vessa.errors import InvalidRequest
 from vessa.schemas import AdaptationFigures
-from vessa_server.adaptation import Adaptation
-from vessa_server.bank import Bank
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa
 from vessa_server.pretraining.data.tasks import Pair, Pool, pool_size, squares_of
 from vessa_server.pretraining.losses import LossWeights, mask_loss, soft_dice
 from vessa_server.pretraining.step import TaskBatch, prepare, served
+from vessa_server.template_bank.bank import Bank
+from vessa_server.template_bank.decoder_weights import Adaptation
 
 LEAST_TEMPLATES = 6
 LEAST_GAIN = 0.005  # of Dice on what is held out; less is noise

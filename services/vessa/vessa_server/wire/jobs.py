@@ -4,8 +4,8 @@ from typing import Any, get_args
 
 from vessa.errors import InvalidRequest
 from vessa.volumes import AXES
-from vessa_server.bank import check_name
 from vessa_server.jobs import Kind, Wish
+from vessa_server.template_bank.bank import check_name
 from vessa_server.wire.fields import read_name, read_strings
 from vessa_server.wire.forms import Form
 from vessa_server.wire.reading import DEFAULT_BANK

@@ -22,9 +22,9 @@ from vessa.errors import (
     UnknownImage,
     VessaError,
 )
-from vessa_server.access import CallersBanks
-from vessa_server.bank import Bank, TemplateBanks, check_name
 from vessa_server.settings import Settings
+from vessa_server.template_bank.bank import Bank, TemplateBanks, check_name
+from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.wire.fields import (
     check_known,
     check_size,

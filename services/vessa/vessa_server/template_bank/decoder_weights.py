@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_tensors
 from vessa.codec import read_header
 from vessa.errors import MalformedBody
 from vessa.schemas import AdaptationFigures
-from vessa_server.store import blob_digest
+from vessa_server.template_bank.index import blob_digest
 
 
 @dataclass(frozen=True, eq=False)

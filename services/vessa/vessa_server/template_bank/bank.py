@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from vessa.errors import ClassConflict, InvalidRequest, TooLarge, UnknownBank, UnknownTemplate, VessaError
 from vessa.schemas import BankInfo, TemplateInfo
-from vessa_server.adaptation import Adaptation
-from vessa_server.store import Entry, Index, Store, blob_digest
-from vessa_server.template import Template
+from vessa_server.template_bank.decoder_weights import Adaptation
+from vessa_server.template_bank.index import Entry, Index, Store, blob_digest
+from vessa_server.template_bank.template import Template
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from vessa.schemas import TemplateInfo
-from vessa_server.store import Entry, blob_digest
+from vessa_server.template_bank.index import Entry, blob_digest
 
 
 @dataclass(frozen=True, eq=False)

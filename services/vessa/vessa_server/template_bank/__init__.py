@@ -1,0 +1,1 @@
+"""Template banks: templates, their index, stores and permissions."""
