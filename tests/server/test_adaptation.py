@@ -15,11 +15,11 @@ import torch
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest
 from vessa.schemas import AdaptationFigures
+from vessa_server.adaptation import finetune as module
+from vessa_server.adaptation.finetune import adapt
 from vessa_server.annotator import Annotator
 from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model.weights import directory
-from vessa_server.pretraining import adapt as module
-from vessa_server.pretraining.adapt import adapt
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.folder_store import FolderStore

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vessa.errors import VessaError
 from vessa.schemas import AdaptationInfo
-from vessa_server.adapting import Adapting
+from vessa_server.adaptation.runner import Adapting
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.template import Template

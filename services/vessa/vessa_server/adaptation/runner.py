@@ -70,7 +70,7 @@ class Adapting:
             self._thread.join(seconds)
 
     def _run(self, bank: Bank, seconds: float) -> None:
-        from vessa_server.pretraining.adapt import adapt
+        from vessa_server.adaptation.finetune import adapt
 
         def progress(share: float, step: int, dice: float) -> None:
             if self._stopping.is_set():

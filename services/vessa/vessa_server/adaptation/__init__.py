@@ -1,0 +1,1 @@
+"""A bank's own weights: fine-tuned in the background, kept only if they help."""
