@@ -16,10 +16,10 @@ import torch
 
 from vessa.codec import image_digest
 from vessa_server.annotator import Annotator, load_annotator
-from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.pretraining.data.synthetic import HEART, phantom_study
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.types import SegmentItem, TemplateItem
 
 
 def seconds(annotator: Annotator, items: list[SegmentItem]) -> float:

@@ -33,7 +33,7 @@ class AnnotatorApi(litserve.LitAPI):
 
     def decode_request(self, request: dict[str, Any], **kwargs: Any) -> Any:
         """Read one request to the annotator's item."""
-        from vessa_server.items import SegmentItem
+        from vessa_server.types import SegmentItem
 
         image = np.frombuffer(base64.b64decode(request["image"]), np.uint8).reshape(request["shape"])
         return SegmentItem(image_digest(image), image, request["bank"])

@@ -124,9 +124,9 @@ def litserve(folder: Path, options: argparse.Namespace) -> Iterator[Served]:
 def bare_loop(folder: Path, options: argparse.Namespace) -> Callable[[list[Image]], float]:
     """Load the annotator into this process; returns what times a loop of batches over images."""
     from vessa_server.annotator import load_annotator
-    from vessa_server.items import SegmentItem
     from vessa_server.template_bank.bank import TemplateBanks
     from vessa_server.template_bank.folder_store import FolderStore
+    from vessa_server.types import SegmentItem
 
     bare = load_annotator(options.weights, "cpu", TemplateBanks(FolderStore(folder / "banks")), 1 << 29)
 

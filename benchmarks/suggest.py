@@ -21,12 +21,12 @@ from vessa.codec import image_digest
 from vessa.datasets import Case, Dataset, open_dataset
 from vessa.report.cases import score_labels
 from vessa_server.annotator import Annotator, load_annotator
-from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model.geometry import Square, to_tensor
 from vessa_server.suggesting import POWER, suggest
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.template import Template
+from vessa_server.types import SegmentItem, TemplateItem
 
 BATCH = 8
 POWERS = (1.0, 2.0, 4.0, 8.0, 32.0)

@@ -18,12 +18,12 @@ from vessa.schemas import AdaptationFigures
 from vessa_server.adaptation import finetune as module
 from vessa_server.adaptation.finetune import adapt
 from vessa_server.annotator import Annotator
-from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.redis_store import RedisStore
+from vessa_server.types import SegmentItem, TemplateItem
 
 FIGURES = AdaptationFigures(before=0.5, after=0.6, kept=True, steps=3, seconds=1.0, bank_version=1)
 CLASSES = {1: "disk", 2: "ring"}

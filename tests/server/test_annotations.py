@@ -14,10 +14,10 @@ from PIL import Image
 from vessa.codec import array_digest, image_digest
 from vessa.errors import UnknownAnnotation
 from vessa.schemas import TemplateUse
-from vessa_server.annotations import Annotations, Answer
-from vessa_server.items import SegmentItem, SegmentResult
+from vessa_server.annotations import Annotations
 from vessa_server.keys import Caller, Role
 from vessa_server.template_bank.bank import Bank
+from vessa_server.types import Answer, SegmentItem, SegmentResult
 from vessa_server.wire.reading import SegmentRequest
 
 PNG, JSON, SAFETENSORS = "image/png", "application/json", "application/vnd.safetensors"

@@ -8,11 +8,11 @@ import pytest
 from vessa.codec import image_digest
 from vessa.errors import InvalidImage, NoTemplate, UnknownBank, UnknownClass, UnknownImage
 from vessa_server.annotator import Annotator
-from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
 from vessa_server.model.language.prefix_cache import InProcess
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.types import SegmentItem, SegmentResult, TemplateItem
 
 CLASSES = {1: "liver", 4: "spleen"}
 

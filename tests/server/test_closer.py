@@ -9,11 +9,11 @@ from vessa.codec import image_digest
 from vessa_server import annotator as annotator_module
 from vessa_server.annotator import Annotator
 from vessa_server.closer import Found, find, prompted_box, union, window_around
-from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model.geometry import Square, Window
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.types import SegmentItem, TemplateItem
 
 
 def test_the_window_is_a_square_around_the_box():

@@ -21,10 +21,10 @@ from vessa.errors import InvalidWeights, NotReady, QueueFull, UnknownBank, Unkno
 from vessa_server.batching import DeviceQueue
 from vessa_server.device import LocalDevice, load
 from vessa_server.device_process import DeviceProcess, _as_sent
-from vessa_server.items import DescribeItem, SegmentItem, SegmentResult, TemplateItem
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.types import DescribeItem, SegmentItem, SegmentResult, TemplateItem
 
 CLASSES = {1: "ventricle", 2: "wall"}
 

@@ -18,12 +18,12 @@ from vessa_server.annotator import Annotator, load_annotator
 from vessa_server.cli import app
 from vessa_server.drawing import STAGES
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
-from vessa_server.items import SegmentItem
 from vessa_server.model.weights import directory
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.types import SegmentItem
 
 UNADAPTED = [name for name in VARIANTS if name != "adapted"]
 

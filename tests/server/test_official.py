@@ -17,7 +17,6 @@ from vessa.codec import image_digest
 from vessa.errors import InvalidRequest, InvalidWeights
 from vessa_server.annotator import load_annotator
 from vessa_server.cli import app
-from vessa_server.items import SegmentItem, TemplateItem
 from vessa_server.model.language.vlm import LanguageModel
 from vessa_server.model.presets import PRESETS, LanguagePreset, full
 from vessa_server.model.segmenter import Segmenter
@@ -25,6 +24,7 @@ from vessa_server.model.weights import directory, download
 from vessa_server.model.weights.convert_official import build, place_language
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.types import SegmentItem, TemplateItem
 
 
 def write_sam(path, name):

@@ -16,8 +16,8 @@ import torch
 
 from vessa.errors import QueueFull, TooLarge
 from vessa_server.batching import DeviceQueue
-from vessa_server.items import SegmentItem
 from vessa_server.turns import Turns
+from vessa_server.types import SegmentItem
 
 
 class Device:

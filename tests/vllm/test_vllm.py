@@ -19,7 +19,6 @@ from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable
 from vessa_server.annotator import load_annotator
 from vessa_server.evaluation import seed_bank
-from vessa_server.items import SegmentItem
 from vessa_server.model.language.prefix_cache import InProcess
 from vessa_server.model.language.remote_vlm import Picture, VllmAddress
 from vessa_server.model.language.vlm import as_seen
@@ -27,6 +26,7 @@ from vessa_server.model.weights import directory
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.types import SegmentItem
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 ACDC = Path(__file__).resolve().parents[3] / "shared" / "data" / "acdc"

@@ -17,28 +17,15 @@ from numpy.typing import NDArray
 from vessa.codec import array_digest
 from vessa.errors import UnknownAnnotation, VessaError
 from vessa.schemas import Provenance
-from vessa_server.caching import ByteCache
+from vessa_server.byte_cache import ByteCache
 from vessa_server.keys import Caller, Role
+from vessa_server.types import Answer
 
 if TYPE_CHECKING:
-    from vessa_server.items import SegmentItem, SegmentResult
+    from vessa_server.types import SegmentItem, SegmentResult
     from vessa_server.wire.reading import SegmentRequest
 
 _OVERHEAD = 1024  # bytes of an entry besides what it holds, generously
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """The answer for one image. labels: uint8 (H, W); confidence, probabilities: None once it was kept.
-
-    id: SHA-256 of what made it and of its labels, hex: it never names other labels
-    """
-
-    id: str
-    made: Provenance
-    labels: NDArray[np.uint8]
-    confidence: NDArray[np.uint8] | None = None
-    probabilities: NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True)

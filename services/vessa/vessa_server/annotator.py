@@ -19,11 +19,10 @@ from vessa.annotation import box_of
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
 from vessa.schemas import TemplateUse
 from vessa_server.allocator import keep_freed_memory
-from vessa_server.caching import ByteCache
+from vessa_server.byte_cache import ByteCache
 from vessa_server.closer import NOTHING, find, prompted_box, union, window_around
 from vessa_server.drawing import Drawing, Pass, StageClock, mask_square
 from vessa_server.features import Seen
-from vessa_server.items import DescribeItem, SegmentItem, SegmentResult, TemplateItem
 from vessa_server.model.geometry import Square, Window, to_tensor
 from vessa_server.model.language.remote_vlm import VllmAddress
 from vessa_server.model.segmenter import ImageFeatures
@@ -31,6 +30,7 @@ from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import Bank, TemplateBanks, sample_template
 from vessa_server.template_bank.template import Template, View, template_id
+from vessa_server.types import DescribeItem, SegmentItem, SegmentResult, TemplateItem
 
 _Result = TypeVar("_Result")
 

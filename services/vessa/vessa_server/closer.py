@@ -16,8 +16,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from vessa.annotation import box_of
-from vessa_server.items import SegmentItem
 from vessa_server.model.geometry import Square, Window
+from vessa_server.types import SegmentItem
 
 MARGIN = 1.5  # side of the window over the longer side of what it shows
 LEAST = 0.2  # of the whole square's side: a speck is not looked at any closer

@@ -15,7 +15,7 @@ from vessa_server.template_bank.template import Template
 if TYPE_CHECKING:
     # The annotator brings torch, which a service whose device is another process never needs.
     from vessa_server.annotator import Annotator
-    from vessa_server.items import DescribeItem, SegmentItem, TemplateItem
+    from vessa_server.types import DescribeItem, SegmentItem, TemplateItem
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from vessa_server.template_bank.store import open_store
 from vessa_server.template_bank.template import Template
 
 if TYPE_CHECKING:
-    from vessa_server.items import DescribeItem, SegmentItem, TemplateItem
+    from vessa_server.types import DescribeItem, SegmentItem, TemplateItem
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vessa_server.caching import ByteCache
+from vessa_server.byte_cache import ByteCache
 from vessa_server.features import Attended, Seen
-from vessa_server.items import SegmentItem
 from vessa_server.model.geometry import Square, Window, to_tensor
 from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION
 from vessa_server.model.language.prefix_cache import Held, StateReader
@@ -22,6 +21,7 @@ from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.template import Template, View
+from vessa_server.types import SegmentItem
 
 STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
 # (image, class) pairs drawn in one pass: eight images of three classes. It bounds memory, not what a request

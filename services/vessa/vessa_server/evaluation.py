@@ -23,10 +23,10 @@ from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, table
 from vessa_server.adaptation.finetune import adapt
 from vessa_server.annotator import Annotator, load_annotator
-from vessa_server.items import SegmentItem, SegmentResult, TemplateItem
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.template import Template
+from vessa_server.types import SegmentItem, SegmentResult, TemplateItem
 
 _Answer = TypeVar("_Answer", SegmentResult, Template)
 

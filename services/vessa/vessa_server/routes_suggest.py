@@ -50,7 +50,7 @@ def _bank(banks: CallersBanks, name: str) -> Bank:
 
 async def _look(loaded: Loaded, bank: Bank, wanted: Candidates, client: str) -> None:
     """Keep the features of images, and how sure the annotator is of them where the bank has templates."""
-    from vessa_server.items import DescribeItem, SegmentItem
+    from vessa_server.types import DescribeItem, SegmentItem
 
     assert wanted.images is not None
     check_size(wanted.images.shape[1:3], max(len(bank.classes), 1), loaded.settings.max_pixels)
@@ -76,7 +76,7 @@ def _confidence(place: int, answer: object) -> float:
     if isinstance(answer, VessaError):
         answer.item = place
         raise answer
-    from vessa_server.items import SegmentResult
+    from vessa_server.types import SegmentResult
 
     assert isinstance(answer, SegmentResult)
     return float(answer.confidence.mean()) / 255

@@ -21,7 +21,6 @@ from vessa.errors import (
 from vessa_server.annotations import Annotations
 from vessa_server.batching import DeviceQueue
 from vessa_server.device import Device
-from vessa_server.items import LABELS_VERSION, DescribeItem, SegmentItem, TemplateItem
 from vessa_server.settings import Settings
 from vessa_server.suggesting import Looks
 from vessa_server.telemetry import Metrics
@@ -29,6 +28,7 @@ from vessa_server.template_bank.bank import TemplateBanks, merge_classes
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.template_bank.store import open_store
 from vessa_server.template_bank.template import Template, template_id
+from vessa_server.types import LABELS_VERSION, DescribeItem, SegmentItem, TemplateItem
 from vessa_server.wire.reading import Reader, SeenSizes, SegmentRequest, TemplateRequest
 
 log = logging.getLogger(__name__)

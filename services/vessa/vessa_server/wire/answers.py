@@ -10,7 +10,7 @@ from vessa.codec import encode
 from vessa.errors import InvalidRequest, UnsupportedMedia, VessaError
 from vessa.schemas import ClassMask, ErrorBody, ItemInfo, Rle, SegmentAnswer
 from vessa.volumes import write_labels
-from vessa_server.annotations import Answer
+from vessa_server.types import Answer
 from vessa_server.wire.forms import Form
 from vessa_server.wire.images import decode_dicom, overlay_png
 from vessa_server.wire.reading import SEGMENT_FIELDS, SegmentRequest

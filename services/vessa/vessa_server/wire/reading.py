@@ -42,7 +42,7 @@ from vessa_server.wire.prompts import Prompts
 
 if TYPE_CHECKING:
     # The annotator brings torch, which takes seconds to import; /livez must not wait for it.
-    from vessa_server.items import SegmentItem, TemplateItem
+    from vessa_server.types import SegmentItem, TemplateItem
 
 DEFAULT_BANK = "default"
 _IMAGES = TensorSpec(("U8",), ((None, None, None), (None, None, None, 3)))
@@ -148,7 +148,7 @@ class Reader:
     def _template_request(
         self, bank: str, images: NDArray[Any], masks: NDArray[Any], classes: dict[int, str], groups: list[str]
     ) -> TemplateRequest:
-        from vessa_server.items import TemplateItem
+        from vessa_server.types import TemplateItem
 
         check_size(images.shape[1:3], len(classes), self.settings.max_pixels)
         items = []
@@ -244,7 +244,7 @@ class Reader:
         size = _common_size(sizes)
         check_size(size or (1, 1), len(classes), self.settings.max_pixels)
         self._check_answer(len(ids), len(classes), size, probabilities)
-        from vessa_server.items import SegmentItem
+        from vessa_server.types import SegmentItem
 
         names = tuple(classes.values())
         items: list[SegmentItem | VessaError] = []

@@ -4,8 +4,9 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vessa.schemas import TemplateUse
+from vessa.schemas import Provenance, TemplateUse
 
 LABELS_VERSION = "4"  # of pre- and post-processing: raise it when the same weights would answer differently
 
@@ -75,3 +76,17 @@ class SegmentResult:
     templates: dict[str, list[TemplateUse]]
     bank_version: int
     adaptation: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The answer for one image. labels: uint8 (H, W); confidence, probabilities: None once it was kept.
+
+    id: SHA-256 of what made it and of its labels, hex: it never names other labels
+    """
+
+    id: str
+    made: Provenance
+    labels: NDArray[np.uint8]
+    confidence: NDArray[np.uint8] | None = None
+    probabilities: NDArray[np.float16] | None = None
