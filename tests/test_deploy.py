@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from vessa_server.observability.metrics import Metrics
 from vessa_server.settings import Settings
-from vessa_server.telemetry import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"

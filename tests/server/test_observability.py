@@ -20,8 +20,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from vessa.client import AsyncAnnotatorClient
 from vessa.errors import InvalidConfig
-from vessa_server import exporting, telemetry
-from vessa_server.logs import JsonFormatter
+from vessa_server.observability import metrics, trace_export
+from vessa_server.observability.logs import JsonFormatter
 from vessa_server.settings import Settings
 
 IMAGE = np.full((1, 48, 64), 90, np.uint8)
@@ -105,7 +105,7 @@ def test_a_request_without_a_trace_begins_its_own(server: Any, spans: InMemorySp
 def test_export_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(InvalidConfig, match=r"vessa-server\[otel\]"):
-        exporting.export_traces()
+        trace_export.export_traces()
 
 
 def test_a_log_line_is_one_json_object_with_its_request() -> None:
@@ -133,7 +133,7 @@ def test_a_request_id_is_taken_if_plain_and_is_in_the_answer_and_the_error(serve
     assert answer.json()["error"]["request_id"] == "from.the-caller_1"
     for bad in ("", "a b", "x" * 65, "é", "a\tb"):
         given = server.http.get("/banks/none", headers={"X-Request-ID": bad.encode()})
-        assert telemetry.REQUEST_ID.fullmatch(given.headers["X-Request-ID"])
+        assert metrics.REQUEST_ID.fullmatch(given.headers["X-Request-ID"])
         assert given.headers["X-Request-ID"] == given.json()["error"]["request_id"] != bad
 
 

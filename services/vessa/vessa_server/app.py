@@ -21,10 +21,12 @@ from vessa_server.audit import open_audit
 from vessa_server.connections import BoundedHttp
 from vessa_server.device import Device
 from vessa_server.device_process import DeviceProcess
-from vessa_server.exporting import export_traces
 from vessa_server.jobs import Jobs
 from vessa_server.limits import KeyLimits
-from vessa_server.logs import log_to_stderr
+from vessa_server.observability.logs import log_to_stderr
+from vessa_server.observability.metrics import Observe
+from vessa_server.observability.request_context import current_request
+from vessa_server.observability.trace_export import export_traces
 from vessa_server.routes import api
 from vessa_server.routes_jobs import jobs_api
 from vessa_server.routes_service import operations, probes
@@ -32,7 +34,6 @@ from vessa_server.routes_suggest import suggestions
 from vessa_server.security import resolve_access
 from vessa_server.service import Factory, Service
 from vessa_server.settings import Settings
-from vessa_server.telemetry import Observe, current_request
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.wire.docs import FAILURES
 

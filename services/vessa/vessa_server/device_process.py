@@ -25,7 +25,7 @@ from vessa.errors import InternalError, NotReady, VessaError
 from vessa.schemas import AdaptationInfo
 from vessa_server.batching import is_out_of_memory
 from vessa_server.device import About, LocalDevice, load
-from vessa_server.logs import log_to_stderr
+from vessa_server.observability.logs import log_to_stderr
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.store import open_store

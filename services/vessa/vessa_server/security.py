@@ -23,8 +23,8 @@ from vessa.client import default_key_file
 from vessa.errors import Forbidden, InvalidConfig, Unauthorized
 from vessa_server.audit import Actor
 from vessa_server.keys import LOCAL, Caller, Keys, Role, digest_of, open_keys
+from vessa_server.observability.request_context import current_request
 from vessa_server.settings import Settings
-from vessa_server.telemetry import current_request
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from vessa.errors import (
 from vessa_server.annotations import Annotations
 from vessa_server.batching import DeviceQueue
 from vessa_server.device import Device
+from vessa_server.observability.metrics import Metrics
 from vessa_server.settings import Settings
 from vessa_server.suggesting import Looks
-from vessa_server.telemetry import Metrics
 from vessa_server.template_bank.bank import TemplateBanks, merge_classes
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.template_bank.store import open_store

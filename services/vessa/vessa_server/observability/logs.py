@@ -4,8 +4,8 @@ import json
 import logging
 from datetime import UTC, datetime
 
+from vessa_server.observability.request_context import current_request
 from vessa_server.settings import Settings
-from vessa_server.telemetry import current_request
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s %(key)s]: %(message)s"
 

@@ -6,8 +6,6 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,24 +14,9 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from vessa_server.observability.request_context import CURRENT_REQUEST, RequestContext
+
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RequestContext:
-    """What the log says of the request that is served. key: name of its key, "-" before it is known."""
-
-    id: str = "-"
-    key: str = "-"
-
-
-# Filled in place: a dependency that runs in a worker thread sees the object, but could not set the variable.
-_current: ContextVar[RequestContext | None] = ContextVar("vessa_request", default=None)
-
-
-def current_request() -> RequestContext:
-    """Return the context of the request that this code serves, an empty one outside of any."""
-    return _current.get() or RequestContext()
 
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -135,7 +118,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         identity = _request_id(scope)
-        _current.set(RequestContext(identity))
+        CURRENT_REQUEST.set(RequestContext(identity))
         start, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
