@@ -15,7 +15,7 @@ from vessa.codec import array_digest, image_digest
 from vessa.errors import UnknownAnnotation
 from vessa.schemas import TemplateUse
 from vessa_server.annotations import Annotations
-from vessa_server.keys import Caller, Role
+from vessa_server.auth.keys import Caller, Role
 from vessa_server.template_bank.bank import Bank
 from vessa_server.types import Answer, SegmentItem, SegmentResult
 from vessa_server.wire.reading import SegmentRequest

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from vessa.errors import InvalidRequest, LimitReached, StoreUnavailable, UnknownBank
-from vessa_server.audit import Actor, AuditLog, open_audit
-from vessa_server.keys import Caller, FileKeys, Role, create_key
-from vessa_server.limits import KeyLimits
+from vessa_server.auth.audit_log import Actor, AuditLog, open_audit
+from vessa_server.auth.keys import Caller, FileKeys, Role, create_key
+from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks, check_name
 from vessa_server.template_bank.folder_store import FolderStore

@@ -14,8 +14,9 @@ from fastapi.routing import iter_route_contexts
 
 from vessa.client import AnnotatorClient, default_key_file
 from vessa.errors import InvalidConfig
+from vessa_server.api.authentication import require_key
 from vessa_server.app import create_app
-from vessa_server.security import require_key, resolve_access
+from vessa_server.auth.api_key import resolve_access
 from vessa_server.settings import Settings
 
 OPEN_ROUTES = {"/livez", "/readyz"}

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from vessa.codec import array_digest
 from vessa.errors import UnknownAnnotation, VessaError
 from vessa.schemas import Provenance
+from vessa_server.auth.keys import Caller, Role
 from vessa_server.byte_cache import ByteCache
-from vessa_server.keys import Caller, Role
 from vessa_server.types import Answer
 
 if TYPE_CHECKING:

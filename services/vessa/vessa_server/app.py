@@ -17,12 +17,13 @@ from starlette.requests import ClientDisconnect
 from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
 from vessa.schemas import ErrorBody, ErrorResponse
 from vessa_server import __version__
-from vessa_server.audit import open_audit
+from vessa_server.auth.api_key import resolve_access
+from vessa_server.auth.audit_log import open_audit
+from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.connections import BoundedHttp
 from vessa_server.device import Device
 from vessa_server.device_process import DeviceProcess
 from vessa_server.jobs import Jobs
-from vessa_server.limits import KeyLimits
 from vessa_server.observability.logs import log_to_stderr
 from vessa_server.observability.metrics import Observe
 from vessa_server.observability.request_context import current_request
@@ -31,7 +32,6 @@ from vessa_server.routes import api
 from vessa_server.routes_jobs import jobs_api
 from vessa_server.routes_service import operations, probes
 from vessa_server.routes_suggest import suggestions
-from vessa_server.security import resolve_access
 from vessa_server.service import Factory, Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks

@@ -39,8 +39,8 @@ from vessa.schemas import JobInfo, Provenance
 from vessa.volumes import Bounds, Volume, read_volume, write_labels
 from vessa.volumes.grid import slice_of
 from vessa_server.annotations import Annotations
+from vessa_server.auth.keys import Caller, Role
 from vessa_server.job_files import Job, Kind, Wish, alone_on, folder_of, read_job, remove, size_of
-from vessa_server.keys import Caller, Role
 from vessa_server.service import Loaded, Service
 from vessa_server.settings import Settings
 from vessa_server.storage.files import write_whole

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vessa.errors import InvalidRequest
-from vessa_server.audit import Actor, AuditLog, open_audit
-from vessa_server.keys import Keys, Role, create_key, open_keys
+from vessa_server.auth.audit_log import Actor, AuditLog, open_audit
+from vessa_server.auth.keys import Keys, Role, create_key, open_keys
 from vessa_server.settings import Settings
 
 keys = typer.Typer(no_args_is_help=True, help=__doc__)

@@ -13,9 +13,9 @@ from fastapi import Depends, Path, Query, Request
 from starlette.requests import ClientDisconnect
 
 from vessa.errors import MalformedBody, TooLarge, UnsupportedMedia
-from vessa_server.audit import AuditLog
-from vessa_server.limits import KeyLimits
-from vessa_server.security import CallerDep, actor_of
+from vessa_server.api.authentication import CallerDep, actor_of
+from vessa_server.auth.audit_log import AuditLog
+from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.service import Loaded, Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import BANK_NAME

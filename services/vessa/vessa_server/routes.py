@@ -12,6 +12,7 @@ from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from vessa.errors import InvalidRequest, VessaError
 from vessa.schemas import AdaptationInfo, BankInfo, SegmentAnswer, TemplateInfo, TemplateInfos
 from vessa.tracing import span
+from vessa_server.api.authentication import CallerDep, require_curator, require_key
 from vessa_server.receiving import (
     FORM,
     BankPath,
@@ -25,7 +26,6 @@ from vessa_server.receiving import (
     service_of,
     unless_gone,
 )
-from vessa_server.security import CallerDep, require_curator, require_key
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.wire.answers import (
     DICOM,

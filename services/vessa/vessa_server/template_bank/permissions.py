@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vessa.errors import Forbidden, UnknownBank
 from vessa.schemas import BankInfo
-from vessa_server.keys import Caller, Role
+from vessa_server.auth.keys import Caller, Role
 from vessa_server.template_bank.bank import Bank, TemplateBanks, TemplateInfos
 from vessa_server.template_bank.template import Template
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vessa.errors import LimitReached
-from vessa_server.keys import Caller
+from vessa_server.auth.keys import Caller
 
 MINUTE_S = 60.0
 

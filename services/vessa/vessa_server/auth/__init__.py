@@ -1,0 +1,1 @@
+"""Keys and roles, rate limits, the audit log."""
