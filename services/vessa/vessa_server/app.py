@@ -7,35 +7,38 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
-from vessa.schemas import ErrorBody, ErrorResponse
+from vessa.errors import VessaError
 from vessa_server import __version__
+from vessa_server.api.banks import api
+from vessa_server.api.error_handlers import (
+    _on_disconnect,
+    _on_http_exception,
+    _on_validation_error,
+    _on_vessa_error,
+)
+from vessa_server.api.h11_limits import BoundedHttp
+from vessa_server.api.jobs import jobs_api
+from vessa_server.api.openapi import FAILURES
+from vessa_server.api.status import operations, probes
+from vessa_server.api.suggest import suggestions
 from vessa_server.auth.api_key import resolve_access
 from vessa_server.auth.audit_log import open_audit
 from vessa_server.auth.rate_limits import KeyLimits
-from vessa_server.connections import BoundedHttp
 from vessa_server.device import Device
 from vessa_server.device_process import DeviceProcess
 from vessa_server.jobs import Jobs
 from vessa_server.observability.logs import log_to_stderr
 from vessa_server.observability.metrics import Observe
-from vessa_server.observability.request_context import current_request
 from vessa_server.observability.trace_export import export_traces
-from vessa_server.routes import api
-from vessa_server.routes_jobs import jobs_api
-from vessa_server.routes_service import operations, probes
-from vessa_server.routes_suggest import suggestions
 from vessa_server.service import Factory, Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
-from vessa_server.wire.docs import FAILURES
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,6 @@ curate (may change template banks too) or admin. A failure is {"error": {"code",
 "request_id"}}.
 """
 _SWITCH_S = 0.0005
-CLIENT_LEFT = 499  # nobody reads it; it makes the metrics tell disconnects from failures
 
 
 def in_own_process(settings: Settings, banks: TemplateBanks) -> Device:
@@ -94,55 +96,6 @@ def create_app(settings: Settings | None = None, device_factory: Factory = in_ow
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_middleware(Observe, metrics=service.metrics)
     return app
-
-
-def error_response(error: VessaError) -> Response:
-    """Return {"error": {"code", "message", "item"}} with the error's status and its Retry-After."""
-    headers = {}
-    if error.status in {429, 503, 504}:
-        headers["Retry-After"] = str(math.ceil(error.retry_after or 1))
-    if error.queue_position is not None:
-        headers["X-Queue-Position"] = str(error.queue_position)
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    identity = current_request().id
-    body = ErrorResponse(
-        error=ErrorBody(code=error.code, message=str(error), item=error.item, request_id=identity)
-    )
-    status = error.status or 500
-    return Response(body.model_dump_json(), status, headers, "application/json")
-
-
-def _on_vessa_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, VessaError)
-    request.app.state.service.metrics.errors.labels(error.code).inc()
-    return error_response(error)
-
-
-def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = " ".join(str(part) for part in first["loc"])
-    return error_response(InvalidRequest(f"{where}: {first['msg']}"))
-
-
-def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return error_response(NotFound("there is no such route; GET /docs lists them"))
-    if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"this route does not take {request.method[:20]}"))
-        # Starlette's own names the methods of one route alone, and several may share a path.
-        there = (r for r in iter_route_contexts(request.app.routes) if r.path_regex.match(request.url.path))
-        response.headers["Allow"] = ", ".join(
-            sorted({method for route in there for method in route.methods or ()})
-        )
-        return response
-    return error_response(InvalidRequest("the request could not be read"))
-
-
-def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_LEFT)
 
 
 def prepare_process(settings: Settings) -> None:

@@ -9,9 +9,9 @@ from fastapi.concurrency import run_in_threadpool
 from vessa.errors import UnsupportedMedia
 from vessa.schemas import JobInfo, Provenance
 from vessa_server.api.authentication import CallerDep, require_key
+from vessa_server.api.dependencies import FORM, limits_of, media_type, read_body, service_of
+from vessa_server.api.openapi import JOB_BODY, answering
 from vessa_server.jobs import Jobs
-from vessa_server.receiving import FORM, limits_of, media_type, read_body, service_of
-from vessa_server.wire.docs import JOB_BODY, answering
 from vessa_server.wire.jobs import read_job
 
 jobs_api = APIRouter(dependencies=[Depends(require_key)])

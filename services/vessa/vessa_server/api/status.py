@@ -7,9 +7,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from vessa.schemas import ServiceInfo
 from vessa_server import __version__
 from vessa_server.api.authentication import require_admin, require_key
+from vessa_server.api.dependencies import BanksDep, LoadedDep, service_of
+from vessa_server.api.openapi import FAILURES, answering, docs_page
 from vessa_server.observability.metrics import METRICS_TYPE
-from vessa_server.receiving import BanksDep, LoadedDep, service_of
-from vessa_server.wire.docs import FAILURES, answering, docs_page
 
 probes = APIRouter()  # the only routes without a key
 operations = APIRouter(dependencies=[Depends(require_key)])

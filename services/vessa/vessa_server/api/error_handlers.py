@@ -1,0 +1,63 @@
+"""Turn every failure into the one error form."""
+
+import math
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
+from starlette.exceptions import HTTPException
+
+from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
+from vessa.schemas import ErrorBody, ErrorResponse
+from vessa_server.observability.request_context import current_request
+
+CLIENT_LEFT = 499  # nobody reads it; it makes the metrics tell disconnects from failures
+
+
+def error_response(error: VessaError) -> Response:
+    """Return {"error": {"code", "message", "item"}} with the error's status and its Retry-After."""
+    headers = {}
+    if error.status in {429, 503, 504}:
+        headers["Retry-After"] = str(math.ceil(error.retry_after or 1))
+    if error.queue_position is not None:
+        headers["X-Queue-Position"] = str(error.queue_position)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    identity = current_request().id
+    body = ErrorResponse(
+        error=ErrorBody(code=error.code, message=str(error), item=error.item, request_id=identity)
+    )
+    status = error.status or 500
+    return Response(body.model_dump_json(), status, headers, "application/json")
+
+
+def _on_vessa_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, VessaError)
+    request.app.state.service.metrics.errors.labels(error.code).inc()
+    return error_response(error)
+
+
+def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = " ".join(str(part) for part in first["loc"])
+    return error_response(InvalidRequest(f"{where}: {first['msg']}"))
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_response(NotFound("there is no such route; GET /docs lists them"))
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"this route does not take {request.method[:20]}"))
+        # Starlette's own names the methods of one route alone, and several may share a path.
+        there = (r for r in iter_route_contexts(request.app.routes) if r.path_regex.match(request.url.path))
+        response.headers["Allow"] = ", ".join(
+            sorted({method for route in there for method in route.methods or ()})
+        )
+        return response
+    return error_response(InvalidRequest("the request could not be read"))
+
+
+def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
