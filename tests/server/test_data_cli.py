@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from vessa.datasets import COLLECTIONS
 from vessa.errors import InvalidRequest
-from vessa_server.cli import app
+from vessa_server.cli.main import app
 from vessa_server.pretraining.data.phantoms import write_phantoms
 
 

@@ -15,7 +15,7 @@ from vessa.errors import InvalidDataset
 from vessa.schemas import AdaptationFigures
 from vessa_server import evaluation
 from vessa_server.annotator import Annotator, load_annotator
-from vessa_server.cli import app
+from vessa_server.cli.main import app
 from vessa_server.drawing import STAGES
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
 from vessa_server.model.weights import directory

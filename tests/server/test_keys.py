@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vessa.errors import InvalidRequest, StoreUnavailable
 from vessa_server.auth.keys import FileKeys, Keys, RedisKeys, Role, create_key, digest_of, open_keys
-from vessa_server.cli import app as cli
+from vessa_server.cli.main import app as cli
 from vessa_server.settings import Settings
 
 OPEN = {("GET", "/livez"), ("GET", "/readyz")}

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vessa.client import AnnotatorClient
 from vessa.errors import InvalidConfig, VessaError
-from vessa_server.cli import app
+from vessa_server.cli.main import app
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray: `make test-ray`")
 CLASSES = {1: "ventricle", 2: "wall"}

@@ -20,7 +20,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from typer.testing import CliRunner
 
 from vessa.errors import InvalidRequest, InvalidWeights
-from vessa_server.cli import app
+from vessa_server.cli.main import app
 from vessa_server.model.language.vlm import LanguageModel, stored_state
 from vessa_server.model.presets import LanguagePreset, RetrieverPreset, full
 from vessa_server.model.retriever import Retriever

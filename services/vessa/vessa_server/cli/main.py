@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 
 from vessa.errors import InvalidConfig, InvalidRequest, VessaError
-from vessa_server.data_cli import data as data_app
-from vessa_server.keys_cli import keys as keys_app
-from vessa_server.weights_cli import weights as weights_app
+from vessa_server.cli.data import data as data_app
+from vessa_server.cli.keys import keys as keys_app
+from vessa_server.cli.weights import weights as weights_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.add_typer(keys_app, name="keys")
