@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vessa.codec import image_digest
-from vessa_server.annotator import Annotator, load_annotator
+from vessa_server.inference.annotator import Annotator, load_annotator
 from vessa_server.pretraining.data.synthetic import HEART, phantom_study
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore

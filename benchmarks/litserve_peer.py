@@ -24,7 +24,7 @@ class AnnotatorApi(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         """Load the same weights and bank as the service, in the worker process."""
-        from vessa_server.annotator import load_annotator
+        from vessa_server.inference.annotator import load_annotator
         from vessa_server.template_bank.bank import TemplateBanks
         from vessa_server.template_bank.folder_store import FolderStore
 

@@ -123,7 +123,7 @@ def litserve(folder: Path, options: argparse.Namespace) -> Iterator[Served]:
 
 def bare_loop(folder: Path, options: argparse.Namespace) -> Callable[[list[Image]], float]:
     """Load the annotator into this process; returns what times a loop of batches over images."""
-    from vessa_server.annotator import load_annotator
+    from vessa_server.inference.annotator import load_annotator
     from vessa_server.template_bank.bank import TemplateBanks
     from vessa_server.template_bank.folder_store import FolderStore
     from vessa_server.types import SegmentItem

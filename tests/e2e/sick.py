@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vessa_server.annotator import Annotator
 from vessa_server.app import serve
+from vessa_server.inference.annotator import Annotator
 from vessa_server.settings import Settings
 
 told, segment = Path(sys.argv[1]), Annotator.segment

@@ -17,7 +17,7 @@ from vessa.errors import InvalidRequest
 from vessa.schemas import AdaptationFigures
 from vessa_server.adaptation import finetune as module
 from vessa_server.adaptation.finetune import adapt
-from vessa_server.annotator import Annotator
+from vessa_server.inference.annotator import Annotator
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.decoder_weights import Adaptation

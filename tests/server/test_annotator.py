@@ -7,7 +7,7 @@ import pytest
 
 from vessa.codec import image_digest
 from vessa.errors import InvalidImage, NoTemplate, UnknownBank, UnknownClass, UnknownImage
-from vessa_server.annotator import Annotator
+from vessa_server.inference.annotator import Annotator
 from vessa_server.model.language.prefix_cache import InProcess
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import TemplateBanks

@@ -6,9 +6,9 @@ import torch
 
 from vessa.annotation import box_of
 from vessa.codec import image_digest
-from vessa_server import annotator as annotator_module
-from vessa_server.annotator import Annotator
-from vessa_server.closer import Found, find, prompted_box, union, window_around
+from vessa_server.inference import annotator as annotator_module
+from vessa_server.inference.annotator import Annotator
+from vessa_server.inference.zoom import Found, find, prompted_box, union, window_around
 from vessa_server.model.geometry import Square, Window
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import TemplateBanks

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest, InvalidWeights
-from vessa_server.annotator import load_annotator
 from vessa_server.cli.main import app
+from vessa_server.inference.annotator import load_annotator
 from vessa_server.model.language.vlm import LanguageModel
 from vessa_server.model.presets import PRESETS, LanguagePreset, full
 from vessa_server.model.segmenter import Segmenter

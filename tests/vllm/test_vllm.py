@@ -17,8 +17,8 @@ import torch
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable
-from vessa_server.annotator import load_annotator
 from vessa_server.evaluation import seed_bank
+from vessa_server.inference.annotator import load_annotator
 from vessa_server.model.language.prefix_cache import InProcess
 from vessa_server.model.language.remote_vlm import Picture, VllmAddress
 from vessa_server.model.language.vlm import as_seen

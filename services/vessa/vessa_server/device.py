@@ -14,7 +14,7 @@ from vessa_server.template_bank.template import Template
 
 if TYPE_CHECKING:
     # The annotator brings torch, which a service whose device is another process never needs.
-    from vessa_server.annotator import Annotator
+    from vessa_server.inference.annotator import Annotator
     from vessa_server.types import DescribeItem, SegmentItem, TemplateItem
 
 
@@ -126,7 +126,7 @@ def load(settings: Settings, banks: TemplateBanks) -> LocalDevice:
     """Load the annotator that the settings describe into this process; torch is imported here."""
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # torch reads it once, when it is imported
-    from vessa_server.annotator import load_annotator
+    from vessa_server.inference.annotator import load_annotator
 
     budget, without = settings.feature_cache_bytes, frozenset[str](settings.without)
     vllm = None

@@ -22,7 +22,7 @@ from vessa.report.cases import annotated, best_median_worst, score_labels
 from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, table
 from vessa_server.adaptation.finetune import adapt
-from vessa_server.annotator import Annotator, load_annotator
+from vessa_server.inference.annotator import Annotator, load_annotator
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.template import Template

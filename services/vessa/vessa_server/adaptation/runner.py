@@ -10,7 +10,7 @@ from vessa.schemas import AdaptationInfo
 from vessa_server.template_bank.bank import Bank, TemplateBanks
 
 if TYPE_CHECKING:
-    from vessa_server.annotator import Annotator
+    from vessa_server.inference.annotator import Annotator
 
 log = logging.getLogger(__name__)
 

@@ -46,7 +46,7 @@ class Preset:
     """All sizes of one annotator.
 
     language None: DINOv2 retrieval and SAM 2.1 memory alone; closer: whether a second look is taken at
-    the part of the image where the first has found something (see `vessa_server.closer`)
+    the part of the image where the first has found something (see `vessa_server.inference.zoom`)
     """
 
     name: str = "nano"

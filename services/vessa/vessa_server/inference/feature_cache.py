@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from vessa_server.closer import Found
+from vessa_server.inference.zoom import Found
 from vessa_server.model.geometry import Square, Window
 from vessa_server.model.segmenter import ImageFeatures
 

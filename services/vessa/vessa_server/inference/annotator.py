@@ -18,11 +18,12 @@ from torch import Tensor
 from vessa.annotation import box_of
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
 from vessa.schemas import TemplateUse
-from vessa_server.allocator import keep_freed_memory
 from vessa_server.byte_cache import ByteCache
-from vessa_server.closer import NOTHING, find, prompted_box, union, window_around
-from vessa_server.drawing import Drawing, Pass, StageClock, mask_square
-from vessa_server.features import Seen
+from vessa_server.inference.feature_cache import Seen
+from vessa_server.inference.malloc import keep_freed_memory
+from vessa_server.inference.mask_predictor import Drawing, Pass, mask_square
+from vessa_server.inference.stage_timer import StageTimer
+from vessa_server.inference.zoom import NOTHING, find, prompted_box, union, window_around
 from vessa_server.model.geometry import Square, Window, to_tensor
 from vessa_server.model.language.remote_vlm import VllmAddress
 from vessa_server.model.segmenter import ImageFeatures
@@ -63,7 +64,7 @@ class Annotator:
         without: frozenset[str] = frozenset(),
     ) -> None:
         self.model, self.banks = model, banks
-        self.clock = StageClock(model.device)
+        self.clock = StageTimer(model.device)
         self._held = ByteCache(feature_cache_bytes)
         self._drawing = Drawing(model, self.clock, self._held)
         self.model_digest = model_digest

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import threading
-import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vessa_server.byte_cache import ByteCache
-from vessa_server.features import Attended, Seen
+from vessa_server.inference.feature_cache import Attended, Seen
+from vessa_server.inference.stage_timer import StageTimer
 from vessa_server.model.geometry import Square, Window, to_tensor
 from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION
 from vessa_server.model.language.prefix_cache import Held, StateReader
@@ -23,31 +23,10 @@ from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.template import Template, View
 from vessa_server.types import SegmentItem
 
-STAGES = ("encode", "retrieve", "language", "attend", "draw", "fuse")
 # (image, class) pairs drawn in one pass: eight images of three classes. It bounds memory, not what a request
 # may hold.
 _CONCURRENT_MASKS = 24
 _EXCLUDED = -20.0  # mask logit of what a box prompt excludes
-
-
-class StageClock:
-    """Adds up the time spent in each stage of inference.
-
-    seconds: by stage, since the start
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a stage; on CUDA it ends when its kernels have."""
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - started
 
 
 @dataclass
@@ -85,7 +64,7 @@ class Drawing:
     decoder_lock: held while a bank's own weights are in place
     """
 
-    def __init__(self, model: Vessa, clock: StageClock, held: ByteCache) -> None:
+    def __init__(self, model: Vessa, clock: StageTimer, held: ByteCache) -> None:
         self.model, self.clock, self._held = model, clock, held
         self.without: frozenset[str] = frozenset()
         self.decoder_lock = threading.Lock()

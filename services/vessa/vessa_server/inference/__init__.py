@@ -1,0 +1,1 @@
+"""The paper's inference: retrieve, first pass, region of interest, masks, fusion."""
