@@ -16,9 +16,9 @@ from vessa.errors import UnknownAnnotation
 from vessa.schemas import TemplateUse
 from vessa_server.annotations import Annotations
 from vessa_server.auth.keys import Caller, Role
+from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.template_bank.bank import Bank
 from vessa_server.types import Answer, SegmentItem, SegmentResult
-from vessa_server.wire.reading import SegmentRequest
 
 PNG, JSON, SAFETENSORS = "image/png", "application/json", "application/vnd.safetensors"
 ALICE, BOB, ROOT = Caller("alice", Role.annotate), Caller("bob", Role.curate), Caller("root", Role.admin)

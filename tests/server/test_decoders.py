@@ -20,15 +20,15 @@ from scans import dicom_multiframe, dicom_slice, nifti, phantom, written
 from vessa.codec import decode, encode
 from vessa.errors import VessaError
 from vessa.volumes import Bounds, read_volume
+from vessa_server.serialization.fields import read_classes, read_per_class, read_strings
+from vessa_server.serialization.image_files import decode_image, decode_mask
+from vessa_server.serialization.job_request import read_job
+from vessa_server.serialization.multipart import Form
+from vessa_server.serialization.prompt_arrays import Prompts
+from vessa_server.serialization.request_parser import SEGMENT_FIELDS, SEGMENT_TENSORS
+from vessa_server.serialization.responses import JSON, PNG, choose_type
+from vessa_server.serialization.suggest_request import read_candidates
 from vessa_server.settings import Settings
-from vessa_server.wire.answers import JSON, PNG, choose_type
-from vessa_server.wire.candidates import read_candidates
-from vessa_server.wire.fields import read_classes, read_per_class, read_strings
-from vessa_server.wire.forms import Form
-from vessa_server.wire.images import decode_image, decode_mask
-from vessa_server.wire.jobs import read_job
-from vessa_server.wire.prompts import Prompts
-from vessa_server.wire.reading import SEGMENT_FIELDS, SEGMENT_TENSORS
 
 GROWTH = 256 * proving.MEGABYTE
 PIXELS = 10_000

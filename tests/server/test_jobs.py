@@ -16,9 +16,9 @@ from scans import dicom_multiframe, dicom_series, dicom_slice, nifti, phantom, w
 
 from vessa.codec import image_digest
 from vessa.volumes import read_volume
-from vessa_server.job_files import alone_on, remove, size_of
+from vessa_server.serialization.image_files import decode_mask, label_png
 from vessa_server.settings import Settings
-from vessa_server.wire.images import decode_mask, label_png
+from vessa_server.volume_jobs.store import alone_on, remove, size_of
 
 AFFINE = np.array([[-1.2, 0, 0.1, 3], [0, 1.5, 0, 4], [0.1, 0, 6.0, 5], [0, 0, 0, 1]], np.float32)
 SHAPE = (40, 30, 5)

@@ -19,8 +19,9 @@ from PIL import Image
 from vessa.codec import image_digest
 from vessa.errors import InvalidImage, ShapeMismatch, TooLarge, UnknownClass, VessaError
 from vessa.images import read_image
-from vessa_server.wire.fields import read_per_class
-from vessa_server.wire.images import color_of, decode_image, decode_mask, label_png, overlay_png
+from vessa_server.serialization.fields import read_per_class
+from vessa_server.serialization.image_files import decode_image, decode_mask, label_png
+from vessa_server.serialization.overlays import color_of, overlay_png
 
 LIMIT = 100_000
 GRAY = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)

@@ -22,8 +22,8 @@ from vessa_server.byte_cache import ByteCache
 from vessa_server.types import Answer
 
 if TYPE_CHECKING:
+    from vessa_server.serialization.request_parser import SegmentRequest
     from vessa_server.types import SegmentItem, SegmentResult
-    from vessa_server.wire.reading import SegmentRequest
 
 _OVERHEAD = 1024  # bytes of an entry besides what it holds, generously
 

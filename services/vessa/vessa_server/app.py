@@ -32,13 +32,13 @@ from vessa_server.auth.audit_log import open_audit
 from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.device import Device
 from vessa_server.device_process import DeviceProcess
-from vessa_server.jobs import Jobs
 from vessa_server.observability.logs import log_to_stderr
 from vessa_server.observability.metrics import Observe
 from vessa_server.observability.trace_export import export_traces
 from vessa_server.service import Factory, Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.volume_jobs.runner import Jobs
 
 log = logging.getLogger(__name__)
 

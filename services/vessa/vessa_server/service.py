@@ -22,6 +22,7 @@ from vessa_server.annotations import Annotations
 from vessa_server.batching import DeviceQueue
 from vessa_server.device import Device
 from vessa_server.observability.metrics import Metrics
+from vessa_server.serialization.request_parser import Reader, SeenSizes, SegmentRequest, TemplateRequest
 from vessa_server.settings import Settings
 from vessa_server.suggesting import Looks
 from vessa_server.template_bank.bank import TemplateBanks, merge_classes
@@ -29,7 +30,6 @@ from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.template_bank.store import open_store
 from vessa_server.template_bank.template import Template, template_id
 from vessa_server.types import LABELS_VERSION, DescribeItem, SegmentItem, TemplateItem
-from vessa_server.wire.reading import Reader, SeenSizes, SegmentRequest, TemplateRequest
 
 log = logging.getLogger(__name__)
 

@@ -25,12 +25,10 @@ from vessa_server.api.dependencies import (
     unless_gone,
 )
 from vessa_server.api.openapi import TEMPLATE_BODY, answering
+from vessa_server.serialization.overlays import overlay_png
+from vessa_server.serialization.request_parser import DEFAULT_BANK
+from vessa_server.serialization.responses import PNG
 from vessa_server.template_bank.permissions import CallersBanks
-from vessa_server.wire.answers import (
-    PNG,
-)
-from vessa_server.wire.images import overlay_png
-from vessa_server.wire.reading import DEFAULT_BANK
 
 api = APIRouter(dependencies=[Depends(require_key)])
 CURATE = [Depends(require_curator)]

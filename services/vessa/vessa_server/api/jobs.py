@@ -11,8 +11,8 @@ from vessa.schemas import JobInfo, Provenance
 from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import FORM, limits_of, media_type, read_body, service_of
 from vessa_server.api.openapi import JOB_BODY, answering
-from vessa_server.jobs import Jobs
-from vessa_server.wire.jobs import read_job
+from vessa_server.serialization.job_request import read_job
+from vessa_server.volume_jobs.runner import Jobs
 
 jobs_api = APIRouter(dependencies=[Depends(require_key)])
 

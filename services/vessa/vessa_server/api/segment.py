@@ -21,8 +21,8 @@ from vessa_server.api.dependencies import (
     unless_gone,
 )
 from vessa_server.api.openapi import SEGMENT_BODY, answering
-from vessa_server.template_bank.permissions import CallersBanks
-from vessa_server.wire.answers import (
+from vessa_server.serialization.image_files import label_png
+from vessa_server.serialization.responses import (
     DICOM,
     JSON,
     PNG,
@@ -34,7 +34,7 @@ from vessa_server.wire.answers import (
     overlay_answer,
     tensor_answer,
 )
-from vessa_server.wire.images import label_png
+from vessa_server.template_bank.permissions import CallersBanks
 
 ANNOTATION_ID = "X-Annotation-Id"
 

@@ -11,13 +11,13 @@ from vessa.schemas import Suggestion, Suggestions
 from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import BankPath, limits_of, read_body, service_of, unless_gone
 from vessa_server.api.openapi import SUGGEST_BODY
+from vessa_server.serialization.fields import check_size
+from vessa_server.serialization.request_parser import SegmentRequest
+from vessa_server.serialization.suggest_request import Candidates, read_candidates
 from vessa_server.service import Loaded
 from vessa_server.suggesting import suggest
 from vessa_server.template_bank.bank import Bank, check_name
 from vessa_server.template_bank.permissions import CallersBanks
-from vessa_server.wire.candidates import Candidates, read_candidates
-from vessa_server.wire.fields import check_size
-from vessa_server.wire.reading import SegmentRequest
 
 suggestions = APIRouter(dependencies=[Depends(require_key)])
 

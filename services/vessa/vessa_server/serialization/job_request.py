@@ -1,14 +1,15 @@
 """The form of POST /jobs."""
 
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from vessa.errors import InvalidRequest
 from vessa.volumes import AXES
-from vessa_server.jobs import Kind, Wish
+from vessa_server.serialization.fields import read_name, read_strings
+from vessa_server.serialization.multipart import Form
+from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.template_bank.bank import check_name
-from vessa_server.wire.fields import read_name, read_strings
-from vessa_server.wire.forms import Form
-from vessa_server.wire.reading import DEFAULT_BANK
+from vessa_server.volume_jobs.runner import Kind, Wish
 
 _FIELDS = {"image", "bank", "classes", "group", "axis", "result"}
 
@@ -32,3 +33,17 @@ def _one_of(form: Form, name: str, allowed: tuple[str, ...], default: str | None
     if value is not None and value not in allowed:
         raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {value[:40]!r}")
     return value
+
+
+Kind = Literal["nifti", "dicom-seg"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller asks for. axis: see `Volume.axis`; kind: None for what fits the files."""
+
+    bank: str
+    classes: list[str] | None = None
+    group: str | None = None
+    axis: str = "auto"
+    kind: Kind | None = None

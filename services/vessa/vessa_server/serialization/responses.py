@@ -10,10 +10,11 @@ from vessa.codec import encode
 from vessa.errors import InvalidRequest, UnsupportedMedia, VessaError
 from vessa.schemas import ClassMask, ErrorBody, ItemInfo, Rle, SegmentAnswer
 from vessa.volumes import write_labels
+from vessa_server.serialization.image_files import decode_dicom
+from vessa_server.serialization.multipart import Form
+from vessa_server.serialization.overlays import overlay_png
+from vessa_server.serialization.request_parser import SEGMENT_FIELDS, SegmentRequest
 from vessa_server.types import Answer
-from vessa_server.wire.forms import Form
-from vessa_server.wire.images import decode_dicom, overlay_png
-from vessa_server.wire.reading import SEGMENT_FIELDS, SegmentRequest
 
 JSON, PNG, SAFETENSORS = "application/json", "image/png", "application/vnd.safetensors"
 DICOM = "application/dicom"

@@ -22,10 +22,7 @@ from vessa.errors import (
     UnknownImage,
     VessaError,
 )
-from vessa_server.settings import Settings
-from vessa_server.template_bank.bank import Bank, TemplateBanks, check_name
-from vessa_server.template_bank.permissions import CallersBanks
-from vessa_server.wire.fields import (
+from vessa_server.serialization.fields import (
     check_known,
     check_size,
     item_seed,
@@ -36,9 +33,12 @@ from vessa_server.wire.fields import (
     read_per_class,
     read_strings,
 )
-from vessa_server.wire.forms import Form
-from vessa_server.wire.images import decode_image, decode_mask
-from vessa_server.wire.prompts import Prompts
+from vessa_server.serialization.image_files import decode_image, decode_mask
+from vessa_server.serialization.multipart import Form
+from vessa_server.serialization.prompt_arrays import Prompts
+from vessa_server.settings import Settings
+from vessa_server.template_bank.bank import Bank, TemplateBanks, check_name
+from vessa_server.template_bank.permissions import CallersBanks
 
 if TYPE_CHECKING:
     # The annotator brings torch, which takes seconds to import; /livez must not wait for it.

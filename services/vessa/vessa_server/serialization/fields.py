@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vessa.errors import InvalidImage, InvalidPrompt, InvalidRequest, TooLarge, UnknownClass
-from vessa_server.wire.forms import read_json
+from vessa_server.serialization.multipart import read_json
 
 CHOICES = ("top1", "top3", "sample")
 MAX_TEXT = 128

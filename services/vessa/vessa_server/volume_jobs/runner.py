@@ -40,13 +40,14 @@ from vessa.volumes import Bounds, Volume, read_volume, write_labels
 from vessa.volumes.grid import slice_of
 from vessa_server.annotations import Annotations
 from vessa_server.auth.keys import Caller, Role
-from vessa_server.job_files import Job, Kind, Wish, alone_on, folder_of, read_job, remove, size_of
+from vessa_server.serialization.image_files import decode_mask, label_png
+from vessa_server.serialization.job_request import Kind, Wish
+from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.service import Loaded, Service
 from vessa_server.settings import Settings
 from vessa_server.storage.files import write_whole
 from vessa_server.template_bank.permissions import CallersBanks
-from vessa_server.wire.images import decode_mask, label_png
-from vessa_server.wire.reading import SegmentRequest
+from vessa_server.volume_jobs.store import Job, alone_on, folder_of, read_job, remove, size_of
 
 log = logging.getLogger(__name__)
 

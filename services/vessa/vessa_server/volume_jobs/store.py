@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vessa_server.serialization.job_request import Kind
 from vessa_server.settings import Settings, default_store
-
-Kind = Literal["nifti", "dicom-seg"]
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,6 @@ class Job:
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         return self.state in ("done", "failed")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a caller asks for. axis: see `Volume.axis`; kind: None for what fits the files."""
-
-    bank: str
-    classes: list[str] | None = None
-    group: str | None = None
-    axis: str = "auto"
-    kind: Kind | None = None
 
 
 def folder_of(settings: Settings) -> Path:

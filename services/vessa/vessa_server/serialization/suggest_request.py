@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from vessa.codec import decode, image_digest
 from vessa.errors import InvalidRequest, MalformedBody, TooLarge
+from vessa_server.serialization.fields import check_known, json_metadata, read_strings
+from vessa_server.serialization.request_parser import SEGMENT_TENSORS
 from vessa_server.settings import Settings
-from vessa_server.wire.fields import check_known, json_metadata, read_strings
-from vessa_server.wire.reading import SEGMENT_TENSORS
 
 TENSORS = {"images": SEGMENT_TENSORS["images"]}
 MAX_HEADER_BYTES = 4 << 20  # the ids and patients of all candidates are in it

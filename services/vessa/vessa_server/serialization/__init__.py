@@ -1,0 +1,1 @@
+"""Request bytes to checked inputs, results to response bytes."""

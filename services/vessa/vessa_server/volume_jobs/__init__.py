@@ -1,0 +1,1 @@
+"""Jobs that segment volumes, kept on disk across restarts."""
