@@ -19,7 +19,7 @@ from PIL import Image
 from vessa.codec import MEDIA_TYPE, encode
 from vessa_server.app import create_app
 from vessa_server.auth.keys import Keys, Role, create_key
-from vessa_server.device import load
+from vessa_server.serving.worker import load
 from vessa_server.settings import Settings
 from vessa_server.template_bank.template import Template, View, template_id
 

@@ -14,9 +14,9 @@ from PIL import Image
 from vessa.codec import array_digest, image_digest
 from vessa.errors import UnknownAnnotation
 from vessa.schemas import TemplateUse
-from vessa_server.annotations import Annotations
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.request_parser import SegmentRequest
+from vessa_server.serving.annotation_cache import Annotations
 from vessa_server.template_bank.bank import Bank
 from vessa_server.types import Answer, SegmentItem, SegmentResult
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vessa.errors import InternalError, InvalidPrompt, NotReady, QueueFull
-from vessa_server.batching import DeviceQueue
+from vessa_server.serving.batch_queue import DeviceQueue
 
 
 class Device:

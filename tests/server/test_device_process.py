@@ -18,9 +18,9 @@ import torch
 
 from vessa.codec import image_digest
 from vessa.errors import InvalidWeights, NotReady, QueueFull, UnknownBank, UnknownImage
-from vessa_server.batching import DeviceQueue
-from vessa_server.device import LocalDevice, load
-from vessa_server.device_process import DeviceProcess, _as_sent
+from vessa_server.serving.batch_queue import DeviceQueue
+from vessa_server.serving.worker import LocalDevice, load
+from vessa_server.serving.worker_process import DeviceProcess, _as_sent
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vessa.codec import TensorSpec, decode, encode
 from vessa.errors import InvalidWeights
-from vessa_server.device import load
+from vessa_server.serving.worker import load
 from vessa_server.settings import Settings
 
 NAMES = {1: "ventricle", 2: "wall"}

@@ -11,7 +11,7 @@ import pytest
 
 from vessa.codec import encode
 from vessa.errors import DeadlineExceeded
-from vessa_server.suggesting import Looks, suggest
+from vessa_server.serving.active_learning import Looks, suggest
 
 
 def on_circle(*degrees: float) -> Any:

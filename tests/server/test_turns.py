@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from vessa.errors import QueueFull, TooLarge
-from vessa_server.batching import DeviceQueue
-from vessa_server.turns import Turns
+from vessa_server.serving.batch_queue import DeviceQueue
+from vessa_server.serving.fair_queue import Turns
 from vessa_server.types import SegmentItem
 
 

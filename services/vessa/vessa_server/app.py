@@ -30,12 +30,12 @@ from vessa_server.api.suggest import suggestions
 from vessa_server.auth.api_key import resolve_access
 from vessa_server.auth.audit_log import open_audit
 from vessa_server.auth.rate_limits import KeyLimits
-from vessa_server.device import Device
-from vessa_server.device_process import DeviceProcess
 from vessa_server.observability.logs import log_to_stderr
 from vessa_server.observability.metrics import Observe
 from vessa_server.observability.trace_export import export_traces
-from vessa_server.service import Factory, Service
+from vessa_server.serving.lifecycle import Factory, Service
+from vessa_server.serving.worker import Device
+from vessa_server.serving.worker_process import DeviceProcess
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.volume_jobs.runner import Jobs
@@ -59,7 +59,7 @@ def in_own_process(settings: Settings, banks: TemplateBanks) -> Device:
 def create_app(settings: Settings | None = None, device_factory: Factory = in_own_process) -> FastAPI:
     """Return the app. It loads when its lifespan starts; until then all but /livez answer 503 not_ready.
 
-    device_factory: loads the annotator, in the loading thread; `vessa_server.device.load` keeps it in here.
+    device_factory: loads the annotator, in the loading thread; `vessa_server.serving.worker.load` keeps it in here.
     """
     settings = settings or Settings()
     service = Service(settings, device_factory)

@@ -26,7 +26,7 @@ from ray import serve
 from vessa.errors import InternalError, InvalidConfig, LanguageUnavailable, NotReady
 from vessa_server.app import create_app, prepare_process
 from vessa_server.auth.api_key import resolve_access
-from vessa_server.service import Service
+from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 
 _POLL_S = 0.1

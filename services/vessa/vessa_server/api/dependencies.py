@@ -17,7 +17,8 @@ from vessa_server.api.authentication import CallerDep, actor_of
 from vessa_server.auth.audit_log import AuditLog
 from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.serialization.responses import SAFETENSORS
-from vessa_server.service import Loaded, Service
+from vessa_server.serving.engine import Loaded
+from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import BANK_NAME
 from vessa_server.template_bank.permissions import CallersBanks

@@ -14,8 +14,8 @@ from vessa_server.api.openapi import SUGGEST_BODY
 from vessa_server.serialization.fields import check_size
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serialization.suggest_request import Candidates, read_candidates
-from vessa_server.service import Loaded
-from vessa_server.suggesting import suggest
+from vessa_server.serving.active_learning import suggest
+from vessa_server.serving.engine import Loaded
 from vessa_server.template_bank.bank import Bank, check_name
 from vessa_server.template_bank.permissions import CallersBanks
 

@@ -38,12 +38,13 @@ from vessa.errors import (
 from vessa.schemas import JobInfo, Provenance
 from vessa.volumes import Bounds, Volume, read_volume, write_labels
 from vessa.volumes.grid import slice_of
-from vessa_server.annotations import Annotations
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.image_files import decode_mask, label_png
 from vessa_server.serialization.job_request import Kind, Wish
 from vessa_server.serialization.request_parser import SegmentRequest
-from vessa_server.service import Loaded, Service
+from vessa_server.serving.annotation_cache import Annotations
+from vessa_server.serving.engine import Loaded
+from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 from vessa_server.storage.files import write_whole
 from vessa_server.template_bank.permissions import CallersBanks

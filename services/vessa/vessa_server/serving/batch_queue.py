@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vessa.errors import InternalError, NotReady, QueueFull, TooLarge, VessaError
-from vessa_server.turns import Turns
+from vessa_server.serving.fair_queue import Turns
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from vessa.errors import InternalError, NotReady, VessaError
 from vessa.schemas import AdaptationInfo
-from vessa_server.batching import is_out_of_memory
-from vessa_server.device import About, LocalDevice, load
 from vessa_server.observability.logs import log_to_stderr
+from vessa_server.serving.batch_queue import is_out_of_memory
+from vessa_server.serving.worker import About, LocalDevice, load
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.store import open_store
