@@ -121,7 +121,8 @@ def test_concurrent_writers_lose_nothing(address: str, bank: str) -> None:
 
 WRITER = """
 import sys
-from vessa_server.store import *
+from vessa_server.template_bank.index import Entry, Index, blob_digest
+from vessa_server.template_bank.store import open_store
 store, name = open_store(sys.argv[1]), sys.argv[2]
 for i in range(10**6):
     data = b"%d " % i * 5000

@@ -9,22 +9,14 @@ from contextlib import asynccontextmanager
 import uvicorn
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from vessa.errors import VessaError
 from vessa_server import __version__
-from vessa_server.api.banks import api
-from vessa_server.api.error_handlers import (
-    _on_disconnect,
-    _on_http_exception,
-    _on_validation_error,
-    _on_vessa_error,
-)
+from vessa_server.api.banks import banks_api
+from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.h11_limits import BoundedHttp
 from vessa_server.api.jobs import jobs_api
 from vessa_server.api.openapi import FAILURES
+from vessa_server.api.segment import segmentation
 from vessa_server.api.status import operations, probes
 from vessa_server.api.suggest import suggestions
 from vessa_server.auth.api_key import resolve_access
@@ -59,7 +51,8 @@ def in_own_process(settings: Settings, banks: TemplateBanks) -> Device:
 def create_app(settings: Settings | None = None, device_factory: Factory = in_own_process) -> FastAPI:
     """Return the app. It loads when its lifespan starts; until then all but /livez answer 503 not_ready.
 
-    device_factory: loads the annotator, in the loading thread; `vessa_server.serving.worker.load` keeps it in here.
+    device_factory: loads the annotator, in the loading thread; `serving.worker.load` keeps it in this
+    process.
     """
     settings = settings or Settings()
     service = Service(settings, device_factory)
@@ -87,13 +80,16 @@ def create_app(settings: Settings | None = None, device_factory: Factory = in_ow
     app.state.access = resolve_access(settings)
     app.state.audit = open_audit(settings)
     app.state.limits = KeyLimits(settings.key_requests, settings.key_images_per_minute)
-    for router in (api, jobs_api, suggestions, operations):  # in the order in which they are tried
+    for router in (
+        banks_api,
+        segmentation,
+        jobs_api,
+        suggestions,
+        operations,
+    ):  # in the order in which they are tried
         app.include_router(router, responses=FAILURES)
     app.include_router(probes)
-    app.add_exception_handler(VessaError, _on_vessa_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    add_error_handlers(app)
     app.add_middleware(Observe, metrics=service.metrics)
     return app
 

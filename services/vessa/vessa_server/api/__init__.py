@@ -1,1 +1,1 @@
-"""TODO"""
+"""The HTTP routes, their dependencies, authentication and error handlers; FastAPI lives here."""

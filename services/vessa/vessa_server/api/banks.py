@@ -1,7 +1,4 @@
-"""The paper's path: templates into banks, images into masks.
-
-Each route reads a body within its bounds, hands it on, and answers in the form that was asked for.
-"""
+"""Routes of template banks: banks, their templates and their own weights."""
 
 from typing import Annotated
 
@@ -30,44 +27,44 @@ from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.serialization.responses import PNG
 from vessa_server.template_bank.permissions import CallersBanks
 
-api = APIRouter(dependencies=[Depends(require_key)])
+banks_api = APIRouter(dependencies=[Depends(require_key)])
 CURATE = [Depends(require_curator)]
 
 
-@api.get("/banks")
+@banks_api.get("/banks")
 def list_banks(banks: BanksDep) -> list[BankInfo]:
     """The template banks of this key, and the shared ones."""
     return banks.list()
 
 
-@api.get("/banks/{bank}")
+@banks_api.get("/banks/{bank}")
 def bank_info(bank: BankPath, banks: BanksDep) -> BankInfo:
     """One template bank."""
     return banks.get(bank).info()
 
 
-@api.delete("/banks/{bank}", status_code=204, dependencies=CURATE)
+@banks_api.delete("/banks/{bank}", status_code=204, dependencies=CURATE)
 def delete_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> None:
     """Delete a bank with all its templates."""
     with change("bank.delete", bank=bank):
         banks.delete(bank)
 
 
-@api.put("/banks/{bank}/share", dependencies=CURATE)
+@banks_api.put("/banks/{bank}/share", dependencies=CURATE)
 def share_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo:
     """Let all keys segment by the bank, and curators change its templates."""
     with change("bank.share", bank=bank):
         return banks.share(bank, True)
 
 
-@api.delete("/banks/{bank}/share", dependencies=CURATE)
+@banks_api.delete("/banks/{bank}/share", dependencies=CURATE)
 def unshare_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo:
     """Keep the bank to its owner again."""
     with change("bank.unshare", bank=bank):
         return banks.share(bank, False)
 
 
-@api.post("/banks/{bank}/adapt", status_code=202, dependencies=CURATE)
+@banks_api.post("/banks/{bank}/adapt", status_code=202, dependencies=CURATE)
 def adapt_bank(
     bank: BankPath,
     loaded: LoadedDep,
@@ -88,14 +85,14 @@ def adapt_bank(
         return loaded.device.adapt(bank, seconds)
 
 
-@api.get("/banks/{bank}/adapt")
+@banks_api.get("/banks/{bank}/adapt")
 def adaptation_info(bank: BankPath, loaded: LoadedDep, banks: BanksDep) -> AdaptationInfo:
     """How the bank's adaptation goes, or went."""
     banks.get(bank)
     return loaded.device.adaptation(bank)
 
 
-@api.delete("/banks/{bank}/adapt", status_code=204, dependencies=CURATE)
+@banks_api.delete("/banks/{bank}/adapt", status_code=204, dependencies=CURATE)
 def forget_adaptation(bank: BankPath, loaded: LoadedDep, banks: BanksDep, change: ChangeDep) -> None:
     """Serve the bank by the common weights again."""
     with change("bank.adapt.forget", bank=bank):
@@ -103,26 +100,26 @@ def forget_adaptation(bank: BankPath, loaded: LoadedDep, banks: BanksDep, change
         loaded.device.forget_adaptation(bank)
 
 
-@api.get("/templates")
+@banks_api.get("/templates")
 def list_templates(banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> list[TemplateInfo]:
     """The templates of a bank."""
     return [template.info(bank) for template in banks.get(bank).templates]
 
 
-@api.get("/templates/{identity}")
+@banks_api.get("/templates/{identity}")
 def template_info(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> TemplateInfo:
     """One template."""
     return banks.get(bank).template(identity).info(bank)
 
 
-@api.get("/templates/{identity}/overlay.png", response_class=Response, responses=answering(PNG))
+@banks_api.get("/templates/{identity}/overlay.png", response_class=Response, responses=answering(PNG))
 def template_overlay(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> Response:
     """A template for the eye: its image with tinted classes, contours and a legend."""
     template = banks.get(bank).template(identity)
     return Response(overlay_png(template.image, template.mask, template.classes), media_type=PNG)
 
 
-@api.delete("/templates/{identity}", status_code=204, dependencies=CURATE)
+@banks_api.delete("/templates/{identity}", status_code=204, dependencies=CURATE)
 def delete_template(
     identity: str, banks: BanksDep, change: ChangeDep, bank: BankQuery = DEFAULT_BANK
 ) -> None:
@@ -131,7 +128,7 @@ def delete_template(
         banks.remove(bank, identity)
 
 
-@api.post("/templates", status_code=201, openapi_extra=TEMPLATE_BODY, dependencies=CURATE)
+@banks_api.post("/templates", status_code=201, openapi_extra=TEMPLATE_BODY, dependencies=CURATE)
 async def add_templates(
     request: Request, caller: CallerDep, change: ChangeDep
 ) -> TemplateInfo | TemplateInfos:

@@ -2,16 +2,25 @@
 
 import math
 
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
 from vessa.schemas import ErrorBody, ErrorResponse
 from vessa_server.observability.request_context import current_request
 
 CLIENT_LEFT = 499  # nobody reads it; it makes the metrics tell disconnects from failures
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every failure of the app's routes in the one error form."""
+    app.add_exception_handler(VessaError, _on_vessa_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
 
 def error_response(error: VessaError) -> Response:

@@ -3,14 +3,13 @@
 from dataclasses import replace
 from typing import Annotated
 
-from fastapi import Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from vessa.errors import VessaError
 from vessa.schemas import SegmentAnswer
 from vessa.tracing import span
-from vessa_server.api.authentication import CallerDep
-from vessa_server.api.banks import api
+from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import (
     FORM,
     LoadedDep,
@@ -36,10 +35,11 @@ from vessa_server.serialization.responses import (
 )
 from vessa_server.template_bank.permissions import CallersBanks
 
+segmentation = APIRouter(dependencies=[Depends(require_key)])
 ANNOTATION_ID = "X-Annotation-Id"
 
 
-@api.post(
+@segmentation.post(
     "/segment",
     openapi_extra=SEGMENT_BODY,
     response_class=Response,
@@ -98,7 +98,7 @@ async def segment(
         return await run_in_threadpool(answer)
 
 
-@api.get(
+@segmentation.get(
     "/annotations/{identity}",
     response_class=Response,
     responses=answering(JSON, PNG, SAFETENSORS, model=SegmentAnswer),

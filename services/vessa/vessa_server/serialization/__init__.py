@@ -1,1 +1,1 @@
-"""Request bytes to checked inputs, results to response bytes."""
+"""Request bytes to checked inputs and results to response bytes; no FastAPI, no torch."""

@@ -100,10 +100,11 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str) -> 
 
 def label_png(labels: NDArray[np.uint8]) -> bytes:
     """Return labels (H, W) uint8 class ids as an 8-bit gray PNG of the same size."""
-    return _png(Image.fromarray(labels))
+    return png_bytes(Image.fromarray(labels))
 
 
-def _png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
+    """Return a picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

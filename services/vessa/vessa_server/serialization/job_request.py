@@ -9,23 +9,36 @@ from vessa_server.serialization.fields import read_name, read_strings
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.template_bank.bank import check_name
-from vessa_server.volume_jobs.runner import Kind, Wish
+
+ResultKind = Literal["nifti", "dicom-seg"]
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """The fields of a job request. axis: see `Volume.axis`; kind: None for what fits the files."""
+
+    bank: str
+    classes: list[str] | None = None
+    group: str | None = None
+    axis: str = "auto"
+    kind: ResultKind | None = None
+
 
 _FIELDS = {"image", "bank", "classes", "group", "axis", "result"}
 
 
-def read_job(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], Wish]:
+def read_job(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], JobRequest]:
     """Return the files and what is wished of them; MalformedBody, InvalidRequest, TooLarge."""
     form = Form(content_type, body, _FIELDS, many="image", max_parts=max_files + len(_FIELDS))
     classes, group = form.json("classes"), form.text("group", "")
-    wish = Wish(
+    request = JobRequest(
         bank=check_name(form.text("bank", DEFAULT_BANK)),
         classes=None if classes is None else read_strings(classes, "classes", None),
         group=read_name(group, "group") if group else None,
         axis=_one_of(form, "axis", AXES, "auto"),
-        kind=_one_of(form, "result", get_args(Kind), None),
+        kind=_one_of(form, "result", get_args(ResultKind), None),
     )
-    return form.files("image"), wish
+    return form.files("image"), request
 
 
 def _one_of(form: Form, name: str, allowed: tuple[str, ...], default: str | None) -> Any:
@@ -33,17 +46,3 @@ def _one_of(form: Form, name: str, allowed: tuple[str, ...], default: str | None
     if value is not None and value not in allowed:
         raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {value[:40]!r}")
     return value
-
-
-Kind = Literal["nifti", "dicom-seg"]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a caller asks for. axis: see `Volume.axis`; kind: None for what fits the files."""
-
-    bank: str
-    classes: list[str] | None = None
-    group: str | None = None
-    axis: str = "auto"
-    kind: Kind | None = None

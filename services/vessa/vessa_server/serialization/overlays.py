@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vessa_server.serialization.image_files import _png
+from vessa_server.serialization.image_files import png_bytes
 
 OVERLAY_SIDE = 512
 
@@ -48,7 +48,7 @@ def overlay_png(image: NDArray[np.uint8], labels: NDArray[np.uint8], classes: Ma
         inside = ids == class_id
         pixels[inside] = pixels[inside] * (1 - FILL) + color * FILL
         pixels[inside & edge] = color
-    return _png(_with_legend(Image.fromarray(pixels.astype(np.uint8)), classes))
+    return png_bytes(_with_legend(Image.fromarray(pixels.astype(np.uint8)), classes))
 
 
 def _enlarge(array: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Files and Redis connections that everything kept relies on."""

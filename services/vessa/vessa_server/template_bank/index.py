@@ -1,4 +1,11 @@
-"""The index of a template bank and the interface of its stores."""
+"""The index of a template bank and the interface of its stores.
+
+A store holds, per bank, one versioned *index* (what the bank contains, small JSON) and immutable *blobs*
+named by their sha256 (safetensors, one a template). A change rewrites the index under a transaction, so
+another process sees either the old bank or the new one, and a process killed at any point leaves the old
+one. Versions only grow, also across the deletion of a bank: a label cached under (bank, version) can never
+be mistaken for a newer one.
+"""
 
 import hashlib
 import json
@@ -108,6 +115,7 @@ def named_blobs(blobs: Mapping[str, bytes], index: Index) -> dict[str, bytes]:
 
 
 def checked_blob(bank: str, digest: str, data: bytes | None) -> bytes | None:
+    """Return the bytes of a blob, or None and a warning in the log when they do not match its digest."""
     if data is None or blob_digest(data) != digest:
         problem = "missing" if data is None else "damaged or half-written"
         log.warning("bank %s: blob %s is %s; it is ignored", bank, digest[:16], problem)

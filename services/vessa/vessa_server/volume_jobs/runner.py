@@ -40,7 +40,7 @@ from vessa.volumes import Bounds, Volume, read_volume, write_labels
 from vessa.volumes.grid import slice_of
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.image_files import decode_mask, label_png
-from vessa_server.serialization.job_request import Kind, Wish
+from vessa_server.serialization.job_request import JobRequest, ResultKind
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serving.annotation_cache import Annotations
 from vessa_server.serving.engine import Loaded
@@ -83,7 +83,7 @@ class Jobs:
     def create(
         self,
         files: Sequence[bytes],
-        wish: Wish,
+        request: JobRequest,
         caller: Caller,
         loaded: Loaded,
         take: Callable[[int], None],
@@ -93,20 +93,20 @@ class Jobs:
         take: counts the slices before anything is kept, and may refuse them
         """
         volume = read_volume(files, self._bounds)
-        axis = volume.axis(wish.axis)
+        axis = volume.axis(request.axis)
         most = self._settings.max_job_slices
         if volume.shape[axis] > most:
             raise TooLarge(f"the volume has {volume.shape[axis]} slices along this axis, more than {most}")
         reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
-        asked = reader.segment_slices(wish.bank, wish.classes, volume.image(axis, 0)[None], wish.group)
-        kind: Kind = wish.kind or ("dicom-seg" if volume.headers else "nifti")
+        asked = reader.segment_slices(request.bank, request.classes, volume.image(axis, 0)[None], request.group)
+        kind: ResultKind = request.kind or ("dicom-seg" if volume.headers else "nifti")
         job = Job(
             id=secrets.token_hex(12),
             owner=caller.name,
             role=int(caller.role),
-            bank=wish.bank,
+            bank=request.bank,
             classes=asked.classes,
-            group=wish.group,
+            group=request.group,
             axis=axis,
             kind=kind,
             slices=volume.shape[axis],
@@ -147,7 +147,7 @@ class Jobs:
         with self._lock:
             remove(self._path(job))
 
-    def result(self, identity: str, caller: Caller) -> tuple[Kind, bytes]:
+    def result(self, identity: str, caller: Caller) -> tuple[ResultKind, bytes]:
         """Return a finished job's file; JobUnfinished, or the error that ended it."""
         job = self._get(identity, caller)
         if job.error is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vessa_server.serialization.job_request import Kind
+from vessa_server.serialization.job_request import ResultKind
 from vessa_server.settings import Settings, default_store
 
 
@@ -34,7 +34,7 @@ class Job:
     classes: dict[int, str]
     group: str | None
     axis: int
-    kind: Kind
+    kind: ResultKind
     slices: int
     files: int
     created: float
