@@ -38,10 +38,11 @@ import httpx
 import numpy as np
 from serving import Served, annotator, answers, free_port, paused, running
 
-from vessa.annotation import Annotation, Prompts, box_and_point
+from vessa.annotation import Annotation, Prompts
 from vessa.client import AnnotatorClient, AsyncAnnotatorClient
 from vessa.codec import image_digest
 from vessa.errors import QueueFull, VessaError
+from vessa.mask_geometry import box_and_point
 from vessa_server.pretraining.data.synthetic import HEART, phantom_study
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ from vessa.candidates import Pixels, find_candidates
 from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, VessaError
-from vessa.images import overlay, read_image
+from vessa.images import read_image
+from vessa.overlay import overlay
 from vessa.schemas import AdaptationInfo
 from vessa.volumes import is_volume
 from vessa.volumes.files import read_head

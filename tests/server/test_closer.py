@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vessa.annotation import box_of
 from vessa.codec import image_digest
+from vessa.mask_geometry import box_of
 from vessa_server.inference import annotator as annotator_module
 from vessa_server.inference.annotator import Annotator
 from vessa_server.inference.zoom import Found, find, prompted_box, union, window_around

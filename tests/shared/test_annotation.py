@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vessa import protocol
-from vessa.annotation import Annotation, Prompts, SegmentOptions, box_and_point
+from vessa.annotation import Annotation, Prompts, SegmentOptions
+from vessa.mask_geometry import box_and_point
 
 
 def test_an_annotation_without_arrays_and_prompts_without_anything_are_possible():

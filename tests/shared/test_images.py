@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from vessa.errors import InvalidImage, TooLarge
-from vessa.images import class_color, overlay, read_image, to_bytes
+from vessa.images import read_image, to_bytes
+from vessa.overlay import class_color, overlay
 
 GRAY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 COLOR = np.stack([GRAY, GRAY // 2, 255 - GRAY], axis=-1)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from vessa.annotation import box_and_point
 from vessa.client import Prompts
 from vessa.datasets import Slice
+from vessa.mask_geometry import box_and_point
 from vessa_trainer import checkpoint
 from vessa_trainer.config import Config, FeedbackConfig
 

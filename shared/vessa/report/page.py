@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vessa.images import class_color, overlay
+from vessa.overlay import class_color, overlay
 from vessa.report.cases import Overlay, Pixels
 
 _HEIGHT = 200  # px of a picture on the page; twice as many in it, for sharp print

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vessa.annotation import box_of
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
+from vessa.mask_geometry import box_of
 from vessa.schemas import TemplateUse
 from vessa_server.byte_cache import ByteCache
 from vessa_server.inference.feature_cache import Seen

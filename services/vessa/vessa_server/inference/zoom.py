@@ -15,7 +15,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from vessa.annotation import box_of
+from vessa.mask_geometry import box_of
 from vessa_server.model.geometry import Square, Window
 from vessa_server.types import SegmentItem
 

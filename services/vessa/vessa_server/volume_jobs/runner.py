@@ -98,7 +98,9 @@ class Jobs:
         if volume.shape[axis] > most:
             raise TooLarge(f"the volume has {volume.shape[axis]} slices along this axis, more than {most}")
         reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
-        asked = reader.segment_slices(request.bank, request.classes, volume.image(axis, 0)[None], request.group)
+        asked = reader.segment_slices(
+            request.bank, request.classes, volume.image(axis, 0)[None], request.group
+        )
         kind: ResultKind = request.kind or ("dicom-seg" if volume.headers else "nifti")
         job = Job(
             id=secrets.token_hex(12),
