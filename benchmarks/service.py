@@ -38,8 +38,8 @@ import httpx
 import numpy as np
 from serving import Served, annotator, answers, free_port, paused, running
 
-from vessa.annotation import Annotation, Prompts
 from vessa.client import AnnotatorClient, AsyncAnnotatorClient
+from vessa.client.types import Annotation, Prompts
 from vessa.codec import image_digest
 from vessa.errors import QueueFull, VessaError
 from vessa.mask_geometry import box_and_point

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vessa.annotation import Annotation
 from vessa.client import AnnotatorClient
+from vessa.client.types import Annotation
 from vessa.errors import (
     PASSING,
     BadResponse,

@@ -6,8 +6,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import overload
 
-from vessa.annotation import Image
 from vessa.bulk import SUFFIXES
+from vessa.client.types import Image
 from vessa.datasets import Dataset, layout_of
 from vessa.errors import InvalidDataset, VessaError
 from vessa.groups import group_of

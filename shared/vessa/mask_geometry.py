@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from vessa.annotation import Floats
+from vessa.client.types import Floats
 
 
 def box_of(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[int, int, int, int] | None:

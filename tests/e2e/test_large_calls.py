@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vessa.annotation import Annotation
 from vessa.client import AnnotatorClient, AsyncAnnotatorClient
+from vessa.client.types import Annotation
 from vessa.codec import image_digest
 
 COUNT = 34  # two requests

@@ -9,8 +9,8 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 
-from vessa import protocol
-from vessa.annotation import Annotation, Prompts, SegmentOptions
+from vessa.client import endpoints
+from vessa.client.types import Annotation, Prompts, SegmentOptions
 from vessa.mask_geometry import box_and_point
 
 
@@ -30,7 +30,7 @@ def test_an_answer_and_its_prompts_cannot_be_exchanged_in_part():
 
 
 def test_the_options_are_those_that_the_protocol_takes():
-    parameters = set(inspect.signature(protocol.segment).parameters)
+    parameters = set(inspect.signature(endpoints.segment).parameters)
     assert set(get_type_hints(SegmentOptions)) == parameters - {"images", "bank", "image_ids"}
 
 

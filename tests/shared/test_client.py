@@ -11,6 +11,7 @@ import pytest
 import stamina
 
 from vessa.client import AnnotatorClient, AsyncAnnotatorClient
+from vessa.client.transport import find_key
 from vessa.errors import (
     ERRORS,
     BadResponse,
@@ -24,7 +25,6 @@ from vessa.errors import (
     Unreachable,
     VessaError,
 )
-from vessa.sending import find_key
 
 BANK = {"name": "b", "version": 3, "templates": 1, "groups": ["p"], "classes": {"1": "liver"}}
 INFO = {

@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from vessa import protocol
-from vessa.annotation import Prompts
+from vessa.client import endpoints
+from vessa.client.types import Prompts
 from vessa.errors import (
     BadResponse,
     InvalidImage,
@@ -34,7 +34,7 @@ def answered(call, segmented, **changes):
 
 
 def first(images, **options):
-    return next(protocol.segment(images, bank="b", **options)[1])
+    return next(endpoints.segment(images, bank="b", **options)[1])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def first(images, **options):
 )  # fmt: skip
 def test_bad_arguments_of_segment_are_named_before_anything_is_sent(options, error, message):
     with pytest.raises(error, match=message):
-        protocol.segment(options.pop("images", None), bank="b", **options)
+        endpoints.segment(options.pop("images", None), bank="b", **options)
 
 
 @pytest.mark.parametrize(
@@ -83,19 +83,19 @@ def test_bad_arguments_of_segment_are_named_before_anything_is_sent(options, err
 )  # fmt: skip
 def test_bad_templates_are_named_before_anything_is_sent(images, masks, groups, error, message):
     with pytest.raises(error, match=message):
-        protocol.add_templates("b", images, masks, {1: "liver"}, groups)
+        endpoints.add_templates("b", images, masks, {1: "liver"}, groups)
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])
 def test_a_name_cannot_lead_to_another_route(name):
-    for make in (protocol.bank, protocol.delete_bank, lambda n: protocol.delete_template("b", n)):
+    for make in (endpoints.bank, endpoints.delete_bank, lambda n: endpoints.delete_template("b", n)):
         with pytest.raises(InvalidRequest, match="is not a name"):
             make(name)
 
 
 def test_a_stack_of_images_is_taken_like_a_list(sent):
     stack = np.stack([IMAGE, IMAGE + 1])
-    count, calls = protocol.segment(stack, bank="b")
+    count, calls = endpoints.segment(stack, bank="b")
     assert count == 2
     assert np.array_equal(sent(request_of(next(calls)))[0]["images"], stack)
 
@@ -125,18 +125,18 @@ def test_prompts_travel_in_the_wires_types(sent):
 def test_prompts_of_other_kinds_or_sizes_go_in_other_requests(sent):
     boxes = np.zeros((1, 4))
     prompts = [None, Prompts(boxes=boxes), Prompts(mask_logits=np.zeros((1, 2, 2))), Prompts(boxes=boxes + 1)]
-    _, calls = protocol.segment([IMAGE] * 4, bank="b", prompts=prompts)
+    _, calls = endpoints.segment([IMAGE] * 4, bank="b", prompts=prompts)
     assert [call.rows for call in calls] == [(0,), (1, 3), (2,)]
 
 
 def test_a_request_stays_within_its_bytes():
     large = np.zeros((1024, 1024, 3), np.uint8)
-    _, calls = protocol.segment([large] * 7, bank="b")
+    _, calls = endpoints.segment([large] * 7, bank="b")
     assert [len(call.rows) for call in calls] == [5, 2]  # 16 MiB hold five of 3 MiB
-    _, calls = protocol.segment([large] * 3, bank="b", probabilities=True)
+    _, calls = endpoints.segment([large] * 3, bank="b", probabilities=True)
     assert [len(call.rows) for call in calls] == [1, 1, 1]
     huge = np.zeros((5000, 5000), np.uint8)
-    _, calls = protocol.segment([huge, huge], bank="b")
+    _, calls = endpoints.segment([huge, huge], bank="b")
     assert [len(call.rows) for call in calls] == [1, 1]  # one that is larger by itself is still sent
 
 
@@ -186,7 +186,7 @@ def test_an_answer_that_is_no_safetensors_is_a_bad_response():
 def test_retry_after_is_seconds_or_a_date():
     def wait(value):
         headers = {"Retry-After": value}
-        return protocol.read_error(
+        return endpoints.read_error(
             httpx.Response(503, headers=headers, request=httpx.Request("GET", "http://x"))
         ).retry_after
 
@@ -203,6 +203,6 @@ def test_a_queue_position_that_is_no_number_is_ignored():
     body = json.dumps({"error": {"code": "unknown_template", "message": "none", "item": 2}})
     for position, expected in (("12", 12), ("-1", None), ("many", None), ("", None)):
         response = httpx.Response(404, content=body, headers={"X-Queue-Position": position})
-        error = protocol.read_error(response)
+        error = endpoints.read_error(response)
         assert isinstance(error, UnknownTemplate)
         assert (error.item, error.queue_position) == (2, expected)

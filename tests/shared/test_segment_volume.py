@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from scans import nifti, phantom
 
-from vessa import jobs
 from vessa.client import AsyncAnnotatorClient
+from vessa.client.endpoints import Call
 from vessa.errors import InvalidImage, NoTemplate, UnknownJob, Unreachable
-from vessa.protocol import Call
 
 
 @pytest.fixture

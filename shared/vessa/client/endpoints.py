@@ -13,8 +13,9 @@ import httpx
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from vessa.annotation import Annotation, Floats, Image, Prompts, TemplateChoice
-from vessa.answers import read_annotation, read_annotations
+from vessa.client.prompt_tensors import check_prompts, prompt_bytes, prompt_shape, prompt_tensors
+from vessa.client.responses import read_annotation, read_annotations
+from vessa.client.types import Annotation, Floats, Image, Prompts, TemplateChoice
 from vessa.codec import MEDIA_TYPE, encode
 from vessa.errors import (
     BadResponse,
@@ -24,7 +25,6 @@ from vessa.errors import (
     VessaError,
     error_from,
 )
-from vessa.prompts import check_prompts, prompt_bytes, prompt_shape, prompt_tensors
 from vessa.schemas import (
     AdaptationInfo,
     BankInfo,

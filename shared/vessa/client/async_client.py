@@ -13,13 +13,13 @@ from typing import TypeVar, Unpack
 import httpx
 import stamina
 
-from vessa import jobs, protocol, suggesting
-from vessa.annotation import Annotation, Image, SegmentOptions
+from vessa.client import endpoints, job_endpoints, suggest_run
+from vessa.client.endpoints import Call
+from vessa.client.segment_run import Progress, SegmentRun
+from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
+from vessa.client.types import Annotation, Image, SegmentOptions
 from vessa.errors import VessaError
-from vessa.protocol import Call
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
-from vessa.segmenting import Progress, SegmentRun
-from vessa.sending import Connection, RepeatableError, failure_of, result_of
 from vessa.tracing import trace_headers
 
 _T = TypeVar("_T")
@@ -75,26 +75,26 @@ class AsyncAnnotatorClient(Connection):
 
     async def info(self) -> ServiceInfo:
         """What is running there."""
-        return await self._send(protocol.info())
+        return await self._send(endpoints.info())
 
     async def ready(self) -> bool:
         """Whether it takes requests now."""
         try:
-            return await self._send(protocol.ready())
+            return await self._send(endpoints.ready())
         except VessaError:
             return False
 
     async def banks(self) -> list[BankInfo]:
         """All template banks."""
-        return await self._send(protocol.banks())
+        return await self._send(endpoints.banks())
 
     async def bank(self, name: str) -> BankInfo:
         """One template bank. Raises UnknownBank."""
-        return await self._send(protocol.bank(name))
+        return await self._send(endpoints.bank(name))
 
     async def templates(self, bank: str) -> list[TemplateInfo]:
         """The templates of a bank."""
-        return await self._send(protocol.templates(bank))
+        return await self._send(endpoints.templates(bank))
 
     async def add_templates(
         self,
@@ -105,28 +105,28 @@ class AsyncAnnotatorClient(Connection):
         groups: Sequence[str],
     ) -> list[TemplateInfo]:
         """Add annotated images; see AnnotatorClient."""
-        calls = protocol.add_templates(bank, images, masks, classes, groups)
-        return protocol.in_order(len(images), [(call, await self._send(call)) for call in calls])
+        calls = endpoints.add_templates(bank, images, masks, classes, groups)
+        return endpoints.in_order(len(images), [(call, await self._send(call)) for call in calls])
 
     async def delete_template(self, bank: str, template: str) -> None:
         """Remove one template. Raises UnknownTemplate."""
-        await self._send(protocol.delete_template(bank, template))
+        await self._send(endpoints.delete_template(bank, template))
 
     async def delete_bank(self, name: str) -> None:
         """Remove a bank with all its templates. Raises UnknownBank."""
-        await self._send(protocol.delete_bank(name))
+        await self._send(endpoints.delete_bank(name))
 
     async def adapt(self, bank: str, seconds: float = 120.0) -> AdaptationInfo:
         """See AnnotatorClient.adapt."""
-        return await self._send(protocol.adapt(bank, seconds))
+        return await self._send(endpoints.adapt(bank, seconds))
 
     async def adaptation(self, bank: str) -> AdaptationInfo:
         """How the adaptation of a bank goes, or went. Raises UnknownBank."""
-        return await self._send(protocol.adapt(bank))
+        return await self._send(endpoints.adapt(bank))
 
     async def forget_adaptation(self, bank: str) -> None:
         """Serve a bank by the common weights again. Raises UnknownBank."""
-        await self._send(protocol.forget_adaptation(bank))
+        await self._send(endpoints.forget_adaptation(bank))
 
     async def segment(
         self,
@@ -148,7 +148,7 @@ class AsyncAnnotatorClient(Connection):
 
     async def annotation(self, identity: str) -> Annotation:
         """See AnnotatorClient.annotation."""
-        return await self._send(protocol.annotation(identity))
+        return await self._send(endpoints.annotation(identity))
 
     async def suggest(
         self,
@@ -157,10 +157,10 @@ class AsyncAnnotatorClient(Connection):
         *,
         groups: Sequence[str | None] | None = None,
         count: int = 10,
-        progress: suggesting.Progress | None = None,
+        progress: suggest_run.Progress | None = None,
     ) -> Suggestions:
         """See AnnotatorClient.suggest."""
-        run = await asyncio.to_thread(suggesting.SuggestRun, bank, images, groups, count, progress)
+        run = await asyncio.to_thread(suggest_run.SuggestRun, bank, images, groups, count, progress)
         while (answer := await self._send(run.ranking())).unknown:
             async for call, _ in self._stream(run.looks(answer)):
                 run.receive(call)
@@ -178,22 +178,24 @@ class AsyncAnnotatorClient(Connection):
         progress: Callable[[JobInfo], None] = lambda info: None,
     ) -> bytes:
         """See AnnotatorClient.segment_volume. Cancelling the task cancels the job."""
-        create = partial(jobs.create, path, bank=bank, classes=classes, group=group, axis=axis, result=result)
+        create = partial(
+            job_endpoints.create, path, bank=bank, classes=classes, group=group, axis=axis, result=result
+        )
         info = await self._send(await asyncio.to_thread(create))
         heard = time.monotonic()
         try:
             while info.state in ("queued", "running"):
                 progress(info)
-                await asyncio.sleep(jobs.POLL_S)
+                await asyncio.sleep(job_endpoints.POLL_S)
                 try:
-                    info, heard = await self._send(jobs.info(info.id)), time.monotonic()
-                except jobs.AWAY as error:
-                    jobs.bear(error, info.id, heard)
+                    info, heard = await self._send(job_endpoints.info(info.id)), time.monotonic()
+                except job_endpoints.AWAY as error:
+                    job_endpoints.bear(error, info.id, heard)
             progress(info)
-            data = await self._send(jobs.result(info.id))
+            data = await self._send(job_endpoints.result(info.id))
         finally:
             with contextlib.suppress(VessaError):  # what came, or why nothing did, matters more
-                await self._send(jobs.cancel(info.id))  # it is needed there no more
+                await self._send(job_endpoints.cancel(info.id))  # it is needed there no more
         return data
 
     async def _stream(self, calls: Iterable[Call[_T]]) -> AsyncIterator[tuple[Call[_T], _T]]:

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 from pydantic import TypeAdapter
 
-from vessa.annotation import Annotation, Floats, Image
+from vessa.client.types import Annotation, Floats, Image
 from vessa.codec import TensorSpec, decode
 from vessa.errors import BadResponse, VessaError, error_from
 from vessa.schemas import ItemInfo, Provenance

@@ -6,11 +6,11 @@ Both clients drive the same run; it does no input or output itself.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from vessa import protocol
-from vessa.annotation import Annotation, Image, SegmentOptions
+from vessa.client import endpoints
+from vessa.client.endpoints import Call
+from vessa.client.types import Annotation, Image, SegmentOptions
 from vessa.codec import image_digest
 from vessa.errors import BadResponse, InvalidRequest, UnknownImage
-from vessa.protocol import Call
 
 Progress = Callable[[int, int], None]  # (items that are done, all items)
 
@@ -22,7 +22,7 @@ class SegmentRun:
     """Rounds of requests until every item has its answer.
 
     images, image_ids: one of them; by_id: ask by the images' ids first, send pixels of those that are
-    unknown; attempts: how often an item is sent that fails for the moment. Raises as `protocol.segment`
+    unknown; attempts: how often an item is sent that fails for the moment. Raises as `endpoints.segment`
     does, before anything is sent.
     """
 
@@ -40,7 +40,7 @@ class SegmentRun:
             raise InvalidRequest("by_id needs the images: it sends the pixels of those that are not held")
         self._images, self._bank, self._ids, self._options = images, bank, image_ids, options
         self._attempts, self._progress = attempts, progress
-        count, calls = protocol.segment(images, bank=bank, image_ids=image_ids, **options)
+        count, calls = endpoints.segment(images, bank=bank, image_ids=image_ids, **options)
         self._answers: list[Annotation | None] = [None] * count
         self._round = self._failures = 0
         self._first: Iterator[Call[list[Annotation]]] = calls
@@ -99,7 +99,7 @@ class SegmentRun:
             options["groups"] = [groups[row] for row in rows]
         if (prompts := options.get("prompts")) is not None:
             options["prompts"] = [prompts[row] for row in rows]
-        _, calls = protocol.segment(
+        _, calls = endpoints.segment(
             None if images is None else [images[row] for row in rows],
             bank=self._bank,
             image_ids=None if ids is None else [ids[row] for row in rows],

@@ -1,6 +1,6 @@
 """Clients of the annotator, sync and async.
 
-Requests are built and answers read by plain functions, in `vessa.protocol` above all; the two clients only
+Requests are built and answers read by plain functions, in `vessa.client.endpoints` above all; the two clients only
 send. What may be repeated safely is repeated, waiting as long as Retry-After says.
 """
 
@@ -16,14 +16,14 @@ from typing import TypeVar, Unpack
 import httpx
 import stamina
 
-from vessa import jobs, protocol, suggesting
-from vessa.annotation import Annotation, Image, Prompts, SegmentOptions
-from vessa.async_client import AsyncAnnotatorClient
+from vessa.client import endpoints, job_endpoints, suggest_run
+from vessa.client.async_client import AsyncAnnotatorClient
+from vessa.client.endpoints import Call
+from vessa.client.segment_run import Progress, SegmentRun
+from vessa.client.transport import Connection, RepeatableError, default_key_file, failure_of, result_of
+from vessa.client.types import Annotation, Image, Prompts, SegmentOptions
 from vessa.errors import VessaError
-from vessa.protocol import Call
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
-from vessa.segmenting import Progress, SegmentRun
-from vessa.sending import Connection, RepeatableError, default_key_file, failure_of, result_of
 from vessa.tracing import trace_headers
 
 __all__ = ["Annotation", "AnnotatorClient", "AsyncAnnotatorClient", "Prompts", "default_key_file"]
@@ -87,26 +87,26 @@ class AnnotatorClient(Connection):
 
     def info(self) -> ServiceInfo:
         """What is running there."""
-        return self._send(protocol.info())
+        return self._send(endpoints.info())
 
     def ready(self) -> bool:
         """Whether it takes requests now."""
         try:
-            return self._send(protocol.ready())
+            return self._send(endpoints.ready())
         except VessaError:
             return False
 
     def banks(self) -> list[BankInfo]:
         """All template banks."""
-        return self._send(protocol.banks())
+        return self._send(endpoints.banks())
 
     def bank(self, name: str) -> BankInfo:
         """One template bank. Raises UnknownBank."""
-        return self._send(protocol.bank(name))
+        return self._send(endpoints.bank(name))
 
     def templates(self, bank: str) -> list[TemplateInfo]:
         """The templates of a bank."""
-        return self._send(protocol.templates(bank))
+        return self._send(endpoints.templates(bank))
 
     def add_templates(
         self,
@@ -120,16 +120,16 @@ class AnnotatorClient(Connection):
 
         images: uint8 (H, W[, 3]); masks: uint8 (H, W) class ids; groups: the patient of each.
         """
-        calls = protocol.add_templates(bank, images, masks, classes, groups)
-        return protocol.in_order(len(images), ((call, self._send(call)) for call in calls))
+        calls = endpoints.add_templates(bank, images, masks, classes, groups)
+        return endpoints.in_order(len(images), ((call, self._send(call)) for call in calls))
 
     def delete_template(self, bank: str, template: str) -> None:
         """Remove one template. Raises UnknownTemplate."""
-        self._send(protocol.delete_template(bank, template))
+        self._send(endpoints.delete_template(bank, template))
 
     def delete_bank(self, name: str) -> None:
         """Remove a bank with all its templates. Raises UnknownBank."""
-        self._send(protocol.delete_bank(name))
+        self._send(endpoints.delete_bank(name))
 
     def adapt(self, bank: str, seconds: float = 120.0) -> AdaptationInfo:
         """Let the annotator learn from a bank's templates for at most `seconds`, in the background.
@@ -137,15 +137,15 @@ class AnnotatorClient(Connection):
         Raises UnknownBank, InvalidRequest for a bank with too few templates or too long a time, QueueFull
         while another bank is being adapted to. `adaptation` tells how it goes.
         """
-        return self._send(protocol.adapt(bank, seconds))
+        return self._send(endpoints.adapt(bank, seconds))
 
     def adaptation(self, bank: str) -> AdaptationInfo:
         """How the adaptation of a bank goes, or went. Raises UnknownBank."""
-        return self._send(protocol.adapt(bank))
+        return self._send(endpoints.adapt(bank))
 
     def forget_adaptation(self, bank: str) -> None:
         """Serve a bank by the common weights again. Raises UnknownBank."""
-        self._send(protocol.forget_adaptation(bank))
+        self._send(endpoints.forget_adaptation(bank))
 
     def segment(
         self,
@@ -162,7 +162,7 @@ class AnnotatorClient(Connection):
         images: uint8 (H, W[, 3]), sizes may differ; image_ids: of images of one size; by_id: send the ids of
         `images` first, and pixels only of those that the service does not hold; progress(done, total): called
         after each answer; further options: classes, groups, prompts, template_choice, seed, probabilities,
-        see `vessa.annotation.SegmentOptions`. Any number of images is split into requests; answers are in the
+        see `vessa.client.types.SegmentOptions`. Any number of images is split into requests; answers are in the
         order of the images. Items that failed for the moment are sent again, alone. One that failed for good
         has its `error` set; the others are not touched by it.
         """
@@ -178,7 +178,7 @@ class AnnotatorClient(Connection):
 
         Its confidence is not kept. Raises UnknownAnnotation, also for another key's.
         """
-        return self._send(protocol.annotation(identity))
+        return self._send(endpoints.annotation(identity))
 
     def suggest(
         self,
@@ -187,7 +187,7 @@ class AnnotatorClient(Connection):
         *,
         groups: Sequence[str | None] | None = None,
         count: int = 10,
-        progress: suggesting.Progress | None = None,
+        progress: suggest_run.Progress | None = None,
     ) -> Suggestions:
         """Rank unlabeled images, or patients, by what annotating them would bring to a bank.
 
@@ -197,7 +197,7 @@ class AnnotatorClient(Connection):
         progress(done, total): of images that were looked at. The bank may be a new one. Raises TooLarge for
         more candidates than the service takes, before it is sent any of them.
         """
-        run = suggesting.SuggestRun(bank, images, groups, count, progress)
+        run = suggest_run.SuggestRun(bank, images, groups, count, progress)
         while (answer := self._send(run.ranking())).unknown:
             for call, _ in self._stream(run.looks(answer)):
                 run.receive(call)
@@ -220,22 +220,22 @@ class AnnotatorClient(Connection):
         Returns the .nii.gz or DICOM SEG file. Ctrl-C cancels the job.
         """
         info = self._send(
-            jobs.create(path, bank=bank, classes=classes, group=group, axis=axis, result=result)
+            job_endpoints.create(path, bank=bank, classes=classes, group=group, axis=axis, result=result)
         )
         heard = time.monotonic()
         try:
             while info.state in ("queued", "running"):
                 progress(info)
-                time.sleep(jobs.POLL_S)
+                time.sleep(job_endpoints.POLL_S)
                 try:
-                    info, heard = self._send(jobs.info(info.id)), time.monotonic()
-                except jobs.AWAY as error:
-                    jobs.bear(error, info.id, heard)
+                    info, heard = self._send(job_endpoints.info(info.id)), time.monotonic()
+                except job_endpoints.AWAY as error:
+                    job_endpoints.bear(error, info.id, heard)
             progress(info)
-            data = self._send(jobs.result(info.id))
+            data = self._send(job_endpoints.result(info.id))
         finally:
             with contextlib.suppress(VessaError):  # what came, or why nothing did, matters more
-                self._send(jobs.cancel(info.id))  # it is needed there no more
+                self._send(job_endpoints.cancel(info.id))  # it is needed there no more
         return data
 
     def _stream(self, calls: Iterable[Call[_T]]) -> Iterator[tuple[Call[_T], _T]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 from pydantic import ValidationError
 
+from vessa.client.endpoints import Call
 from vessa.errors import PASSING, BadResponse, InvalidImage, Unreachable, VessaError
-from vessa.protocol import Call
 from vessa.schemas import JobInfo
 from vessa.volumes.files import series_files
 

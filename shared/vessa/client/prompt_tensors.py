@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vessa.annotation import Floats, Prompts
+from vessa.client.types import Floats, Prompts
 from vessa.errors import InvalidPrompt
 
 _LARGEST_LOGIT = 6e4  # float16 ends at 65504

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from pydantic import TypeAdapter
 
-from vessa.annotation import Image
+from vessa.client.endpoints import Call, batches, binary, check_images, check_list, quoted, reads
+from vessa.client.types import Image
 from vessa.codec import image_digest
 from vessa.errors import BadResponse, InvalidRequest, UnknownImage
-from vessa.protocol import Call, batches, binary, check_images, check_list, quoted, reads
 from vessa.schemas import Suggestions
 
 Progress = Callable[[int, int], None]  # (candidates that were looked at, all)

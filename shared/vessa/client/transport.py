@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-from vessa import protocol
+from vessa.client import endpoints
+from vessa.client.endpoints import Call
 from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
-from vessa.protocol import Call
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def result_of(call: Call[_T], response: httpx.Response) -> _T:
     """Read an answer, or raise the service's error as the class it was there."""
     if response.is_success:
         return call.read(response)
-    error = protocol.read_error(response)
+    error = endpoints.read_error(response)
     if error.item is not None and error.item in range(len(call.rows)):
         error.item = call.rows[error.item]  # counted within the request; the caller counts within its list
     repeatable = {"always": _REPEATABLE_STATUS, "unsent": _NO_EFFECT_STATUS, "never": set[int]()}[call.repeat]

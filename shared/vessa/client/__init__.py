@@ -1,0 +1,8 @@
+"""Clients of the annotator, sync and async."""
+
+from vessa.client.async_client import AsyncAnnotatorClient
+from vessa.client.sync_client import AnnotatorClient
+from vessa.client.transport import default_key_file
+from vessa.client.types import Annotation, Prompts
+
+__all__ = ["Annotation", "AnnotatorClient", "AsyncAnnotatorClient", "Prompts", "default_key_file"]
