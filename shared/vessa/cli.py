@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from vessa import bulk
-from vessa.candidates import Pixels, find_candidates
+from vessa.bulk import annotate
+from vessa.bulk.unlabeled_pool import Pixels, find_candidates
 from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, VessaError
@@ -230,26 +230,26 @@ def annotate(
 ) -> None:
     """Annotate a folder of any number of images; what is done is not done again."""
     addresses: list[str | None] = [*urls] if urls else [None]
-    job = bulk.Job(bank, None if classes is None else tuple(classes), by_folder, batch)
+    job = annotate.Job(bank, None if classes is None else tuple(classes), by_folder, batch)
     with contextlib.ExitStack() as stack, Progress(console=_console, transient=True) as bar:
         clients = [
             stack.enter_context(AnnotatorClient(url, api_key, timeout=150, attempts=1)) for url in addresses
         ]
         task = bar.add_task("annotating", total=None)
 
-        def report(p: bulk.Progress) -> None:
+        def report(p: annotate.Progress) -> None:
             done = p.ok + p.failed
             text = (
                 f"{p.skipped + done} of at least {p.files} files, {done / max(p.seconds, 1e-9):.1f} a second"
             )
             bar.update(task, description=text)
 
-        found = bulk.annotate(
+        found = annotate.annotate(
             folder, out, job, clients, threads=threads, patience=patience, retry=retry_failed, report=report
         )
     _console.print(
         f"{found.ok} masks written, {found.failed} files failed, {found.skipped} were done before; "
-        f"each has its line in {out / bulk.MANIFEST}",
+        f"each has its line in {out / annotate.MANIFEST}",
         highlight=False,
     )
     _finish(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scans import dicom_series, nifti, phantom, written
 
-from vessa.candidates import Pixels, find_candidates
+from vessa.bulk.unlabeled_pool import Pixels, find_candidates
 from vessa.errors import InvalidDataset
 from vessa.volumes import read_volume
 

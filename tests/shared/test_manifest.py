@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from vessa.bulk.manifest import Manifest
 from vessa.errors import InvalidConfig, InvalidRequest
-from vessa.manifest import Manifest
 
 SETTINGS = {"bank": "b"}
 

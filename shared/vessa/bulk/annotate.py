@@ -5,6 +5,7 @@ bounded by threads x batch, however many files there are. A file has exactly one
 after its mask: after a kill the job goes on with the files that have none.
 """
 
+import hashlib
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vessa.bulk.annotate import group_of
+from vessa.bulk.manifest import Manifest
 from vessa.client import AnnotatorClient
 from vessa.client.types import Annotation
 from vessa.errors import (
@@ -32,9 +35,7 @@ from vessa.errors import (
     Unreachable,
     VessaError,
 )
-from vessa.groups import group_of
 from vessa.images import read_image
-from vessa.manifest import Manifest
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 MANIFEST = "manifest.jsonl"
@@ -340,3 +341,19 @@ def _done(file: str, mask: Path, answer: Annotation, job: Job) -> dict[str, Any]
 def _failed(file: str, error: VessaError, source: Path) -> dict[str, Any]:
     message = error.message.replace(str(source / file), file)  # where the files lie is nobody's business
     return {"file": file, "error": {"code": error.code, "message": message}}
+
+
+_LONGEST_GROUP = 128  # characters of a name that the service takes
+
+
+def group_of(folder: str) -> str | None:
+    """Return the group of the images in a folder, None in the topmost one ("" or ".").
+
+    folder: its path below the topmost one. A path that is no name to the service (1 to 128 printable
+    characters without blanks at its ends) stands by its SHA-256, in hex.
+    """
+    if folder in ("", "."):
+        return None
+    if len(folder) <= _LONGEST_GROUP and folder.isprintable() and folder == folder.strip():
+        return folder
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()

@@ -6,11 +6,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import overload
 
-from vessa.bulk import SUFFIXES
+from vessa.bulk.annotate import SUFFIXES, group_of
 from vessa.client.types import Image
 from vessa.datasets import Dataset, layout_of
 from vessa.errors import InvalidDataset, VessaError
-from vessa.groups import group_of
 from vessa.images import read_image
 from vessa.volumes import Volume, read_volume
 from vessa.volumes.dicom import is_dicom

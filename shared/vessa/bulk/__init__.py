@@ -1,0 +1,1 @@
+"""Work on whole folders: annotate them, seed a bank, rank unlabeled images."""
