@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from vessa.bulk import annotate
+from vessa.bulk.annotate import MANIFEST, AnnotateOptions, annotate_folder
+from vessa.bulk.annotate import Progress as AnnotateProgress
 from vessa.bulk.unlabeled_pool import Pixels, find_candidates
 from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
@@ -230,26 +231,26 @@ def annotate(
 ) -> None:
     """Annotate a folder of any number of images; what is done is not done again."""
     addresses: list[str | None] = [*urls] if urls else [None]
-    job = annotate.Job(bank, None if classes is None else tuple(classes), by_folder, batch)
+    job = AnnotateOptions(bank, None if classes is None else tuple(classes), by_folder, batch)
     with contextlib.ExitStack() as stack, Progress(console=_console, transient=True) as bar:
         clients = [
             stack.enter_context(AnnotatorClient(url, api_key, timeout=150, attempts=1)) for url in addresses
         ]
         task = bar.add_task("annotating", total=None)
 
-        def report(p: annotate.Progress) -> None:
+        def report(p: AnnotateProgress) -> None:
             done = p.ok + p.failed
             text = (
                 f"{p.skipped + done} of at least {p.files} files, {done / max(p.seconds, 1e-9):.1f} a second"
             )
             bar.update(task, description=text)
 
-        found = annotate.annotate(
+        found = annotate_folder(
             folder, out, job, clients, threads=threads, patience=patience, retry=retry_failed, report=report
         )
     _console.print(
         f"{found.ok} masks written, {found.failed} files failed, {found.skipped} were done before; "
-        f"each has its line in {out / annotate.MANIFEST}",
+        f"each has its line in {out / MANIFEST}",
         highlight=False,
     )
     _finish(

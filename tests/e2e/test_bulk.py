@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessa.bulk import annotate
+from vessa.bulk.annotate import MANIFEST, AnnotateOptions, Progress, Replicas, annotate_folder
 from vessa.client import AnnotatorClient
 from vessa.errors import (
     DeadlineExceeded,
@@ -69,7 +69,7 @@ def seeded(service: Any, bank: str) -> Iterator[AnnotatorClient]:
 
 def check(images: Path, out: Path, service: Any, bank: str) -> None:
     """One line and one mask a file, and the mask is what the service answers."""
-    head, *records = [json.loads(line) for line in (out / annotate.MANIFEST).read_text().splitlines()]
+    head, *records = [json.loads(line) for line in (out / MANIFEST).read_text().splitlines()]
     assert head == {"settings": {"bank": bank, "classes": None, "by_folder": False}}
     by_file = {record["file"]: record for record in records}
     assert len(by_file) == len(records) == FILES + len(BROKEN)
@@ -110,7 +110,7 @@ def test_a_killed_job_goes_on_and_does_nothing_twice(annotator: Any, images: Pat
         line = command(annotator, images, out, "--bank", "bulk", "--batch", "1", "--threads", "2")
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        manifest = out / annotate.MANIFEST
+        manifest = out / MANIFEST
         while not manifest.exists() or manifest.read_bytes().count(b"\n") < 8:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -125,9 +125,9 @@ def test_a_killed_job_goes_on_and_does_nothing_twice(annotator: Any, images: Pat
         assert (found["files"], found["skipped"]) == (FILES + len(BROKEN), skipped)
         assert manifest.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
         check(images, out, annotator, "bulk")
-        again = annotate.annotate(images, out, annotate.Job("bulk"), [client])
+        again = annotate_folder(images, out, AnnotateOptions("bulk"), [client])
         assert (again.skipped, again.ok, again.failed) == (FILES + len(BROKEN), 0, 0)
-        retried = annotate.annotate(images, out, annotate.Job("bulk"), [client], retry=True)
+        retried = annotate_folder(images, out, AnnotateOptions("bulk"), [client], retry=True)
         assert (retried.skipped, retried.ok, retried.failed) == (FILES, 0, len(BROKEN))
 
 
@@ -143,16 +143,16 @@ def test_full_and_dying_replicas_lose_no_file(
         for folder, places in zip(folders, ("1", "32"), strict=True)
     )
 
-    def report(progress: annotate.Progress) -> None:
+    def report(progress: Progress) -> None:
         if progress.ok >= 6 and dying.process.poll() is None:
             os.kill(dying.process.pid, signal.SIGKILL)
 
-    job, out = annotate.Job("bulk-replicas", batch=2), tmp_path / "out"
+    job, out = AnnotateOptions("bulk-replicas", batch=2), tmp_path / "out"
     with (
         seeded(narrow, "bulk-replicas") as client,
         AnnotatorClient(dying.url, dying.api_key, attempts=1) as other,
     ):
-        found = annotate.annotate(images, out, job, [client, other], threads=4, report=report)
+        found = annotate_folder(images, out, job, [client, other], threads=4, report=report)
         assert (found.ok, found.failed) == (FILES, len(BROKEN))
         assert dying.process.wait(10) == -signal.SIGKILL
         check(images, out, narrow, "bulk-replicas")
@@ -164,23 +164,23 @@ def test_what_no_file_is_to_blame_for_ends_the_job(
     with AnnotatorClient(annotator.url, annotator.api_key, attempts=1) as client:
         for bank, error in (("nobody", UnknownBank), ("no name!", InvalidRequest)):
             with pytest.raises(error):
-                annotate.annotate(images, tmp_path / bank, annotate.Job(bank), [client])
+                annotate_folder(images, tmp_path / bank, AnnotateOptions(bank), [client])
         with pytest.raises(InvalidConfig, match="lies within"):
-            annotate.annotate(images, images / "out", annotate.Job("b"), [client])
+            annotate_folder(images, images / "out", AnnotateOptions("b"), [client])
     with (
         AnnotatorClient(annotator.url, "wrong-key-0123456789", attempts=1) as client,
         pytest.raises(Unauthorized),
     ):
-        annotate.annotate(images, tmp_path / "key", annotate.Job("b"), [client])
+        annotate_folder(images, tmp_path / "key", AnnotateOptions("b"), [client])
     with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client, pytest.raises(Unreachable):
-        annotate.annotate(images, tmp_path / "gone", annotate.Job("b"), [client], patience=0.5)
+        annotate_folder(images, tmp_path / "gone", AnnotateOptions("b"), [client], patience=0.5)
 
 
 def test_a_thread_that_never_had_its_turn_tells_why_the_others_failed(port: int) -> None:
     gone = Unreachable("nobody is there")
     gone.retry_after = 60.0  # the only replica rests for longer than anybody is patient
     with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client:
-        replicas = annotate.Replicas([client], patience=0.2)
+        replicas = Replicas([client], patience=0.2)
 
         def fails(_: AnnotatorClient) -> list[Any]:
             raise gone
@@ -194,7 +194,7 @@ def test_a_thread_that_never_had_its_turn_tells_why_the_others_failed(port: int)
 def test_what_passes_by_itself_fails_no_file(error: type[VessaError], port: int) -> None:
     refusals = [error("not now", retry_after=0.01) for _ in range(2)]
     with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client:
-        replicas = annotate.Replicas([client], patience=5.0)
+        replicas = Replicas([client], patience=5.0)
 
         def work(_: AnnotatorClient) -> list[Any]:
             if refusals:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scans import nifti, phantom
 
-from vessa.client import AsyncAnnotatorClient
+from vessa.client import AsyncAnnotatorClient, job_endpoints
 from vessa.client.endpoints import Call
 from vessa.errors import InvalidImage, NoTemplate, UnknownJob, Unreachable
 
@@ -21,7 +21,7 @@ from vessa.errors import InvalidImage, NoTemplate, UnknownJob, Unreachable
 @pytest.fixture
 def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A NIfTI file of 6 slices; jobs are asked for quickly."""
-    monkeypatch.setattr(jobs, "POLL_S", 0.02)
+    monkeypatch.setattr(job_endpoints, "POLL_S", 0.02)
     path = tmp_path / "scan.nii"
     path.write_bytes(nifti(phantom((40, 32, 6)), np.diag([1.0, 2.0, 5.0, 1.0])))
     return path
@@ -79,7 +79,7 @@ def test_a_service_that_is_away_for_a_while_does_not_lose_the_job(
 
     assert ask(handler, "segment_volume", volume, bank="b") == b"labels"
     requests.clear()
-    monkeypatch.setattr(jobs, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(job_endpoints, "PATIENCE_S", 0.0)
     with pytest.raises(Unreachable, match="nothing was heard of job j"):
         ask(handler, "segment_volume", volume, bank="b")
 

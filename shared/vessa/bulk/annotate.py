@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vessa.bulk.annotate import group_of
 from vessa.bulk.manifest import Manifest
 from vessa.client import AnnotatorClient
 from vessa.client.types import Annotation
@@ -40,6 +39,7 @@ from vessa.images import read_image
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 MANIFEST = "manifest.jsonl"
 _LOOK_UP = 1000  # names that are looked up in the manifest at once
+_LONGEST_GROUP = 128  # characters of a name that the service takes
 _REST_S = 1.0  # for a replica that gave no Retry-After
 # Another replica, or the same one later, may well answer.
 _PASSING = (*PASSING, Unreachable, BadResponse)
@@ -56,7 +56,7 @@ _HOPELESS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class AnnotateOptions:
     """What is asked of every image.
 
     bank: template bank; classes: names, None for all of the bank; by_folder: a file's folder is its patient,
@@ -163,10 +163,10 @@ class Replicas:
                 self._changed.wait(min(1.0, min(self._rests_until) - now))
 
 
-def annotate(
+def annotate_folder(
     source: Path,
     out: Path,
-    job: Job,
+    options: AnnotateOptions,
     clients: Sequence[AnnotatorClient],
     *,
     threads: int = 4,
@@ -188,15 +188,15 @@ def annotate(
         raise InvalidDataset(f"{source} is no folder")
     if out.resolve().is_relative_to(source.resolve()):
         raise InvalidConfig(f"{out} lies within {source}: its masks would be taken for images")
-    if threads < 1 or not 1 <= job.batch <= 64:
-        raise ValueError(f"expected threads >= 1 and a batch of 1 to 64, got {threads} and {job.batch}")
+    if threads < 1 or not 1 <= options.batch <= 64:
+        raise ValueError(f"expected threads >= 1 and a batch of 1 to 64, got {threads} and {options.batch}")
     replicas, progress = Replicas(clients, patience), Progress()
-    with Manifest(out / MANIFEST, job.settings(), retry=retry) as manifest:
-        chunks = _chunks(_pending(source, manifest, progress), job.batch)
+    with Manifest(out / MANIFEST, options.settings(), retry=retry) as manifest:
+        chunks = _chunks(_pending(source, manifest, progress), options.batch)
         with ThreadPoolExecutor(threads, thread_name_prefix="vessa-bulk") as pool:
             try:
                 for records in _in_flight(
-                    pool, chunks, 2 * threads, lambda c: _work(source, out, job, replicas, c)
+                    pool, chunks, 2 * threads, lambda c: _work(source, out, options, replicas, c)
                 ):
                     manifest.add(records)
                     failed = sum("error" in record for record in records)
@@ -259,7 +259,9 @@ def _in_flight(
             yield future.result()
 
 
-def _work(source: Path, out: Path, job: Job, replicas: Replicas, files: list[str]) -> list[dict[str, Any]]:
+def _work(
+    source: Path, out: Path, options: AnnotateOptions, replicas: Replicas, files: list[str]
+) -> list[dict[str, Any]]:
     """Annotate some files and write their masks; returns their lines."""
     records: dict[str, dict[str, Any]] = {}
     images: dict[str, Any] = {}
@@ -268,24 +270,28 @@ def _work(source: Path, out: Path, job: Job, replicas: Replicas, files: list[str
             images[file] = read_image(source / file)
         except VessaError as error:
             records[file] = _failed(file, error, source)
-    for file, answer in _segment(job, replicas, images).items():
+    for file, answer in _segment(options, replicas, images).items():
         if isinstance(answer, VessaError):
             records[file] = _failed(file, answer, source)
             continue
         mask = Path("masks") / f"{file}.png"
         _write_mask(out / mask, answer)
-        records[file] = _done(file, mask, answer, job)
+        records[file] = _done(file, mask, answer, options)
     return [records[file] for file in files]
 
 
-def _segment(job: Job, replicas: Replicas, images: dict[str, Any]) -> dict[str, Annotation | VessaError]:
+def _segment(
+    options: AnnotateOptions, replicas: Replicas, images: dict[str, Any]
+) -> dict[str, Annotation | VessaError]:
     """Have images segmented together; should that fail as a whole, one by one, to see for whose sake."""
     if not images:
         return {}
-    groups = [group_of(os.path.dirname(file)) for file in images] if job.by_folder else None
+    groups = [group_of(os.path.dirname(file)) for file in images] if options.by_folder else None
 
     def ask(client: AnnotatorClient) -> list[Annotation]:
-        answers = client.segment(list(images.values()), bank=job.bank, classes=job.classes, groups=groups)
+        answers = client.segment(
+            list(images.values()), bank=options.bank, classes=options.classes, groups=groups
+        )
         for answer in answers:
             if isinstance(answer.error, (*_PASSING, DeadlineExceeded)):
                 raise answer.error  # it says nothing about the image: all are sent again
@@ -301,7 +307,7 @@ def _segment(job: Job, replicas: Replicas, images: dict[str, Any]) -> dict[str, 
             return {next(iter(images)): error}
         alone: dict[str, Annotation | VessaError] = {}
         for file, image in images.items():
-            alone |= _segment(job, replicas, {file: image})
+            alone |= _segment(options, replicas, {file: image})
         return alone
 
 
@@ -313,7 +319,7 @@ def _write_mask(path: Path, answer: Annotation) -> None:
     fresh.replace(path)
 
 
-def _done(file: str, mask: Path, answer: Annotation, job: Job) -> dict[str, Any]:
+def _done(file: str, mask: Path, answer: Annotation, options: AnnotateOptions) -> dict[str, Any]:
     assert answer.labels is not None
     assert answer.confidence is not None
     counts = np.bincount(answer.labels.ravel(), minlength=256)
@@ -332,7 +338,7 @@ def _done(file: str, mask: Path, answer: Annotation, job: Job) -> dict[str, Any]
         },
         "model": answer.model,
         "labels_version": answer.labels_version,
-        "bank": job.bank,
+        "bank": options.bank,
         "bank_version": answer.bank_version,
         "annotation_id": answer.annotation_id,
     }
@@ -341,9 +347,6 @@ def _done(file: str, mask: Path, answer: Annotation, job: Job) -> dict[str, Any]
 def _failed(file: str, error: VessaError, source: Path) -> dict[str, Any]:
     message = error.message.replace(str(source / file), file)  # where the files lie is nobody's business
     return {"file": file, "error": {"code": error.code, "message": message}}
-
-
-_LONGEST_GROUP = 128  # characters of a name that the service takes
 
 
 def group_of(folder: str) -> str | None:

@@ -1,7 +1,7 @@
 """Clients of the annotator, sync and async.
 
-Requests are built and answers read by plain functions, in `vessa.client.endpoints` above all; the two clients only
-send. What may be repeated safely is repeated, waiting as long as Retry-After says.
+Requests are built and answers read by plain functions, in `vessa.client.endpoints` above all; the two clients
+only send. What may be repeated safely is repeated, waiting as long as Retry-After says.
 """
 
 import contextlib
@@ -17,16 +17,13 @@ import httpx
 import stamina
 
 from vessa.client import endpoints, job_endpoints, suggest_run
-from vessa.client.async_client import AsyncAnnotatorClient
 from vessa.client.endpoints import Call
 from vessa.client.segment_run import Progress, SegmentRun
-from vessa.client.transport import Connection, RepeatableError, default_key_file, failure_of, result_of
-from vessa.client.types import Annotation, Image, Prompts, SegmentOptions
+from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
+from vessa.client.types import Annotation, Image, SegmentOptions
 from vessa.errors import VessaError
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
 from vessa.tracing import trace_headers
-
-__all__ = ["Annotation", "AnnotatorClient", "AsyncAnnotatorClient", "Prompts", "default_key_file"]
 
 _T = TypeVar("_T")
 
@@ -162,7 +159,7 @@ class AnnotatorClient(Connection):
         images: uint8 (H, W[, 3]), sizes may differ; image_ids: of images of one size; by_id: send the ids of
         `images` first, and pixels only of those that the service does not hold; progress(done, total): called
         after each answer; further options: classes, groups, prompts, template_choice, seed, probabilities,
-        see `vessa.client.types.SegmentOptions`. Any number of images is split into requests; answers are in the
+        see `client.types.SegmentOptions`. Any number of images is split into requests; answers are in the
         order of the images. Items that failed for the moment are sent again, alone. One that failed for good
         has its `error` set; the others are not touched by it.
         """

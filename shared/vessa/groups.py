@@ -1,1 +1,0 @@
-"""The folder of an image as the name of its patient."""
