@@ -15,7 +15,7 @@ from vessa.datasets import open_dataset
 from vessa.errors import Unauthorized, Unreachable
 from vessa_trainer import annotations
 from vessa_trainer.annotations import AnnotationFeed
-from vessa_trainer.data import read_splits, slices_of
+from vessa_trainer.data.splits import read_splits, slices_of
 from vessa_trainer.label_cache import FolderCache
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import DataConfig
-from vessa_trainer.data import Frame, Order, Prepared, cases_of, read_splits, slices_of
+from vessa_trainer.data.prepared import Frame, Order, Prepared
+from vessa_trainer.data.splits import cases_of, read_splits, slices_of
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
-from vessa_trainer.incidents import ANNOTATOR, CACHE, TRAINER, Incidents, interruptions
+from vessa_trainer.outages import ANNOTATOR, CACHE, TRAINER, Incidents, interruptions
 from vessa_trainer.report import interruption_table
 
 

@@ -9,7 +9,7 @@ from vessa.codec import image_digest
 from vessa.datasets import open_dataset
 from vessa.errors import NoTemplate, Unauthorized, UnknownBank, VessaError
 from vessa_server.pretraining.data.phantoms import write_phantoms
-from vessa_trainer.data import read_splits, slices_of
+from vessa_trainer.data.splits import read_splits, slices_of
 from vessa_trainer.fit import seed_labeled
 from vessa_trainer.label_cache import FolderCache
 from vessa_trainer.label_fetch import LabelFetcher, Wanted

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig
-from vessa_trainer.data import Prepared
+from vessa_trainer.data.prepared import Prepared
 from vessa_trainer.loop import Run
 
 

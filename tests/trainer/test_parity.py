@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vessa_trainer import loop, views
+from vessa_trainer import loop
+from vessa_trainer.data import augmentation
 from vessa_trainer.loop import Run
 
 STEPS, IGNORED, CLOSE = 4, 255, 1e-6
@@ -97,7 +98,7 @@ def given(monkeypatch):
     noting(loop, "unlabeled_views", "unlabeled")
     noting(views, "strong_view", "strong", many=True)
     noting(views, "complementary_dropout", "dropout", many=True)
-    noting(views.Geometry, "image", "images")
+    noting(augmentation.Geometry, "image", "images")
     return drawn
 
 

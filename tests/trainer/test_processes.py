@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vessa.errors import InvalidConfig
-from vessa_trainer import checkpoint, views
+from vessa_trainer import checkpoint
+from vessa_trainer.data import augmentation
 from vessa_trainer.processes import ALONE, Processes, join
 
 STEPS = Path(__file__).with_name("exact_steps.py")
@@ -32,9 +33,9 @@ def test_parts_make_up_the_batch_and_hold_the_pairs_of_cutmix():
     values = torch.arange(12.0)[:, None, None].expand(12, 4, 4)
     boxes = torch.zeros(12, 4, 4, dtype=torch.bool)
     boxes[:, 1:3] = True
-    whole = views.paste(values, boxes)
+    whole = augmentation.paste(values, boxes)
     for part in parts:
-        assert torch.equal(views.paste(values[part], boxes[part]), whole[part])
+        assert torch.equal(augmentation.paste(values[part], boxes[part]), whole[part])
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, UnknownBank
-from vessa_trainer.data import read_splits, slices_of
+from vessa_trainer.data.splits import read_splits, slices_of
 from vessa_trainer.fit import seed_labeled
 from vessa_trainer.seeding import bank_name, seed_bank
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from vessa.datasets import Case, Dataset, Slice
-from vessa_trainer import views
 from vessa_trainer.config import load_config
-from vessa_trainer.data import Prepared
+from vessa_trainer.data import augmentation
+from vessa_trainer.data.prepared import Prepared
 from vessa_trainer.losses import joint_loss
 from vessa_trainer.step import (
     PseudoLabel,
@@ -139,7 +139,7 @@ def test_labels_replayed_stay_aligned_through_cutmix(shapes, data, generator):
     drawn = unlabeled_views(data, ROWS, config_of("views.cutmix_p=1"), Truth(shapes), generator)
     for strong, boxes in zip(drawn.strong, drawn.boxes, strict=True):
         assert boxes.flatten(1).any(1).all()
-        labels, valid = (views.paste(v, boxes) for v in (drawn.vessa[0], drawn.valid))
+        labels, valid = (augmentation.paste(v, boxes) for v in (drawn.vessa[0], drawn.valid))
         assert agreement(strong[:, 0], labels, valid) > 0.97
     # had the box not been replayed, they would differ
     assert agreement(drawn.strong[0][:, 0], drawn.vessa[0], drawn.valid) < 0.97

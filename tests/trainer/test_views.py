@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from vessa_trainer import views
 from vessa_trainer.config import ViewsConfig
+from vessa_trainer.data import augmentation
 
 SIZE = 64
 
@@ -23,7 +23,7 @@ def shapes():
 
 
 def test_image_label_and_confidence_stay_aligned(shapes, generator):
-    geometry = views.draw_geometry(4, SIZE, 48, ViewsConfig(scale=(0.5, 2.0)), generator)
+    geometry = augmentation.draw_geometry(4, SIZE, 48, ViewsConfig(scale=(0.5, 2.0)), generator)
     image = geometry.image(shapes[:, None])[:, 0]
     labels = geometry.labels(shapes.byte())
     confidence = geometry.confidence(shapes)
@@ -34,7 +34,7 @@ def test_image_label_and_confidence_stay_aligned(shapes, generator):
 
 def test_a_label_replayed_is_the_transformed_images_own_label(shapes, generator):
     """Segmenting the view gives what replaying the plain image's segmentation gives."""
-    geometry = views.draw_geometry(4, SIZE, 64, ViewsConfig(), generator)
+    geometry = augmentation.draw_geometry(4, SIZE, 64, ViewsConfig(), generator)
     segmented_view = (geometry.image(shapes[:, None])[:, 0] > 0.5).long()
     replayed = geometry.labels((shapes > 0.5).byte())
     overlap = 2 * (segmented_view * replayed).sum() / (segmented_view.sum() + replayed.sum())
@@ -43,7 +43,7 @@ def test_a_label_replayed_is_the_transformed_images_own_label(shapes, generator)
 
 def test_what_lies_outside_is_not_valid(generator):
     config = ViewsConfig(scale=(0.5, 0.5), flip_p=0.0)
-    geometry = views.draw_geometry(3, SIZE, SIZE, config, generator)
+    geometry = augmentation.draw_geometry(3, SIZE, SIZE, config, generator)
     valid = geometry.valid(torch.ones(3, SIZE, SIZE, dtype=torch.bool))
     assert valid.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert (geometry.image(torch.ones(3, 1, SIZE, SIZE))[:, 0][~valid] < 1).all()
@@ -51,20 +51,22 @@ def test_what_lies_outside_is_not_valid(generator):
 
 def test_a_view_of_scale_one_and_the_full_geometry_change_nothing(shapes, generator):
     config = ViewsConfig(scale=(1.0, 1.0), flip_p=0.0)
-    drawn = views.draw_geometry(4, SIZE, SIZE, config, generator)
+    drawn = augmentation.draw_geometry(4, SIZE, SIZE, config, generator)
     assert torch.allclose(drawn.image(shapes[:, None])[:, 0], shapes, atol=1e-5)
-    assert torch.equal(views.full_geometry(4, SIZE, SIZE).labels(shapes.byte()), shapes.long())
+    assert torch.equal(augmentation.full_geometry(4, SIZE, SIZE).labels(shapes.byte()), shapes.long())
 
 
 def test_mirrored_views_are_mirrored(shapes, generator):
-    geometry = views.draw_geometry(4, SIZE, SIZE, ViewsConfig(scale=(1.0, 1.0), flip_p=1.0), generator)
+    geometry = augmentation.draw_geometry(4, SIZE, SIZE, ViewsConfig(scale=(1.0, 1.0), flip_p=1.0), generator)
     assert torch.equal(geometry.labels(shapes.byte()), shapes.flip(-1).long())
 
 
 def test_strong_views_change_gray_images_within_range(shapes, generator):
     config = ViewsConfig(jitter_p=1.0, blur_p=1.0, noise_p=1.0)
     image = shapes[:, None] * 0.5 + 0.2
-    one, other = (views.strong_view(image, config, views.draw_seeds(len(image), generator)) for _ in "ab")
+    one, other = (
+        augmentation.strong_view(image, config, augmentation.draw_seeds(len(image), generator)) for _ in "ab"
+    )
     assert one.shape == image.shape
     assert not torch.equal(one, other)
     assert one.min() >= 0
@@ -74,25 +76,25 @@ def test_strong_views_change_gray_images_within_range(shapes, generator):
 def test_strong_views_change_color_images(generator):
     image = torch.rand(2, 3, 16, 16, generator=generator)
     config = ViewsConfig(jitter_p=1.0, grayscale_p=1.0, blur_p=0.0)
-    gray = views.strong_view(image, config, views.draw_seeds(len(image), generator))
+    gray = augmentation.strong_view(image, config, augmentation.draw_seeds(len(image), generator))
     assert torch.allclose(gray[:, 0], gray[:, 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_batch_is_changed_as_each_image_alone(channels, generator):
     images, config = torch.rand(6, channels, 32, 48, generator=generator), ViewsConfig()
-    seeds = views.draw_seeds(6, generator)
-    alone = [views.strong_view(images[i : i + 1], config, [seed]) for i, seed in enumerate(seeds)]
-    assert torch.allclose(views.strong_view(images, config, seeds), torch.cat(alone), atol=1e-6)
-    assert len({views.draw_changes(config, channels == 1, seed) for seed in seeds}) == 6
+    seeds = augmentation.draw_seeds(6, generator)
+    alone = [augmentation.strong_view(images[i : i + 1], config, [seed]) for i, seed in enumerate(seeds)]
+    assert torch.allclose(augmentation.strong_view(images, config, seeds), torch.cat(alone), atol=1e-6)
+    assert len({augmentation.draw_changes(config, channels == 1, seed) for seed in seeds}) == 6
 
 
 def test_gray_images_are_changed_as_torchvision_would(generator):
-    images, seeds = torch.rand(8, 1, 32, 48, generator=generator), views.draw_seeds(8, generator)
+    images, seeds = torch.rand(8, 1, 32, 48, generator=generator), augmentation.draw_seeds(8, generator)
     config = ViewsConfig(jitter_p=0.7, blur_p=0.7, noise_p=0.0)
-    ours = views.strong_view(images, config, seeds)
+    ours = augmentation.strong_view(images, config, seeds)
     for image, one, seed in zip(images, ours, seeds, strict=True):
-        change = views.draw_changes(config, True, seed)
+        change = augmentation.draw_changes(config, True, seed)
         image = TF.adjust_gamma(image, change.gamma)
         image = (image - image.mean()) * change.contrast + image.mean()
         image = image * change.brightness
@@ -104,45 +106,45 @@ def test_gray_images_are_changed_as_torchvision_would(generator):
 def test_noise_has_the_drawn_strength():
     images, seeds = torch.full((4, 1, 64, 64), 0.5), [3, 4, 5, 6]
     config = ViewsConfig(jitter_p=0.0, blur_p=0.0, noise_p=1.0)
-    noisy = views.strong_view(images, config, seeds)
-    drawn = torch.tensor([views.draw_changes(config, True, seed).noise for seed in seeds])
+    noisy = augmentation.strong_view(images, config, seeds)
+    drawn = torch.tensor([augmentation.draw_changes(config, True, seed).noise for seed in seeds])
     assert torch.allclose(noisy.std((1, 2, 3)), drawn, rtol=0.05)
 
 
 def test_a_strong_view_may_leave_an_image_as_it_is(shapes, generator):
     config = ViewsConfig(jitter_p=0.0, blur_p=0.0, noise_p=0.0)
-    assert torch.equal(views.strong_view(shapes[:, None], config, [0] * 4), shapes[:, None])
+    assert torch.equal(augmentation.strong_view(shapes[:, None], config, [0] * 4), shapes[:, None])
 
 
 def test_cutmix_boxes_have_the_published_area_and_aspect(generator):
-    boxes = views.cutmix_boxes(200, (SIZE, SIZE), 1.0, generator)
+    boxes = augmentation.cutmix_boxes(200, (SIZE, SIZE), 1.0, generator)
     for box in boxes:
         rows, columns = box.any(1).nonzero(), box.any(0).nonzero()
         height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
         assert box.sum() == height * width
         assert 0.015 <= height * width / SIZE**2 <= 0.4
         assert 0.2 < height / width < 5
-    shares = views.cutmix_boxes(200, (SIZE, SIZE), 0.5, generator).flatten(1).any(1).float().mean()
+    shares = augmentation.cutmix_boxes(200, (SIZE, SIZE), 0.5, generator).flatten(1).any(1).float().mean()
     assert 0.4 < shares < 0.6
 
 
 def test_one_box_pastes_everything_alike(shapes, generator):
-    boxes = views.cutmix_boxes(4, (SIZE, SIZE), 1.0, generator)
+    boxes = augmentation.cutmix_boxes(4, (SIZE, SIZE), 1.0, generator)
     image, labels, confidence = shapes[:, None], shapes.long(), shapes * 0.7
-    pasted_image = views.paste(image, boxes)
-    assert torch.equal(pasted_image[:, 0].long(), views.paste(labels, boxes))
-    assert torch.allclose(pasted_image[:, 0] * 0.7, views.paste(confidence, boxes))
+    pasted_image = augmentation.paste(image, boxes)
+    assert torch.equal(pasted_image[:, 0].long(), augmentation.paste(labels, boxes))
+    assert torch.allclose(pasted_image[:, 0] * 0.7, augmentation.paste(confidence, boxes))
     assert torch.equal(pasted_image[0, 0][boxes[0]], shapes[3][boxes[0]])
     assert torch.equal(pasted_image[0, 0][~boxes[0]], shapes[0][~boxes[0]])
 
 
 def test_a_batch_of_one_has_nothing_to_paste(shapes, generator):
-    boxes = views.cutmix_boxes(1, (SIZE, SIZE), 1.0, generator)
-    assert torch.equal(views.paste(shapes[:1], boxes), shapes[:1])
+    boxes = augmentation.cutmix_boxes(1, (SIZE, SIZE), 1.0, generator)
+    assert torch.equal(augmentation.paste(shapes[:1], boxes), shapes[:1])
 
 
 def test_dropout_masks_are_complementary_and_spare_half(generator):
-    first, second = views.complementary_dropout(8, 1000, generator)
+    first, second = augmentation.complementary_dropout(8, 1000, generator)
     spared = (first == 1).all(1)
     assert spared.sum() == 4
     assert torch.equal(spared, (second == 1).all(1))

@@ -21,9 +21,9 @@ from vessa.errors import Unreachable, VessaError
 from vessa.schemas import BankInfo
 from vessa_trainer.agreement import EchoCheck, PooledDice
 from vessa_trainer.config import AnnotatorConfig
-from vessa_trainer.incidents import ANNOTATOR, Incidents
 from vessa_trainer.label_cache import LabelCache
 from vessa_trainer.label_fetch import LabelFetcher, Wanted
+from vessa_trainer.outages import ANNOTATOR, Incidents
 from vessa_trainer.step import PseudoLabel
 
 _log = logging.getLogger(__name__)

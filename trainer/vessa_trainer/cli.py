@@ -206,7 +206,7 @@ def evaluate(
 ) -> None:
     """Score a run's best teacher on the patients of a split."""
     from vessa.report.tables import Row, table
-    from vessa_trainer.data import cases_of
+    from vessa_trainer.data.splits import cases_of
     from vessa_trainer.loop import evaluate as score
     from vessa_trainer.predict import load_best
 

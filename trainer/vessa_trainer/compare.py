@@ -15,7 +15,7 @@ from vessa.report.page import Page
 from vessa.report.tables import Row, Table, cards, missed, table
 from vessa_trainer.config import DEFAULT_METHODS, Config
 from vessa_trainer.curves import bars_figure, comparison_figure
-from vessa_trainer.data import cases_of, read_splits
+from vessa_trainer.data.splits import cases_of, read_splits
 from vessa_trainer.fit import without_key
 from vessa_trainer.methods import Runs, find_methods, run_methods
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from vessa.errors import InvalidConfig
-from vessa_trainer.plain import build, merge, put
+from vessa_trainer.config_parsing import build, merge, put
 
 DEFAULT_METHODS = ("unimatch_v2", "vessa", "vessa_alone")  # of a comparison: names of configs
 

@@ -23,10 +23,10 @@ from vessa_trainer.advice import Advice, never_labeled, over_run
 from vessa_trainer.annotations import COUNTS, AnnotationFeed
 from vessa_trainer.config import Config, load_config, save_config, to_dict
 from vessa_trainer.curves import read_metrics, write_progress
-from vessa_trainer.data import cases_of, read_splits
-from vessa_trainer.incidents import Incidents, interruptions
+from vessa_trainer.data.splits import cases_of, read_splits
 from vessa_trainer.label_cache import open_cache
 from vessa_trainer.loop import Run
+from vessa_trainer.outages import Incidents, interruptions
 from vessa_trainer.predict import load_best, predict_labels
 from vessa_trainer.processes import Processes, join
 from vessa_trainer.report import SUMMARY, write_run_report

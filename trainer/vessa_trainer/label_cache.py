@@ -24,7 +24,7 @@ from redis.retry import Retry
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
 from vessa_trainer.config import CacheConfig
-from vessa_trainer.incidents import CACHE, Incidents
+from vessa_trainer.outages import CACHE, Incidents
 from vessa_trainer.step import PseudoLabel
 
 _log = logging.getLogger(__name__)

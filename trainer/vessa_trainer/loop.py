@@ -26,9 +26,10 @@ from vessa_trainer.advice import Advice, advise, never_labeled
 from vessa_trainer.annotations import COUNTS, AnnotationFeed
 from vessa_trainer.config import Config, save_config
 from vessa_trainer.curves import read_metrics, truncate_metrics
-from vessa_trainer.data import Order, Prepared, cases_of, read_splits, slices_of
+from vessa_trainer.data.prepared import Order, Prepared
+from vessa_trainer.data.splits import cases_of, read_splits, slices_of
 from vessa_trainer.feedback import FeedbackRounds, predicted_prompts
-from vessa_trainer.incidents import TRAINER, Incidents
+from vessa_trainer.outages import TRAINER, Incidents
 from vessa_trainer.predict import open_device, predict_labels
 from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.schedule import ema_decay, poly, source_weights, update_teacher

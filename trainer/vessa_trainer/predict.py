@@ -17,7 +17,7 @@ from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig, InvalidDataset
 from vessa_trainer import checkpoint
 from vessa_trainer.config import Config, load_config
-from vessa_trainer.data import Frame
+from vessa_trainer.data.prepared import Frame
 from vessa_trainer.outputs import Output, VolumeOptions, find_outputs
 from vessa_trainer.student import build_student, logits_of
 

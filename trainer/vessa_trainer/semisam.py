@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vessa_trainer import views
 from vessa_trainer.config import Config
+from vessa_trainer.data import augmentation
 from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.schedule import ramp
 from vessa_trainer.student import logits_of
@@ -40,9 +40,9 @@ def unlabeled_term(
     with torch.no_grad():
         taught = logits_of(teacher, unlabeled.weak, bf16=config.bf16).softmax(1)
     probability = gather(logits_of(student, unlabeled.strong[0], bf16=config.bf16).softmax(1))
-    valid = gather(views.paste(unlabeled.valid, box))
-    consistency = mean_square(probability, gather(views.paste(taught, box)), valid)
-    labels, confidence = (gather(views.paste(t, box)) for t in unlabeled.vessa)
+    valid = gather(augmentation.paste(unlabeled.valid, box))
+    consistency = mean_square(probability, gather(augmentation.paste(taught, box)), valid)
+    labels, confidence = (gather(augmentation.paste(t, box)) for t in unlabeled.vessa)
     drawn = drawn_dice(probability, labels, valid & (confidence >= config.semi.vessa_threshold))
     rises, falls = ramp(step, config.steps), ramp(config.steps - step, config.steps)
     figures = {"loss_teacher": consistency.item(), "loss_vessa": drawn.item(), "eta": rises}

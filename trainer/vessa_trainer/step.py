@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vessa_trainer import losses, semisam, views
+from vessa_trainer import losses, semisam
 from vessa_trainer.config import Config
-from vessa_trainer.data import Prepared
+from vessa_trainer.data import augmentation
+from vessa_trainer.data.prepared import Prepared
 from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.schedule import source_weights
 from vessa_trainer.student import logits_of
@@ -55,7 +56,7 @@ def labeled_batch(
     Squares go to the device as bytes, and the views are made there, of all images at once.
     """
     crop = config.student.crop
-    geometry = views.draw_geometry(len(rows), data.size, crop, config.views, generator)
+    geometry = augmentation.draw_geometry(len(rows), data.size, crop, config.views, generator)
     mine = processes.places(len(rows))
     geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
     return (
@@ -80,15 +81,17 @@ def unlabeled_views(
     draws are made on the CPU, so that they are the same everywhere, the views on the device.
     """
     crop, count = config.student.crop, len(rows)
-    geometry = views.draw_geometry(count, data.size, crop, config.views, generator)
-    all_boxes = [views.cutmix_boxes(count, (crop, crop), config.views.cutmix_p, generator) for _ in range(2)]
-    seeds = [views.draw_seeds(count, generator) for _ in range(2)]
+    geometry = augmentation.draw_geometry(count, data.size, crop, config.views, generator)
+    all_boxes = [
+        augmentation.cutmix_boxes(count, (crop, crop), config.views.cutmix_p, generator) for _ in range(2)
+    ]
+    seeds = [augmentation.draw_seeds(count, generator) for _ in range(2)]
     mine = processes.places(count)
     geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
     weak = geometry.image(data.floats(rows, device))
     boxes = [box[mine].to(device) for box in all_boxes]
     strong = [
-        views.paste(views.strong_view(weak, config.views, [seed[i] for i in mine]), box)
+        augmentation.paste(augmentation.strong_view(weak, config.views, [seed[i] for i in mine]), box)
         for seed, box in zip(seeds, boxes, strict=True)
     ]
     vessa = None
@@ -124,7 +127,7 @@ def _dropout(
     """Masks for both strong views stacked, per feature level: (2B, C). count: of the whole batch."""
     channels: list[int] = student.feature_channels  # type: ignore[assignment]
     mine = processes.places(count)
-    drawn = [views.complementary_dropout(count, c, generator) for c in channels]
+    drawn = [augmentation.complementary_dropout(count, c, generator) for c in channels]
     return [torch.cat([first[mine], second[mine]]) for first, second in drawn]
 
 
@@ -174,14 +177,15 @@ def compute_loss(
 
     def both(labels: Tensor, confidence: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         one, other = (
-            (gather(views.paste(labels, b)), gather(views.paste(confidence, b))) for b in unlabeled.boxes
+            (gather(augmentation.paste(labels, b)), gather(augmentation.paste(confidence, b)))
+            for b in unlabeled.boxes
         )
         return one, other
 
     teacher_views = both(weak_labels, weak_confidence)
     valid_views = (
-        gather(views.paste(unlabeled.valid, unlabeled.boxes[0])),
-        gather(views.paste(unlabeled.valid, unlabeled.boxes[1])),
+        gather(augmentation.paste(unlabeled.valid, unlabeled.boxes[0])),
+        gather(augmentation.paste(unlabeled.valid, unlabeled.boxes[1])),
     )
     weak_valid = gather(unlabeled.valid)
     figures: dict[str, float] = {}

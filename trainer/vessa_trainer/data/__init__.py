@@ -1,0 +1,1 @@
+"""Splits, prepared images and their augmented views."""
