@@ -40,7 +40,7 @@ from vessa_trainer.fit import seed_labeled
 from vessa_trainer.label_cache import FolderCache, RedisCache, pack
 from vessa_trainer.loop import Run
 from vessa_trainer.step import PseudoLabel
-from vessa_trainer.student import build_student
+from vessa_trainer.students.networks import build_student
 
 
 def say(text: str) -> None:

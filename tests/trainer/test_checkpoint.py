@@ -8,8 +8,8 @@ from safetensors import safe_open
 from torch import nn
 
 from vessa.errors import InvalidWeights
-from vessa_trainer import checkpoint
-from vessa_trainer.student import UNet
+from vessa_trainer.students import checkpoint
+from vessa_trainer.students.networks import UNet
 
 
 def net():

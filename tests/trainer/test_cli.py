@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessa_trainer import checkpoint, cli
+from vessa_trainer import cli
+from vessa_trainer.students import checkpoint
 
 SMALL = (
     "student.size=32",

@@ -7,10 +7,11 @@ import pytest
 from rich.console import Console
 
 from vessa.errors import InvalidConfig, InvalidDataset
-from vessa_trainer import checkpoint, loop
+from vessa_trainer import loop
 from vessa_trainer.compare import compare
 from vessa_trainer.config import save_config
 from vessa_trainer.loop import Interrupted
+from vessa_trainer.students import checkpoint
 
 METHODS = ("UniMatch V2", "VESSA-assisted", "VESSA alone")
 RESUME = "vessa-trainer compare --out here"

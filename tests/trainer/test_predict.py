@@ -18,11 +18,12 @@ from scans import dicom_series, nifti, phantom, written
 from vessa.errors import InvalidDataset
 from vessa.volumes import read_volume
 from vessa.volumes.grid import slice_of
-from vessa_trainer import checkpoint
 from vessa_trainer.config import save_config
 from vessa_trainer.export import export
-from vessa_trainer.predict import load_best, predict, predict_slice
-from vessa_trainer.student import build_student
+from vessa_trainer.predict import predict
+from vessa_trainer.students import checkpoint
+from vessa_trainer.students.inference import load_best, predict_slice
+from vessa_trainer.students.networks import build_student
 
 CLASSES = {1: "cavity", 2: "wall"}
 AFFINE = np.array([[-1.2, 0, 0.1, 3], [0, 1.5, 0, 4], [0.1, 0, 6.0, 5], [0, 0, 0, 1]], np.float32)

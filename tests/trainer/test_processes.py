@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from vessa.errors import InvalidConfig
-from vessa_trainer import checkpoint
 from vessa_trainer.data import augmentation
 from vessa_trainer.processes import ALONE, Processes, join
+from vessa_trainer.students import checkpoint
 
 STEPS = Path(__file__).with_name("exact_steps.py")
 CLOSE = 1e-9

@@ -7,7 +7,7 @@ from vessa_trainer.config import load_config
 from vessa_trainer.schedule import ramp
 from vessa_trainer.semisam import drawn_dice, mean_square, unlabeled_term
 from vessa_trainer.step import UnlabeledViews
-from vessa_trainer.student import UNet
+from vessa_trainer.students.networks import UNet
 
 
 def test_mean_square_is_over_valid_pixels():

@@ -20,7 +20,7 @@ from vessa_trainer.step import (
     unlabeled_views,
     vessa_on_square,
 )
-from vessa_trainer.student import build_student
+from vessa_trainer.students.networks import build_student
 
 ROWS = [0, 1, 2, 3]
 

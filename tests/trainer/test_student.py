@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from vessa.errors import InvalidWeights
 from vessa_trainer.config import StudentConfig
 from vessa_trainer.data.augmentation import complementary_dropout
-from vessa_trainer.student import build_student
+from vessa_trainer.students.networks import build_student
 
 UNET = StudentConfig(name="unet", size=32, crop=32, widths=(4, 8, 16))
 DPT = StudentConfig(name="dpt", size=56, crop=56, backbone="tiny", pretrained=False)

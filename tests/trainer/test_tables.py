@@ -11,7 +11,8 @@ from rich.console import Console
 
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset
-from vessa_trainer import checkpoint, cli
+from vessa_trainer import cli
+from vessa_trainer.students import checkpoint
 from vessa_trainer.tables import TABLES, labeled_patients, run_table, split_patients
 
 RESUME = "vessa-trainer table2 --out here"

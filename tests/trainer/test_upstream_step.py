@@ -10,7 +10,7 @@ import upstream_step as upstream
 from PIL import Image
 
 from vessa_trainer.config import load_config
-from vessa_trainer.student import build_student
+from vessa_trainer.students.networks import build_student
 
 CROP, BATCH = 32, 4
 

@@ -208,7 +208,7 @@ def evaluate(
     from vessa.report.tables import Row, table
     from vessa_trainer.data.splits import cases_of
     from vessa_trainer.loop import evaluate as score
-    from vessa_trainer.predict import load_best
+    from vessa_trainer.students.inference import load_best
 
     config = _config(run / "config.yaml", None, data=data)
     dataset = open_dataset(config.data.root)

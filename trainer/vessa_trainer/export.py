@@ -9,7 +9,7 @@ import torch
 
 from vessa.errors import InvalidConfig, InvalidWeights
 from vessa_trainer.config import load_config
-from vessa_trainer.predict import load_best
+from vessa_trainer.students.inference import load_best
 
 TOLERANCE = 1e-3  # of logits; float32 sums in another order
 _BATCHES = (1, 3)  # that the exported file is compared on

@@ -13,8 +13,8 @@ from torch import Tensor
 from vessa.client import Prompts
 from vessa.datasets import Slice
 from vessa.mask_geometry import box_and_point
-from vessa_trainer import checkpoint
 from vessa_trainer.config import Config, FeedbackConfig
+from vessa_trainer.students import checkpoint
 
 if TYPE_CHECKING:
     from vessa_trainer.loop import Run
@@ -151,7 +151,7 @@ class FeedbackRounds:
 
 def predicted_prompts(run: "Run", items: Sequence[Slice]) -> list[Prompts]:
     """Prompts for some slices from what the source of feedback predicts on them."""
-    from vessa_trainer.predict import predict_slice
+    from vessa_trainer.students.inference import predict_slice
 
     assert run.feed is not None
     config = run.config

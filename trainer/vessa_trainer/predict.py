@@ -4,94 +4,18 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
 
-from vessa.datasets import Case, Dataset
-from vessa.errors import InvalidConfig, InvalidDataset
-from vessa_trainer import checkpoint
-from vessa_trainer.config import Config, load_config
-from vessa_trainer.data.prepared import Frame
+from vessa.errors import InvalidDataset
+from vessa_trainer.config import load_config
 from vessa_trainer.outputs import Output, VolumeOptions, find_outputs
-from vessa_trainer.student import build_student, logits_of
+from vessa_trainer.students import checkpoint
+from vessa_trainer.students.inference import load_best, predict_slice
 
 SETTINGS = "predict.json"  # beside the masks: what they were made by
-
-
-def load_best(run: Path, config: Config) -> tuple[nn.Module, int, dict[int, str]]:
-    """Return a finished run's best teacher, its channels and its classes."""
-    tensors, metadata = checkpoint.read(run / checkpoint.BEST)
-    classes = {int(c): n for c, n in metadata["classes"].items()}
-    # its weights are in the checkpoint: neither the hub nor a local file is needed
-    student = replace(config.student, pretrained=False, weights=None, init=None)
-    model = build_student(student, metadata["channels"], max(classes) + 1)
-    checkpoint.load_module(model, tensors, "teacher")
-    return model.eval().to(open_device(config.device)), metadata["channels"], classes
-
-
-def open_device(name: str) -> torch.device:
-    """Return a device that tensors can be put on. Raises InvalidConfig."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise InvalidConfig(
-            f"device '{name}' cannot be used here: {why}; expected cpu or cuda[:N]"
-        ) from error
-
-
-@torch.no_grad()
-def predict_slice(
-    model: nn.Module, images: Sequence[np.ndarray], config: Config, channels: int, *, flips: bool = False
-) -> list[Tensor]:
-    """Class probabilities (C, H, W) of images uint8 (H, W[, 3]), each at its own size.
-
-    flips: average over the image and its three mirror images, at four times the work
-    """
-    model.eval()
-    size, device = config.student.size, next(model.parameters()).device
-    frames = [Frame(i.shape[0], i.shape[1], size) for i in images]
-    batch = torch.stack(
-        [
-            f.enter(_channels(image, channels), "bilinear") / 255
-            for f, image in zip(frames, images, strict=True)
-        ]
-    ).to(device)
-    padding = -size % config.student.multiple
-    views: list[list[int]] = [[], [-1], [-2], [-2, -1]] if flips else [[]]
-    total = torch.zeros(())
-    for turned in views:
-        padded = nn.functional.pad(batch.flip(turned), (0, padding, 0, padding))
-        probability = logits_of(model, padded, bf16=config.bf16).softmax(1)[..., :size, :size]
-        total = total + probability.flip(turned).cpu() / len(views)
-    return [f.leave(p) for f, p in zip(frames, total, strict=True)]
-
-
-def _channels(image: np.ndarray, channels: int) -> Tensor:
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    if channels == 1:
-        return pixels.mean(0, keepdim=True)
-    return pixels.expand(channels, -1, -1)
-
-
-def predict_labels(
-    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
-) -> dict[str, list[np.ndarray]]:
-    """Class ids uint8 (H, W) of every slice of some cases, each at its own size, by the case's name."""
-    labels: dict[str, list[np.ndarray]] = {}
-    for case in cases:
-        found = labels[case.name] = []
-        for start in range(0, len(case.slices), config.batch_eval):
-            images = [dataset.image(s) for s in case.slices[start : start + config.batch_eval]]
-            found += [p.argmax(0).byte().numpy() for p in predict_slice(model, images, config, channels)]
-    return labels
 
 
 def predict(

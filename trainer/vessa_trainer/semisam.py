@@ -16,7 +16,7 @@ from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
 from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.schedule import ramp
-from vessa_trainer.student import logits_of
+from vessa_trainer.students.networks import logits_of
 
 if TYPE_CHECKING:
     from vessa_trainer.step import UnlabeledViews

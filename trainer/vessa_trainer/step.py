@@ -13,7 +13,7 @@ from vessa_trainer.data import augmentation
 from vessa_trainer.data.prepared import Prepared
 from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.schedule import source_weights
-from vessa_trainer.student import logits_of
+from vessa_trainer.students.networks import logits_of
 
 
 @dataclass(frozen=True)

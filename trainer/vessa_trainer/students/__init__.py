@@ -1,0 +1,1 @@
+"""Student networks, their checkpoints and inference."""
