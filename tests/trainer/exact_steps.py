@@ -14,7 +14,7 @@ from vessa.datasets import open_dataset
 from vessa_trainer import loop
 from vessa_trainer.config import load_config
 from vessa_trainer.processes import join
-from vessa_trainer.step import PseudoLabel
+from vessa_trainer.pseudo_labels.types import PseudoLabel
 from vessa_trainer.students.checkpoint import module_state, write
 
 STEPS = 4

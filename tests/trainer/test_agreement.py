@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vessa.client import Prompts
-from vessa_trainer.agreement import EchoCheck, PooledDice
+from vessa_trainer.pseudo_labels.quality import EchoCheck, PooledDice
 
 
 def test_dice_is_pooled_over_images_and_averaged_over_classes():

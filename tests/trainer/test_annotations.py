@@ -13,10 +13,9 @@ from vessa.client import Prompts
 from vessa.codec import image_digest
 from vessa.datasets import open_dataset
 from vessa.errors import Unauthorized, Unreachable
-from vessa_trainer import annotations
-from vessa_trainer.annotations import AnnotationFeed
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.label_cache import FolderCache
+from vessa_trainer.pseudo_labels.cache import FolderCache
+from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 
 
 def prompts_of(corner):

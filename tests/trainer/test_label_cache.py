@@ -16,10 +16,9 @@ import redis
 
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
-from vessa_trainer import label_cache
 from vessa_trainer.config import CacheConfig
-from vessa_trainer.label_cache import FolderCache, RedisCache, label_key, open_cache, pack, unpack
-from vessa_trainer.step import PseudoLabel
+from vessa_trainer.pseudo_labels.cache import FolderCache, RedisCache, label_key, open_cache, pack, unpack
+from vessa_trainer.pseudo_labels.types import PseudoLabel
 
 
 def label_of(seed=0, shape=(7, 11)):

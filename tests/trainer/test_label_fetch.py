@@ -11,8 +11,8 @@ from vessa.errors import NoTemplate, Unauthorized, UnknownBank, VessaError
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.data.splits import read_splits, slices_of
 from vessa_trainer.fit import seed_labeled
-from vessa_trainer.label_cache import FolderCache
-from vessa_trainer.label_fetch import LabelFetcher, Wanted
+from vessa_trainer.pseudo_labels.cache import FolderCache
+from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
 
 BOX = Prompts(boxes=np.array([[4, 4, 20, 20], [4, 4, 20, 20], [-1, -1, -1, -1]], np.float32))
 

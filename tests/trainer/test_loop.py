@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vessa.errors import InvalidConfig, InvalidWeights
 from vessa_trainer import loop
-from vessa_trainer.annotations import AnnotationFeed
 from vessa_trainer.fit import seed_labeled
-from vessa_trainer.label_cache import open_cache
 from vessa_trainer.loop import Interrupted, Run, evaluate
+from vessa_trainer.pseudo_labels.cache import open_cache
+from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_slice
 from vessa_trainer.students.networks import build_student

@@ -11,7 +11,7 @@ from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, UnknownBank
 from vessa_trainer.data.splits import read_splits, slices_of
 from vessa_trainer.fit import seed_labeled
-from vessa_trainer.seeding import bank_name, seed_bank
+from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_bank
 
 LABELED = "splits/labeled_1.txt"
 

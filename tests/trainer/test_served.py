@@ -6,7 +6,7 @@ from vessa.client import AnnotatorClient
 from vessa.errors import InvalidConfig, Unreachable
 from vessa.schemas import ServiceInfo
 from vessa_trainer.config import load_config
-from vessa_trainer.served import check_served, choose, refusal
+from vessa_trainer.pseudo_labels.annotator_check import check_served, choose, refusal
 
 NOBODY = "http://127.0.0.1:9"
 

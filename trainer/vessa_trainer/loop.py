@@ -22,7 +22,6 @@ from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
 from vessa_trainer.advice import Advice, advise, never_labeled
-from vessa_trainer.annotations import COUNTS, AnnotationFeed
 from vessa_trainer.config import Config, save_config
 from vessa_trainer.curves import read_metrics, truncate_metrics
 from vessa_trainer.data.prepared import Order, Prepared
@@ -30,6 +29,7 @@ from vessa_trainer.data.splits import cases_of, read_splits, slices_of
 from vessa_trainer.feedback import FeedbackRounds, predicted_prompts
 from vessa_trainer.outages import TRAINER, Incidents
 from vessa_trainer.processes import ALONE, Processes
+from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
 from vessa_trainer.schedule import ema_decay, poly, source_weights, update_teacher
 from vessa_trainer.step import UnlabeledViews, compute_loss, labeled_batch, unlabeled_views
 from vessa_trainer.stopping import noted, undisturbed

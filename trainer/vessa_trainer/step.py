@@ -1,7 +1,6 @@
 """One training step: from a batch of rows to gradients and figures."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,24 +11,9 @@ from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
 from vessa_trainer.data.prepared import Prepared
 from vessa_trainer.processes import ALONE, Processes
+from vessa_trainer.pseudo_labels.types import LabelSource
 from vessa_trainer.schedule import source_weights
 from vessa_trainer.students.networks import logits_of
-
-
-@dataclass(frozen=True)
-class PseudoLabel:
-    """VESSA's label of one image at its own size. labels, confidence: uint8 (H, W)."""
-
-    labels: np.ndarray
-    confidence: np.ndarray
-
-
-class LabelSource(Protocol):
-    """Where a step gets VESSA's labels from; see `vessa_trainer.annotations`."""
-
-    def take(self, names: list[str]) -> list[PseudoLabel | None]:
-        """Labels of some slices by name; None is late, and the step goes without it."""
-        ...
 
 
 @dataclass(frozen=True)

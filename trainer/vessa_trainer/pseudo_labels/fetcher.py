@@ -22,8 +22,8 @@ from vessa.errors import (
 )
 from vessa.schemas import BankInfo
 from vessa_trainer.config import AnnotatorConfig
-from vessa_trainer.label_cache import LabelCache, label_key
-from vessa_trainer.step import PseudoLabel
+from vessa_trainer.pseudo_labels.cache import LabelCache, label_key
+from vessa_trainer.pseudo_labels.types import PseudoLabel
 
 _log = logging.getLogger(__name__)
 # What may pass by itself; BadResponse is what a proxy says while the annotator behind it is down.

@@ -25,7 +25,7 @@ from vessa.client import Prompts
 from vessa.errors import InvalidConfig
 from vessa_trainer.config import CacheConfig
 from vessa_trainer.outages import CACHE, Incidents
-from vessa_trainer.step import PseudoLabel
+from vessa_trainer.pseudo_labels.types import PseudoLabel
 
 _log = logging.getLogger(__name__)
 _MAGIC, _CHECKSUM = b"VLB2", 8

@@ -19,12 +19,12 @@ from vessa.client import AnnotatorClient, Prompts
 from vessa.datasets import Dataset, Slice
 from vessa.errors import Unreachable, VessaError
 from vessa.schemas import BankInfo
-from vessa_trainer.agreement import EchoCheck, PooledDice
 from vessa_trainer.config import AnnotatorConfig
-from vessa_trainer.label_cache import LabelCache
-from vessa_trainer.label_fetch import LabelFetcher, Wanted
 from vessa_trainer.outages import ANNOTATOR, Incidents
-from vessa_trainer.step import PseudoLabel
+from vessa_trainer.pseudo_labels.cache import LabelCache
+from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
+from vessa_trainer.pseudo_labels.quality import EchoCheck, PooledDice
+from vessa_trainer.pseudo_labels.types import PseudoLabel
 
 _log = logging.getLogger(__name__)
 _ELSEWHERE_PAUSE = 0.05  # seconds until the cache is asked again for what another process is asking for
