@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from vessa.datasets import open_dataset
-from vessa_trainer import loop
 from vessa_trainer.config import load_config
-from vessa_trainer.processes import join
 from vessa_trainer.pseudo_labels.types import PseudoLabel
+from vessa_trainer.semi_supervised import trainer
+from vessa_trainer.semi_supervised.distributed import join
 from vessa_trainer.students.checkpoint import module_state, write
 
 STEPS = 4
@@ -47,14 +47,14 @@ def in_double(value):
 
 def main(data, out, method):
     torch.set_num_threads(1)
-    drawn_labeled, drawn_unlabeled = loop.labeled_batch, loop.unlabeled_views
+    drawn_labeled, drawn_unlabeled = trainer.labeled_batch, trainer.unlabeled_views
 
     def unlabeled(*given):
         views = drawn_unlabeled(*given)
         return replace(views, **{k: in_double(v) for k, v in vars(views).items()})
 
-    loop.labeled_batch = lambda *given: in_double(drawn_labeled(*given))
-    loop.unlabeled_views = unlabeled
+    trainer.labeled_batch = lambda *given: in_double(drawn_labeled(*given))
+    trainer.unlabeled_views = unlabeled
     keys = [
         f"data.root={data}",
         f"out={out}",
@@ -66,7 +66,7 @@ def main(data, out, method):
     keys += ["data.labeled_groups=2", "semi.vessa_threshold=0.7", f"semi.method={method}"]
     dataset, processes = open_dataset(data), join("cpu")
     feed = None if method == "unimatch_v2" else Truth(dataset)
-    run = loop.Run(load_config(None, [*keys, "feedback.prompts=[boxes]"]), dataset, feed, "", processes)
+    run = trainer.Run(load_config(None, [*keys, "feedback.prompts=[boxes]"]), dataset, feed, "", processes)
     run.feedback = None
     run.student.double()
     run.teacher.double()

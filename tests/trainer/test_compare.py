@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from vessa.errors import InvalidConfig, InvalidDataset
-from vessa_trainer import loop
 from vessa_trainer.compare import compare
 from vessa_trainer.config import save_config
-from vessa_trainer.loop import Interrupted
+from vessa_trainer.semi_supervised import trainer
+from vessa_trainer.semi_supervised.trainer import Interrupted
 from vessa_trainer.students import checkpoint
 
 METHODS = ("UniMatch V2", "VESSA-assisted", "VESSA alone")
@@ -72,17 +72,17 @@ def test_the_two_methods_differ_by_their_method_alone(config_of, quiet, tmp_path
 
 
 def test_an_interrupted_comparison_is_taken_up(config_of, quiet, tmp_path, monkeypatch):
-    real = loop.Run._validate_if_due
+    real = trainer.Run._validate_if_due
 
     def pressed(run, board):
         if run.config.semi.method == "vessa" and run.step == 3:
             raise KeyboardInterrupt
         real(run, board)
 
-    monkeypatch.setattr(loop.Run, "_validate_if_due", pressed)
+    monkeypatch.setattr(trainer.Run, "_validate_if_due", pressed)
     with pytest.raises(Interrupted, match=f"saved at step 3. Resume with: {RESUME}"):
         compare(config_of(), seeds=1, resume_line=RESUME, console=quiet)
-    monkeypatch.setattr(loop.Run, "_validate_if_due", real)
+    monkeypatch.setattr(trainer.Run, "_validate_if_due", real)
     result = compare(config_of(), seeds=1, resume_line=RESUME, console=quiet)
     assert result["steps"] == 4
     rows = (tmp_path / "run" / "vessa-0" / "metrics.jsonl").read_text().splitlines()

@@ -11,9 +11,9 @@ from PIL import Image
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset, Unreachable
 from vessa_trainer.fit import fit, labels_of
-from vessa_trainer.loop import Interrupted, Run
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
+from vessa_trainer.semi_supervised.trainer import Interrupted, Run
 from vessa_trainer.students import checkpoint
 
 RESUME = "vessa-trainer fit --out here --resume"

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vessa.errors import InvalidConfig, InvalidWeights
-from vessa_trainer import loop
 from vessa_trainer.fit import seed_labeled
-from vessa_trainer.loop import Interrupted, Run, evaluate
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
+from vessa_trainer.semi_supervised import trainer
+from vessa_trainer.semi_supervised.trainer import Interrupted, Run, evaluate
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_slice
 from vessa_trainer.students.networks import build_student
@@ -128,7 +128,7 @@ def test_a_step_that_ctrl_c_falls_into_is_finished_first(run_of, tiny, tmp_path,
     whole = run_of(tiny(f"out={tmp_path / 'whole'}", steps=4))
     whole.train()
     config = tiny(f"out={tmp_path / 'parts'}", steps=4)
-    real = loop.compute_loss
+    real = trainer.compute_loss
 
     def pressed(*given):
         if given[5] == 2:
@@ -149,7 +149,7 @@ def test_a_step_interrupted_while_it_draws_is_drawn_again(run_of, tiny, tmp_path
     whole = run_of(tiny(f"out={tmp_path / 'whole'}", steps=4))
     whole.train()
     config = tiny(f"out={tmp_path / 'parts'}", steps=4)
-    run, real = run_of(config), loop.labeled_batch
+    run, real = run_of(config), trainer.labeled_batch
 
     def pressed(*given):
         if run.step == 2:
@@ -169,7 +169,7 @@ def test_a_step_interrupted_while_it_draws_is_drawn_again(run_of, tiny, tmp_path
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_validation_that_was_interrupted_is_made_up_for(run_of, tiny, monkeypatch, at):
     config = tiny(steps=4)
-    run, real = run_of(config), loop.evaluate
+    run, real = run_of(config), trainer.evaluate
 
     def pressed(*given):
         if run.step == at:

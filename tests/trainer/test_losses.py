@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vessa_trainer.losses import consistency_loss, dice_loss, joint_loss, supervised_loss
+from vessa_trainer.semi_supervised.losses import consistency_loss, dice_loss, joint_loss, supervised_loss
 
 
 def logits_of(probabilities):

@@ -12,7 +12,7 @@ from PIL import Image
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig
 from vessa_trainer.data.prepared import Prepared
-from vessa_trainer.loop import Run
+from vessa_trainer.semi_supervised.trainer import Run
 
 
 @pytest.fixture

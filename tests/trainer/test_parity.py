@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vessa_trainer import loop
 from vessa_trainer.data import augmentation
-from vessa_trainer.loop import Run
+from vessa_trainer.semi_supervised.trainer import Run
 
 STEPS, IGNORED, CLOSE = 4, 255, 1e-6
 OVERRIDES = (

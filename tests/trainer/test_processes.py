@@ -10,7 +10,7 @@ import torch
 
 from vessa.errors import InvalidConfig
 from vessa_trainer.data import augmentation
-from vessa_trainer.processes import ALONE, Processes, join
+from vessa_trainer.semi_supervised.distributed import ALONE, Processes, join
 from vessa_trainer.students import checkpoint
 
 STEPS = Path(__file__).with_name("exact_steps.py")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vessa_trainer.schedule import ema_decay, eta, poly, ramp, source_weights, update_teacher
+from vessa_trainer.semi_supervised.schedule import ema_decay, eta, poly, ramp, source_weights, update_teacher
 
 
 def test_eta_ramps_from_zero_to_one():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vessa_trainer.config import load_config
-from vessa_trainer.schedule import ramp
-from vessa_trainer.semisam import drawn_dice, mean_square, unlabeled_term
-from vessa_trainer.step import UnlabeledViews
+from vessa_trainer.semi_supervised.batches import UnlabeledViews
+from vessa_trainer.semi_supervised.schedule import ramp
+from vessa_trainer.semi_supervised.semisam import drawn_dice, mean_square, unlabeled_term
 from vessa_trainer.students.networks import UNet
 
 

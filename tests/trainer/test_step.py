@@ -11,9 +11,15 @@ from vessa.datasets import Case, Dataset, Slice
 from vessa_trainer.config import load_config
 from vessa_trainer.data import augmentation
 from vessa_trainer.data.prepared import Prepared
-from vessa_trainer.losses import joint_loss
 from vessa_trainer.pseudo_labels.types import PseudoLabel
-from vessa_trainer.step import UnlabeledViews, compute_loss, labeled_batch, unlabeled_views, vessa_on_square
+from vessa_trainer.semi_supervised.batches import (
+    UnlabeledViews,
+    labeled_batch,
+    unlabeled_views,
+    vessa_on_square,
+)
+from vessa_trainer.semi_supervised.losses import joint_loss
+from vessa_trainer.semi_supervised.objective import compute_loss
 from vessa_trainer.students.networks import build_student
 
 ROWS = [0, 1, 2, 3]

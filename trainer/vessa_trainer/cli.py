@@ -207,7 +207,7 @@ def evaluate(
     """Score a run's best teacher on the patients of a split."""
     from vessa.report.tables import Row, table
     from vessa_trainer.data.splits import cases_of
-    from vessa_trainer.loop import evaluate as score
+    from vessa_trainer.semi_supervised.trainer import evaluate as score
     from vessa_trainer.students.inference import load_best
 
     config = _config(run / "config.yaml", None, data=data)

@@ -111,7 +111,7 @@ class SemiConfig:
 
     method: supervised, from nothing; unimatch_v2, from the teacher; vessa, from the teacher and the
     annotator; semisam, a mean teacher beside an annotator that is asked with the teacher's prompts (see
-    `vessa_trainer.semisam`); vessa_alone trains nothing and scores the annotator.
+    `vessa_trainer.semi_supervised.semisam`); vessa_alone trains nothing and scores the annotator.
     vessa_gate: 'own' gates VESSA's term with its own confidence >= `vessa_threshold`, 'teacher' with the
     teacher's confidence as Eq. 8 of the paper has it. alpha_v_floor: below which VESSA's weight never falls;
     0 is the hand-over of Eq. 9, 1 keeps the whole weight to the end.

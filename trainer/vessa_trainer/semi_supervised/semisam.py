@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
-from vessa_trainer.processes import ALONE, Processes
-from vessa_trainer.schedule import ramp
+from vessa_trainer.semi_supervised.distributed import ALONE, Processes
+from vessa_trainer.semi_supervised.schedule import ramp
 from vessa_trainer.students.networks import logits_of
 
 if TYPE_CHECKING:
-    from vessa_trainer.step import UnlabeledViews
+    from vessa_trainer.semi_supervised.batches import UnlabeledViews
 
 
 def unlabeled_term(

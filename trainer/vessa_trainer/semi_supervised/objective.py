@@ -1,108 +1,15 @@
 """One training step: from a batch of rows to gradients and figures."""
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vessa_trainer import losses, semisam
 from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
-from vessa_trainer.data.prepared import Prepared
-from vessa_trainer.processes import ALONE, Processes
-from vessa_trainer.pseudo_labels.types import LabelSource
-from vessa_trainer.schedule import source_weights
+from vessa_trainer.semi_supervised import losses, semisam
+from vessa_trainer.semi_supervised.batches import UnlabeledViews
+from vessa_trainer.semi_supervised.distributed import ALONE, Processes
+from vessa_trainer.semi_supervised.schedule import source_weights
 from vessa_trainer.students.networks import logits_of
-
-
-@dataclass(frozen=True)
-class UnlabeledViews:
-    """What the unlabeled term of a step is computed from; sizes as in `losses.joint_loss`."""
-
-    weak: Tensor
-    strong: tuple[Tensor, Tensor]
-    boxes: tuple[Tensor, Tensor]
-    valid: Tensor
-    vessa: tuple[Tensor, Tensor] | None
-
-
-def labeled_batch(
-    data: Prepared,
-    rows: list[int],
-    config: Config,
-    generator: torch.Generator,
-    processes: Processes = ALONE,
-    device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weak views of labeled images: (images, masks, valid) of this process's part of the batch.
-
-    Squares go to the device as bytes, and the views are made there, of all images at once.
-    """
-    crop = config.student.crop
-    geometry = augmentation.draw_geometry(len(rows), data.size, crop, config.views, generator)
-    mine = processes.places(len(rows))
-    geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
-    return (
-        geometry.image(data.floats(rows, device)),
-        geometry.labels(data.masks[rows].to(device)),
-        geometry.valid(data.valid[rows].to(device)),
-    )
-
-
-def unlabeled_views(
-    data: Prepared,
-    rows: list[int],
-    config: Config,
-    source: LabelSource | None,
-    generator: torch.Generator,
-    processes: Processes = ALONE,
-    device: str | torch.device = "cpu",
-) -> UnlabeledViews:
-    """Draw the weak view, both strong views and their CutMix boxes; replay VESSA's labels.
-
-    rows: of the whole batch, for which is drawn; what is returned is of this process's part of it. The
-    draws are made on the CPU, so that they are the same everywhere, the views on the device.
-    """
-    crop, count = config.student.crop, len(rows)
-    geometry = augmentation.draw_geometry(count, data.size, crop, config.views, generator)
-    all_boxes = [
-        augmentation.cutmix_boxes(count, (crop, crop), config.views.cutmix_p, generator) for _ in range(2)
-    ]
-    seeds = [augmentation.draw_seeds(count, generator) for _ in range(2)]
-    mine = processes.places(count)
-    geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
-    weak = geometry.image(data.floats(rows, device))
-    boxes = [box[mine].to(device) for box in all_boxes]
-    strong = [
-        augmentation.paste(augmentation.strong_view(weak, config.views, [seed[i] for i in mine]), box)
-        for seed, box in zip(seeds, boxes, strict=True)
-    ]
-    vessa = None
-    if source is not None:
-        labels, confidence = vessa_on_square(data, rows, source)
-        vessa = (geometry.labels(labels.to(device)), geometry.confidence(confidence.to(device)))
-    valid = geometry.valid(data.valid[rows].to(device))
-    return UnlabeledViews(weak, (strong[0], strong[1]), (boxes[0], boxes[1]), valid, vessa)
-
-
-def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tuple[Tensor, Tensor]:
-    """VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S).
-
-    A label that is late is background with confidence 0, which no gate lets pass.
-    """
-    labels, confidence = [], []
-    for row, label in zip(rows, source.take([data.slices[r].name for r in rows]), strict=True):
-        if label is None:
-            labels.append(torch.zeros(data.size, data.size, dtype=torch.int64))
-            confidence.append(torch.zeros(data.size, data.size))
-            continue
-        frame = data.frames[row]
-        both = torch.from_numpy(np.stack([label.labels, label.confidence])).float()
-        moved = frame.enter(both, "nearest-exact")
-        labels.append(moved[0].long())
-        confidence.append(moved[1] / 255)
-    return torch.stack(labels), torch.stack(confidence)
 
 
 def _dropout(

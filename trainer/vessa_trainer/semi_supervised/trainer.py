@@ -26,13 +26,14 @@ from vessa_trainer.config import Config, save_config
 from vessa_trainer.curves import read_metrics, truncate_metrics
 from vessa_trainer.data.prepared import Order, Prepared
 from vessa_trainer.data.splits import cases_of, read_splits, slices_of
-from vessa_trainer.feedback import FeedbackRounds, predicted_prompts
 from vessa_trainer.outages import TRAINER, Incidents
-from vessa_trainer.processes import ALONE, Processes
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
-from vessa_trainer.schedule import ema_decay, poly, source_weights, update_teacher
-from vessa_trainer.step import UnlabeledViews, compute_loss, labeled_batch, unlabeled_views
-from vessa_trainer.stopping import noted, undisturbed
+from vessa_trainer.semi_supervised.batches import UnlabeledViews, labeled_batch, unlabeled_views
+from vessa_trainer.semi_supervised.distributed import ALONE, Processes
+from vessa_trainer.semi_supervised.feedback import FeedbackRounds, predicted_prompts
+from vessa_trainer.semi_supervised.objective import compute_loss
+from vessa_trainer.semi_supervised.schedule import ema_decay, poly, source_weights, update_teacher
+from vessa_trainer.semi_supervised.signals import noted, undisturbed
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import open_device, predict_labels
 from vessa_trainer.students.networks import build_student, parameter_groups

@@ -14,7 +14,7 @@ from vessa_trainer.pseudo_labels.teacher_prompts import prompts_from
 from vessa_trainer.students import checkpoint
 
 if TYPE_CHECKING:
-    from vessa_trainer.loop import Run
+    from vessa_trainer.semi_supervised.trainer import Run
 
 
 class FeedbackRounds:
