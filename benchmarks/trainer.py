@@ -35,7 +35,7 @@ from vessa.datasets import Dataset, open_dataset
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.config import Config, load_config
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.fit import seed_labeled
+from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import FolderCache, RedisCache, pack
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.pseudo_labels.types import PseudoLabel

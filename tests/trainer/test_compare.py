@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from vessa.errors import InvalidConfig, InvalidDataset
-from vessa_trainer.compare import compare
 from vessa_trainer.config import save_config
+from vessa_trainer.experiments.compare import compare
 from vessa_trainer.semi_supervised import trainer
 from vessa_trainer.semi_supervised.trainer import Interrupted
 from vessa_trainer.students import checkpoint

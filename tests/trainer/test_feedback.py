@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vessa_trainer.config import FeedbackConfig
-from vessa_trainer.fit import seed_labeled
+from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.pseudo_labels.teacher_prompts import prompts_from

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset, Unreachable
-from vessa_trainer.fit import fit, labels_of
+from vessa_trainer.experiments.run import fit, labels_of
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.semi_supervised.trainer import Interrupted, Run

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vessa.errors import InvalidConfig, InvalidWeights
-from vessa_trainer.fit import seed_labeled
+from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.semi_supervised import trainer

@@ -12,8 +12,8 @@ from rich.console import Console
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset
 from vessa_trainer import cli
+from vessa_trainer.experiments.paper_tables import TABLES, labeled_patients, run_table, split_patients
 from vessa_trainer.students import checkpoint
-from vessa_trainer.tables import TABLES, labeled_patients, run_table, split_patients
 
 RESUME = "vessa-trainer table2 --out here"
 
@@ -137,7 +137,7 @@ def test_train_and_test_files_alone_leave_validation_to_be_drawn(phantoms, tmp_p
 
 def test_every_table_names_configs_that_ship():
     assert set(TABLES) == {"table1", "table2", "table3", "table4"}
-    from vessa_trainer.methods import find_methods
+    from vessa_trainer.experiments.methods import find_methods
 
     for table in TABLES.values():
         assert [m.name for m in find_methods(table.methods)] == list(table.methods)

@@ -82,7 +82,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Train one student; the run directory holds its checkpoints, curves and scores."""
-    from vessa_trainer.fit import fit as train
+    from vessa_trainer.experiments.run import fit as train
 
     resolved = _config(
         config,
@@ -126,7 +126,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Train methods with the same steps and seeds; print one table. What is finished is not repeated."""
-    from vessa_trainer.compare import compare as run
+    from vessa_trainer.experiments.compare import compare as run
 
     resolved = _config(config, overrides, data=data, student=student, steps=steps, out=out)
     result = run(
@@ -166,7 +166,7 @@ def _table_command(name: str, what: str) -> None:
         overrides: Set = None,
         as_json: Json = False,
     ) -> None:
-        from vessa_trainer.tables import run_table
+        from vessa_trainer.experiments.paper_tables import run_table
 
         paper = config is None and student != "unet"  # the paper's student, unless another one is given
         resolved = _config(

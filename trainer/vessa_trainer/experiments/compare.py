@@ -16,8 +16,8 @@ from vessa.report.tables import Row, Table, cards, missed, table
 from vessa_trainer.config import DEFAULT_METHODS, Config
 from vessa_trainer.curves import bars_figure, comparison_figure
 from vessa_trainer.data.splits import cases_of, read_splits
-from vessa_trainer.fit import without_key
-from vessa_trainer.methods import Runs, find_methods, run_methods
+from vessa_trainer.experiments.methods import Runs, find_methods, run_methods
+from vessa_trainer.experiments.run import without_key
 
 METRICS = ("dice", "iou", "iou_fgbg", "hd95")
 _KEYS = {"vessa": "vessa_assisted"}  # what the JSON line calls a method, where it is not its name

@@ -1,0 +1,1 @@
+"""Single runs, comparisons of methods and the paper's tables."""
