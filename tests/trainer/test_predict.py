@@ -19,8 +19,8 @@ from vessa.errors import InvalidDataset
 from vessa.volumes import read_volume
 from vessa.volumes.grid import slice_of
 from vessa_trainer.config import save_config
-from vessa_trainer.export import export
-from vessa_trainer.predict import predict
+from vessa_trainer.prediction.onnx_export import export
+from vessa_trainer.prediction.predict import predict
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_slice
 from vessa_trainer.students.networks import build_student

@@ -250,7 +250,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Segment images and volumes with a run's best teacher. What is there already is skipped."""
-    from vessa_trainer.predict import predict as run_on
+    from vessa_trainer.prediction.predict import predict as run_on
 
     result = run_on(run, source, out, _console, flips=flips, axis=axis, nifti=nifti)
     _console.print(f"{result['masks']} masks in {out}, {result['skipped']} were there", highlight=False)
@@ -264,7 +264,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's best teacher as ONNX, and check that it computes the same."""
-    from vessa_trainer.export import export as write
+    from vessa_trainer.prediction.onnx_export import export as write
 
     result = write(run, out)
     _console.print(f"{out}: differs by at most {result['difference']:.1e}", highlight=False)

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import load_config
-from vessa_trainer.outputs import Output, VolumeOptions, find_outputs
+from vessa_trainer.prediction.output_files import Output, VolumeOptions, find_outputs
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_slice
 

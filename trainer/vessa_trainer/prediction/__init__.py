@@ -1,0 +1,1 @@
+"""Masks of whole folders by a trained student, and its ONNX export."""
