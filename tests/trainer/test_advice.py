@@ -2,7 +2,7 @@
 
 import pytest
 
-from vessa_trainer.advice import advise, never_labeled, over_run
+from vessa_trainer.reporting.diagnostics import advise, never_labeled, over_run
 
 CLASSES = {1: "right ventricle", 2: "myocardium"}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from vessa_trainer.curves import (
+from vessa_trainer.reporting.plots import (
     bars_figure,
     comparison_figure,
     progress_figure,

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 from vessa_trainer.outages import ANNOTATOR, CACHE, TRAINER, Incidents, interruptions
-from vessa_trainer.report import interruption_table
+from vessa_trainer.reporting.run_report import interruption_table
 
 
 def test_what_went_away_and_came_back_has_a_length(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vessa.errors import InvalidConfig
-from vessa_trainer.tracking import Tracking
+from vessa_trainer.reporting.trackers import Tracking
 
 
 def add(config, step, value, **options):

@@ -14,10 +14,10 @@ from vessa.report.cases import annotated, best_median_worst
 from vessa.report.page import Page
 from vessa.report.tables import Row, Table, cards, missed, table
 from vessa_trainer.config import DEFAULT_METHODS, Config
-from vessa_trainer.curves import bars_figure, comparison_figure
 from vessa_trainer.data.splits import cases_of, read_splits
 from vessa_trainer.experiments.methods import Runs, find_methods, run_methods
 from vessa_trainer.experiments.run import without_key
+from vessa_trainer.reporting.plots import bars_figure, comparison_figure
 
 METRICS = ("dice", "iou", "iou_fgbg", "hd95")
 _KEYS = {"vessa": "vessa_assisted"}  # what the JSON line calls a method, where it is not its name

@@ -14,10 +14,10 @@ from vessa.errors import InvalidConfig, InvalidDataset
 from vessa.report.cases import annotated
 from vessa.report.tables import Row, missed
 from vessa_trainer.config import Config, overlaid
-from vessa_trainer.curves import bars_figure, budgets_figure
 from vessa_trainer.data.splits import cases_of
 from vessa_trainer.experiments.compare import METRICS, figures
 from vessa_trainer.experiments.methods import Runs, find_methods, run_methods
+from vessa_trainer.reporting.plots import bars_figure, budgets_figure
 
 _SHOWN = ("dice", "iou", "hd95")  # of each cell, as in the paper; the CSV file has all of METRICS
 

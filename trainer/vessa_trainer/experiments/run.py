@@ -18,16 +18,16 @@ from vessa.errors import InvalidConfig, VessaError
 from vessa.images import read_image
 from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
 from vessa.schemas import BankInfo
-from vessa_trainer.advice import Advice, never_labeled, over_run
 from vessa_trainer.config import Config, load_config, save_config, to_dict
-from vessa_trainer.curves import read_metrics, write_progress
 from vessa_trainer.data.splits import cases_of, read_splits
 from vessa_trainer.outages import Incidents, interruptions
 from vessa_trainer.pseudo_labels.annotator_check import check_served
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
 from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_bank
-from vessa_trainer.report import SUMMARY, write_run_report
+from vessa_trainer.reporting.diagnostics import Advice, never_labeled, over_run
+from vessa_trainer.reporting.plots import read_metrics, write_progress
+from vessa_trainer.reporting.run_report import SUMMARY, write_run_report
 from vessa_trainer.semi_supervised.distributed import Processes, join
 from vessa_trainer.semi_supervised.trainer import Run
 from vessa_trainer.students import checkpoint

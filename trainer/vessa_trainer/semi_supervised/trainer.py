@@ -21,13 +21,14 @@ from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
-from vessa_trainer.advice import Advice, advise, never_labeled
 from vessa_trainer.config import Config, save_config
-from vessa_trainer.curves import read_metrics, truncate_metrics
 from vessa_trainer.data.prepared import Order, Prepared
 from vessa_trainer.data.splits import cases_of, read_splits, slices_of
 from vessa_trainer.outages import TRAINER, Incidents
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
+from vessa_trainer.reporting.diagnostics import Advice, advise, never_labeled
+from vessa_trainer.reporting.plots import read_metrics, truncate_metrics
+from vessa_trainer.reporting.trackers import Tracking
 from vessa_trainer.semi_supervised.batches import UnlabeledViews, labeled_batch, unlabeled_views
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
 from vessa_trainer.semi_supervised.feedback import FeedbackRounds, predicted_prompts
@@ -37,7 +38,6 @@ from vessa_trainer.semi_supervised.signals import noted, undisturbed
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import open_device, predict_labels
 from vessa_trainer.students.networks import build_student, parameter_groups
-from vessa_trainer.tracking import Tracking
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from vessa.datasets import Dataset
 from vessa.report.cases import Overlay
 from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, scores_from, table
-from vessa_trainer.curves import progress_figure, read_metrics, write_progress
+from vessa_trainer.reporting.plots import progress_figure, read_metrics, write_progress
 
 SUMMARY = "summary.json"  # the last file that a run writes
 _MOST_LINES = 20

@@ -1,0 +1,1 @@
+"""Reports, plots, trackers and diagnostics of runs."""
