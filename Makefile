@@ -21,8 +21,8 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # What the proving ground is made of; all of it is in `test` too, with fewer inputs.
 PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
-           tests/e2e/test_sick.py tests/server/test_decoders.py tests/server/test_bad_input.py \
-           tests/server/test_security.py tests/server/test_keys.py tests/server/test_bank_access.py
+           tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
+           tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
 .PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-compose test-vllm test-ray nginx
 
 BIN := .venv/bin
@@ -33,7 +33,7 @@ SETUP_INPUTS := requirements.lock shared/pyproject.toml services/vessa/pyproject
 STAMP := .venv/.setup-$(shell cat $(SETUP_INPUTS) | cksum | tr -d ' ')
 # These carry the method and the wire format: every line and branch of them is tested.
 FULLY_COVERED := shared/vessa/codec.py shared/vessa/metrics.py \
-                 trainer/vessa_trainer/losses.py trainer/vessa_trainer/schedule.py trainer/vessa_trainer/views.py
+                 $(addprefix trainer/vessa_trainer/,semi_supervised/losses.py semi_supervised/schedule.py data/augmentation.py)
 # Files side by side; each worker computes with one thread, or they would wait for each other's.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -76,7 +76,7 @@ test-vllm: setup
 test-ray: setup redis
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --no-build-isolation \
 	    --editable './services/vessa[ray]'
-	$(BIN)/python -m pytest -q tests/server/test_replicas.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q tests/server/serving/test_replicas.py $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -66,6 +66,7 @@ def predict_slice(
 
 
 def with_channels(image: np.ndarray, channels: int) -> Tensor:
+    """Return an image, uint8 (H, W) or (H, W, 3), as float (channels, H, W)."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
     pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
     if channels == 1:

@@ -135,10 +135,10 @@ def test_a_step_that_ctrl_c_falls_into_is_finished_first(run_of, tiny, tmp_path,
             os.kill(os.getpid(), signal.SIGINT)
         return real(*given)
 
-    monkeypatch.setattr(loop, "compute_loss", pressed)
+    monkeypatch.setattr(trainer, "compute_loss", pressed)
     with pytest.raises(Interrupted, match="saved at step 3"):
         run_of(config).train()
-    monkeypatch.setattr(loop, "compute_loss", real)
+    monkeypatch.setattr(trainer, "compute_loss", real)
     resumed = run_of(config)
     resumed.resume()
     resumed.train()
@@ -156,10 +156,10 @@ def test_a_step_interrupted_while_it_draws_is_drawn_again(run_of, tiny, tmp_path
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(loop, "labeled_batch", pressed)
+    monkeypatch.setattr(trainer, "labeled_batch", pressed)
     with pytest.raises(Interrupted, match="saved at step 2"):
         run.train()
-    monkeypatch.setattr(loop, "labeled_batch", real)
+    monkeypatch.setattr(trainer, "labeled_batch", real)
     resumed = run_of(config)
     resumed.resume()
     resumed.train()
@@ -176,10 +176,10 @@ def test_a_validation_that_was_interrupted_is_made_up_for(run_of, tiny, monkeypa
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(loop, "evaluate", pressed)
+    monkeypatch.setattr(trainer, "evaluate", pressed)
     with pytest.raises(Interrupted, match=f"saved at step {at}"):
         run.train()
-    monkeypatch.setattr(loop, "evaluate", real)
+    monkeypatch.setattr(trainer, "evaluate", real)
     resumed = run_of(config)
     resumed.resume()
     result = resumed.train()

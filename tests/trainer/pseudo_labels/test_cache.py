@@ -17,6 +17,7 @@ import redis
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
 from vessa_trainer.config import CacheConfig
+from vessa_trainer.pseudo_labels import cache
 from vessa_trainer.pseudo_labels.cache import FolderCache, RedisCache, label_key, open_cache, pack, unpack
 from vessa_trainer.pseudo_labels.types import PseudoLabel
 
@@ -93,7 +94,7 @@ def test_of_two_that_lack_a_label_one_asks(cache_of):
 
 
 def test_a_claim_of_somebody_who_was_killed_ends(cache_of, monkeypatch):
-    monkeypatch.setattr(label_cache, "_CLAIM_S", 1)
+    monkeypatch.setattr(cache, "_CLAIM_S", 1)
     key = new_key()
     assert cache_of()[0].claim([key]) == {key}
     time.sleep(1.2)

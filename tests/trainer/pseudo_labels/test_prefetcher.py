@@ -14,6 +14,7 @@ from vessa.codec import image_digest
 from vessa.datasets import open_dataset
 from vessa.errors import Unauthorized, Unreachable
 from vessa_trainer.data.splits import read_splits, slices_of
+from vessa_trainer.pseudo_labels import prefetcher
 from vessa_trainer.pseudo_labels.cache import FolderCache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 
@@ -29,8 +30,8 @@ def prompts_of(corner):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(annotations, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(annotations, "_MAX_PAUSE", 0.05)
+    monkeypatch.setattr(prefetcher, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(prefetcher, "_MAX_PAUSE", 0.05)
 
 
 @pytest.fixture

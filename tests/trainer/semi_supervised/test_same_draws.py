@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from vessa_trainer.data import augmentation
+from vessa_trainer.semi_supervised import trainer
 from vessa_trainer.semi_supervised.trainer import Run
 
 STEPS, IGNORED, CLOSE = 4, 255, 1e-6
@@ -93,10 +94,10 @@ def given(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    noting(loop, "labeled_batch", "labeled")
-    noting(loop, "unlabeled_views", "unlabeled")
-    noting(views, "strong_view", "strong", many=True)
-    noting(views, "complementary_dropout", "dropout", many=True)
+    noting(trainer, "labeled_batch", "labeled")
+    noting(trainer, "unlabeled_views", "unlabeled")
+    noting(augmentation, "strong_view", "strong", many=True)
+    noting(augmentation, "complementary_dropout", "dropout", many=True)
     noting(augmentation.Geometry, "image", "images")
     return drawn
 
