@@ -173,7 +173,7 @@ def test_a_full_disk_takes_nothing_and_loses_nothing(
 
 @pytest.mark.parametrize(("name", "cut"), [("segmenter.safetensors", False), ("vessa.json", True)])
 def test_damaged_weights_do_not_serve(nano_weights: Path, tmp_path: Path, name: str, cut: bool) -> None:
-    """One bit of the tensors, half of the description; all files are tried in tests/server/model/test_model.py."""
+    """One bit of the tensors, half of the description; test_model.py tries all files."""
     weights = tmp_path / "weights"
     shutil.copytree(nano_weights, weights)
     data = bytearray((weights / name).read_bytes())
