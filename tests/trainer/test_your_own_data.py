@@ -1,4 +1,4 @@
-"""docs/your-own-data.md is run as a reader would run it, by the machinery of tests/test_readme.py."""
+"""docs/how-to/own-data.md is run as a reader would run it, by the machinery of tests/test_readme.py."""
 
 import subprocess
 
@@ -6,7 +6,7 @@ import pytest
 from tests.test_readme import ROOT, code_blocks, command
 from tests.test_readme import reader as reader  # the fixture
 
-PAGE = ROOT / "docs" / "your-own-data.md"
+PAGE = ROOT / "docs" / "how-to" / "own-data.md"
 
 
 @pytest.mark.parametrize(

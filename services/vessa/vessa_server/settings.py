@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     cuda:N or auto. store: folder:PATH or redis://...; threads: CPU threads that compute, 0 = torch's
     choice. without: parts of the annotator to leave out, as in the paper's ablations (Table 4):
     VESSA_WITHOUT=language, memory or language,memory. language: in_process, or vllm at vllm_url with vllm_key
-    (docs/vllm.md).
+    (docs/how-to/vllm.md).
     """
 
     model_config = SettingsConfigDict(env_prefix="VESSA_", extra="ignore", hide_input_in_errors=True)

@@ -97,7 +97,7 @@ def vllm(
     folder: Weights,
     dtype: Annotated[str, typer.Option(help="float32 (nano) or bfloat16 (official graphs on a GPU).")],
 ) -> None:
-    """Print the command by which vLLM serves the language model of a weights directory; see docs/vllm.md."""
+    """Print the command that serves a weights directory in vLLM; see docs/how-to/vllm.md."""
     from vessa_server.model.language.remote_vlm import serve_command
     from vessa_server.model.weights import directory
 

@@ -1,7 +1,7 @@
 """A convolutional trunk for SAM 2's image encoder.
 
 From scratch and on few images it learns several times faster than a small Hiera (measured, see
-docs/decisions.md). It gives four levels, each half the size of the one before, as Hiera does.
+docs/decisions/). It gives four levels, each half the size of the one before, as Hiera does.
 """
 
 import torch.nn.functional as F

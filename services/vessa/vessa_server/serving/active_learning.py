@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vessa.errors import DeadlineExceeded
 
-POWER = 4.0  # chosen on the validation patients of acdc, see docs/decisions.md
+POWER = 4.0  # chosen on the validation patients of acdc, see docs/decisions/
 _BLOCK = 4096  # rows of a block of distances, so that memory stays small
 _FARTHEST = 2.0  # 1 - cosine of opposite vectors: what an empty bank is away from everything
 

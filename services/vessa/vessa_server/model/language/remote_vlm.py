@@ -37,7 +37,7 @@ _LONGEST_WAIT_S = 2.0  # between two tries, whatever a proxy's Retry-After says:
 _WATCH_S = 2.0
 _CONNECT_S = 5.0
 _REMEMBERED = 10_000  # images that vLLM is believed to hold
-_OTHER_WEIGHTS = 0.05  # relative distance of the probe's state; see docs/decisions.md
+_OTHER_WEIGHTS = 0.05  # relative distance of the probe's state; see docs/decisions/
 _LARGEST_JSON = 4 << 20
 
 
