@@ -12,7 +12,7 @@
 #   test-compose       the compose stack: its job, offline, with each container killed; needs docker and root
 #   bench-service      HTTP beside the bare model, batches, LitServe, overload; the last line is one JSON object
 #   bench-suggest      suggested patients against random ones: ARGS="--data FOLDER"; minutes, taken up where it stopped
-#   proving     the proving ground with many more inputs than CI's: PROVING_EFFORT=20; docs/reliability.md
+#   proving     the proving ground with many more inputs than CI's: PROVING_EFFORT=20; docs/explanation/reliability.md
 #   soak        20 minutes of mixed load, slope of the service's memory: ARGS="--minutes N"; ends in JSON
 #   bench-annotator    time per image, new and seen before; the last line is one JSON object
 # PYTHON=/path/to/python3 chooses the interpreter of a new .venv, PYTEST_ARGS goes to pytest, WORKERS=4 runs the

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
-from vessa.images import overlay
+from vessa.overlay import overlay
 from vessa.metrics import dice
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "overlay.jpg"

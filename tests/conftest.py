@@ -211,7 +211,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many inputs the proving ground has tried, for docs/reliability.md."""
+    """Say how many inputs the proving ground has tried, for docs/explanation/reliability.md."""
     if proving.tried:
         counts = ", ".join(f"{what} {count}" for what, count in sorted(proving.tried.items()))
         terminalreporter.write_line(f"inputs tried: {proving.tried.total()} ({counts})")
