@@ -10,6 +10,8 @@ import numpy as np
 
 from vessa.errors import InvalidDataset
 
+IGNORE = 255  # in a mask: the pixel was not annotated; it is neither learned from nor scored
+
 
 @dataclass(frozen=True)
 class Slice:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vessa.datasets import Case, Dataset
+from vessa.datasets.base import IGNORE
 from vessa.metrics import Scores, score_volumes
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -29,17 +30,30 @@ def annotated(dataset: Dataset, cases: Sequence[Case]) -> list[Case]:
 
 
 def score_labels(dataset: Dataset, cases: Sequence[Case], labels: Labels) -> Scores:
-    """Score labels case by case; slices without a mask are left out."""
+    """Score labels case by case; slices without a mask and pixels marked IGNORE are left out.
+
+    A case whose slices differ in size, such as photographs of one patient, is scored image by image.
+    """
     volumes = []
     for case in cases:
         pairs = [
-            (ours, truth)
+            _judged(ours, truth)
             for item, ours in zip(case.slices, labels[case.name], strict=True)
             if (truth := dataset.mask(item)) is not None
         ]
-        if pairs:
+        if len({truth.shape for _, truth in pairs}) > 1:
+            volumes += [(ours[None], truth[None], case.spacing) for ours, truth in pairs]
+        elif pairs:
             volumes.append((np.stack([p for p, _ in pairs]), np.stack([m for _, m in pairs]), case.spacing))
     return score_volumes(volumes, dataset.classes)
+
+
+def _judged(ours: Pixels, truth: Pixels) -> tuple[Pixels, Pixels]:
+    """Make ignored pixels background in both, so that they count neither for nor against a label."""
+    ignored = truth == IGNORE
+    if not ignored.any():
+        return ours, truth
+    return np.where(ignored, 0, ours).astype(np.uint8), np.where(ignored, 0, truth).astype(np.uint8)
 
 
 def best_median_worst(

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from vessa.datasets import open_dataset
+from vessa.datasets.base import IGNORE
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, best_median_worst, score_labels
 from vessa.report.page import Page
@@ -77,6 +78,28 @@ def test_labels_are_scored_where_there_is_a_mask(dataset):
     found = score_labels(dataset, dataset.cases(), labels_of(dataset, (0, 0, 2, 0)))
     assert found.counts["wall"]["scored"] == 3
     assert found.mean["dice"] == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+def test_images_of_one_case_may_differ_in_size(dataset):
+    mask = np.zeros((6, 9), np.uint8)
+    mask[1:4, 1:4] = 1
+    for part, pixels in (("images", mask * 100), ("masks", mask)):
+        Image.fromarray(pixels).save(dataset.root / part / "p0_01.png")
+    (case,) = [c for c in dataset.cases() if c.name == "p0"]
+    found = score_labels(dataset, [case], {"p0": [mask, np.zeros((8, 10), np.uint8)]})
+    assert found.counts["wall"]["scored"] == 2
+    assert found.mean["dice"] == pytest.approx(0.5)
+
+
+def test_ignored_pixels_count_neither_for_nor_against(dataset):
+    mask = np.full((8, 10), IGNORE, np.uint8)
+    mask[:, :5] = 0
+    mask[2:6, 2:5] = 1
+    for index in (1, 2):
+        Image.fromarray(mask).save(dataset.root / "masks" / f"p0_{index:02d}.png")
+    (case,) = [c for c in dataset.cases() if c.name == "p0"]
+    ours = np.where(mask == IGNORE, 1, mask).astype(np.uint8)
+    assert score_labels(dataset, [case], {"p0": [ours, ours]}).mean["dice"] == 1.0
 
 
 def test_best_median_and_worst_are_ranked_by_one_column(dataset):
