@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from vessa.client import AsyncAnnotatorClient
 from vessa.errors import InvalidConfig
 from vessa_server.observability import metrics, trace_export
-from vessa_server.observability.logs import JsonFormatter
+from vessa_server.observability.logs import JsonFormatter, log_to_stderr
 from vessa_server.settings import Settings
 
 IMAGE = np.full((1, 48, 64), 90, np.uint8)
@@ -154,3 +154,18 @@ def test_readyz_tells_how_far_loading_is(server_of: Any) -> None:
         assert "loading weights 'nano'" in error["message"]
     finally:
         go_on.set()
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_log_lines_and_tracebacks_hold_no_password(
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    log_to_stderr(Settings(log_format=form))
+    try:
+        raise OSError("cannot connect to redis://vessa:s3cret@redis:6379/0")
+    except OSError:
+        logging.getLogger("x").exception("Redis failed at %s", "redis://vessa:s3cret@redis:6379/0")
+    written = capsys.readouterr().err
+    assert "s3cret" not in written
+    assert written.count("redis://***@redis:6379/0") >= 2

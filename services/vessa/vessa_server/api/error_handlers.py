@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
+from vessa.redaction import redact
 from vessa.schemas import ErrorBody, ErrorResponse
 from vessa_server.observability.request_context import current_request
 
@@ -34,7 +35,7 @@ def error_response(error: VessaError) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     identity = current_request().id
     body = ErrorResponse(
-        error=ErrorBody(code=error.code, message=str(error), item=error.item, request_id=identity)
+        error=ErrorBody(code=error.code, message=redact(str(error)), item=error.item, request_id=identity)
     )
     status = error.status or 500
     return Response(body.model_dump_json(), status, headers, "application/json")

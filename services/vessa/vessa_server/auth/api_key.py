@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vessa.client import default_key_file
 from vessa.errors import InvalidConfig, Unauthorized
+from vessa.redaction import remember_secret
 from vessa_server.auth.keys import LOCAL, Caller, Keys, Role, digest_of, open_keys
 from vessa_server.settings import Settings
 
@@ -65,6 +66,7 @@ def resolve_access(settings: Settings) -> Access:
     if settings.insecure:
         return Access(None, keys)
     if settings.key:
+        remember_secret(settings.key)
         return Access(settings.key, keys)
     path = settings.key_file or default_key_file()
     try:
@@ -79,6 +81,7 @@ def resolve_access(settings: Settings) -> Access:
         raise InvalidConfig(
             f"the key file {path} holds no key of 16 characters or more; delete it for a new one"
         )
+    remember_secret(key)
     return Access(key, keys, path, created)
 
 

@@ -12,11 +12,15 @@ import typer
 from rich.console import Console
 
 from vessa.errors import InvalidConfig, InvalidRequest, VessaError
+from vessa.redaction import redact
 from vessa_server.cli.data import data as data_app
 from vessa_server.cli.keys import keys as keys_app
 from vessa_server.cli.weights import weights as weights_app
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+# Local variables in a traceback would show keys and addresses with passwords.
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_show_locals=False
+)
 app.add_typer(keys_app, name="keys")
 app.add_typer(weights_app, name="weights")
 app.add_typer(data_app, name="data")
@@ -237,7 +241,6 @@ def main() -> None:
     try:
         app()
     except VessaError as error:
-        Console(stderr=True).print(
-            f"vessa-server: {error.code}: {error}", style="red", highlight=False, soft_wrap=True
-        )
+        line = redact(f"vessa-server: {error.code}: {error}")
+        Console(stderr=True).print(line, style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(1) from error

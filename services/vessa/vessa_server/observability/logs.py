@@ -1,9 +1,10 @@
-"""The service's log: lines for people or JSON for machines, each with its request's id and its key's name."""
+"""Write the service's log as text or JSON lines, with request id and key name and without secrets."""
 
 import json
 import logging
 from datetime import UTC, datetime
 
+from vessa.redaction import RedactingFormatter, redacted
 from vessa_server.observability.request_context import current_request
 from vessa_server.settings import Settings
 
@@ -11,7 +12,7 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s %(key)s]: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; of an exception, its traceback."""
+    """Format a record as one JSON object a line, with the traceback of its exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -25,14 +26,15 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return json.dumps(redacted(line))  # before the escapes of JSON, which would hide a secret's form
 
 
 def log_to_stderr(settings: Settings) -> None:
-    """Set up all logging of this process."""
+    """Send all logging of this process to stderr, redacted."""
     handler = logging.StreamHandler()
     handler.addFilter(_name_request)
-    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter(_TEXT))
+    text = RedactingFormatter(logging.Formatter(_TEXT))
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
 
 

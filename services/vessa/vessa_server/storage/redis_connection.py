@@ -7,18 +7,23 @@ from collections.abc import Iterator
 import redis
 
 from vessa.errors import InvalidConfig, StoreUnavailable
+from vessa.redaction import remember_url
 from vessa_server.storage.files import RETRY_AFTER_S
 
 log = logging.getLogger(__name__)
 
 
 def is_redis(address: str) -> bool:
-    """Whether a store's address is one of Redis."""
+    """Return whether a store's address is one of Redis."""
     return address.partition(":")[0] in {"redis", "rediss", "unix"}
 
 
 def connect(url: str, timeout: float = 5.0) -> redis.Redis:
-    """Return a client of Redis that connects when it is first used; InvalidConfig for no address of one."""
+    """Return a Redis client that connects at its first command. Raises InvalidConfig for a malformed URL.
+
+    timeout: seconds for connecting and for each command
+    """
+    remember_url(url)
     try:
         return redis.Redis.from_url(
             url, socket_timeout=timeout, socket_connect_timeout=timeout, health_check_interval=30
