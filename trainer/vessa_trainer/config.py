@@ -24,12 +24,22 @@ DEFAULT_METHODS = ("unimatch_v2", "vessa", "vessa_alone")  # of a comparison: na
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images are and who is labeled. A split is a file of one group (patient) a line.
+    """Data folder and splits. A split file holds one group (patient) per line.
 
-    Split files are looked up in the data folder first, then in the working directory. Where none of the four
-    exists the groups are split by `split_seed`: `val_share`, `test_share`, and of the rest
-    `labeled_groups` groups are labeled. prepared: a folder where decoded and resized images are kept in
-    files, for sets that memory does not hold; None keeps them in memory. prepared_gb: what it may hold.
+    Split files are searched in the data folder first, then in the working directory. Where none of the four
+    exists, groups are drawn by `split_seed`.
+
+    root: data folder
+    labeled: split file of the labeled patients
+    unlabeled: split file of the training patients
+    val: split file of the validation patients, which choose the checkpoint
+    test: split file of the test patients, which are scored once
+    split_seed: seed of the drawn splits
+    labeled_groups: labeled patients of drawn splits
+    val_share: share of the patients for validation in drawn splits
+    test_share: share of the patients for the test in drawn splits
+    prepared: folder of decoded and resized images, for sets larger than memory; null keeps them in memory
+    prepared_gb: size limit of that folder, GB
     """
 
     root: str = ""
@@ -47,13 +57,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The network that is trained. Images are resized so that their long side is `size` px.
+    """The network that is trained.
 
-    crop: side of the square training crop in px. dpt: `size` and `crop` are multiples of 14.
-    weights: a local safetensors file of the DINOv2 backbone, or None for timm's hub copy; `pretrained`
-    False starts from noise. widths: of the U-Net's levels, each half the size of the one before. init: a run
-    directory whose best teacher the student starts from; its last layer starts anew where the number of
-    classes differs.
+    name: architecture
+    size: long side of the resized images, px; a multiple of 14 for dpt
+    crop: side of the square training crop, px; a multiple of 14 for dpt
+    widths: channels of the U-Net's levels, each half the size of the one before
+    backbone: size of the DINOv2 backbone of dpt
+    pretrained: whether the backbone starts from DINOv2's weights; false starts from noise
+    weights: local safetensors file of the DINOv2 backbone; null takes timm's hub copy
+    init: run directory whose best teacher the student starts from; its last layer starts from noise where
+        the number of classes differs
     """
 
     name: Literal["unet", "dpt"] = "unet"
@@ -75,8 +89,21 @@ class StudentConfig:
 class ViewsConfig:
     """Random views. Ranges are (low, high) of a uniform draw; `*_p` are probabilities per image.
 
-    scale: of the long side in the weak view; UniMatch V2 draws from (0.5, 2.0), slices of one scanner
-    vary less. gamma..noise act on gray images; RGB images get color jitter and grayscale instead.
+    Gamma, contrast, brightness, blur and noise act on gray images; RGB images get color jitter and grayscale.
+
+    scale: factor of the long side in the weak view; UniMatch V2 draws from (0.5, 2.0), slices of one scanner
+        vary less
+    flip_p: horizontal flip in the weak view
+    jitter_p: change of intensities in a strong view
+    gamma: exponent of the intensities
+    contrast: factor of the contrast
+    brightness: factor of the brightness
+    blur_p: Gaussian blur in a strong view
+    blur_sigma: sigma of the blur, px
+    noise_p: Gaussian noise in a strong view
+    noise_std: standard deviation of the noise, of intensities in [0, 1]
+    grayscale_p: conversion of a color image to gray in a strong view
+    cutmix_p: CutMix in a strong view
     """
 
     scale: tuple[float, float] = (0.8, 1.25)
@@ -95,7 +122,15 @@ class ViewsConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with poly decay. lr: of everything but a pretrained backbone, which has `backbone_lr`."""
+    """AdamW with poly decay.
+
+    lr: learning rate of everything except a pretrained backbone
+    backbone_lr: learning rate of a pretrained backbone
+    weight_decay: decay of AdamW
+    power: exponent of the poly decay
+    lambda_ce: weight of the cross-entropy in Eq. 4
+    lambda_dice: weight of Dice in Eq. 4
+    """
 
     lr: float = 1e-3
     backbone_lr: float = 5e-6
@@ -107,8 +142,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class SemiConfig:
-    """What is learned from unlabeled images.
+    """Learning from unlabeled images.
 
+    lambda_u: weight of the unlabeled loss, Eq. 6 and 9
+    conf_threshold: confidence of the teacher at which a pixel counts
+    vessa_threshold: confidence of VESSA at which a pixel counts, for the gate 'own'
     method: supervised, from nothing; unimatch_v2, from the teacher; vessa, from the teacher and the
     annotator; semisam, a mean teacher beside an annotator that is asked with the teacher's prompts (see
     `vessa_trainer.semi_supervised.semisam`); vessa_alone trains nothing and scores the annotator.
@@ -134,9 +172,15 @@ class SemiConfig:
 
 @dataclass(frozen=True)
 class AnnotatorConfig:
-    """The VESSA service. url None: VESSA_URL, else port 8700 here.
+    """The VESSA service.
 
-    bank None: a name derived from the data folder and the labeled split. serves: what the annotator must be,
+    url: its address; null takes VESSA_URL, else port 8700 here
+    api_key: its key; null takes VESSA_API_KEY, else the local key file; never saved
+    bank: template bank; null derives a name from the data folder and the labeled split
+    batch: images per request
+    lookahead_batches: batches whose labels are requested ahead of the training step
+    template_choice: top1 takes the most similar template, top3 puts three in memory, sample draws one (Eq. 1)
+    serves: what the annotator must be,
     by its own word; None takes any. vessa: language model and memory; no_language, no_memory: Stage 1's
     annotator without one of them; sam2: SAM 2.1's memory with official weights, no language model and no
     Stage 1; prompts_only: neither, so that it draws what it gets prompts for. patience_s: how long the
@@ -158,7 +202,11 @@ class AnnotatorConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where labels are kept: 'folder:PATH' or 'redis://HOST:PORT/DB'. expire_s None: for ever."""
+    """The label cache.
+
+    url: 'folder:PATH' or 'redis://HOST:PORT/DB'
+    expire_s: age at which a label expires, s; null keeps labels for ever
+    """
 
     url: str = "folder:~/.cache/vessa/labels"
     expire_s: float | None = None
@@ -166,7 +214,15 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class FeedbackConfig:
-    """Teacher-to-VESSA feedback, for method vessa. start: share of the run before; every: steps a round."""
+    """Teacher-to-VESSA feedback, for method vessa.
+
+    enabled: whether predictions are sent back as prompts
+    start: share of the run before the first round
+    every: steps between two rounds
+    prompts: kinds of prompts: boxes, points, mask_logits
+    source: whose predictions are sent back
+    min_confidence: confidence at which a pixel of the source counts
+    """
 
     enabled: bool = True
     start: float = 0.5
@@ -178,9 +234,19 @@ class FeedbackConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. Batch sizes are images; `steps`, `eval_every`, `checkpoint_every` are iterations.
+    """One experiment.
 
-    title: what tables call it.
+    title: name in tables
+    steps: training iterations
+    batch_labeled: labeled images per step
+    batch_unlabeled: unlabeled images per step
+    batch_eval: images per batch in validation and prediction
+    seed: seed of everything random
+    device: cpu, cuda or cuda:N
+    threads: CPU threads of torch; 0 leaves the choice to torch
+    eval_every: steps between validations
+    checkpoint_every: steps between checkpoints
+    out: run directory
     bf16: the networks compute in bfloat16 where autocast holds it safe; weights and losses stay float32.
     trackers: where figures go besides TensorBoard; each is an extra of this distribution.
     deterministic: one seed gives the same run again, bit by bit, on the same machine: torch takes no

@@ -35,9 +35,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="VESSA_", extra="ignore", hide_input_in_errors=True)
 
-    host: str = "127.0.0.1"
-    port: int = Field(8700, ge=0, le=65535)
-    api_key: SecretStr = SecretStr("")
+    host: str = Field("127.0.0.1", description="address to bind; loopback serves this machine alone")
+    port: int = Field(8700, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_key: SecretStr = Field(
+        SecretStr(""), description="admin key; unset, one is generated and kept in the key file"
+    )
     key_file: Path | None = Field(
         None, description="where the generated key is kept; the client's default place"
     )
@@ -46,18 +48,28 @@ class Settings(BaseSettings):
         description="where named keys are kept; unset: the store's Redis, or beside the key file",
     )
     audit_file: Path | None = Field(None, description="who changed what; unset, in the store's folder")
-    insecure: bool = False
-    weights: str = "nano"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
-    store: str = Field(default_factory=default_store)
-    threads: int = Field(0, ge=0)
-    without: Annotated[frozenset[Literal["language", "memory"]], NoDecode] = frozenset()
-    language: Literal["in_process", "vllm"] = "in_process"
+    insecure: bool = Field(False, description="serve everybody, without any key")
+    weights: str = Field("nano", description="`nano`, the shipped weights, or a weights directory")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="cpu, cuda, cuda:N, mps or auto"
+    )
+    store: str = Field(
+        default_factory=default_store, description="template banks: `folder:PATH` or `redis://...`"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads for computing; 0 leaves the choice to torch")
+    without: Annotated[frozenset[Literal["language", "memory"]], NoDecode] = Field(
+        frozenset(), description="parts to leave out, as in Table 4: language, memory or both, by comma"
+    )
+    language: Literal["in_process", "vllm"] = Field(
+        "in_process", description="backend of the language model; `vllm` needs VESSA_VLLM_URL"
+    )
     vllm_url: str = Field("", pattern=r"^(https?://[^/?#@\s]+/?)?$", description="http://host:port of vLLM")
-    vllm_key: SecretStr = SecretStr("")
+    vllm_key: SecretStr = Field(SecretStr(""), description="key of vLLM, sent as a bearer token")
     vllm_timeout_s: Seconds = Field(30.0, description="longest wait for vLLM's answer to one batch")
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
-    log_format: Literal["text", "json"] = "text"
+    log_level: str = Field(
+        "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="lines for people, or JSON")
     traces: bool = Field(False, description="export OpenTelemetry spans, see OTEL_EXPORTER_OTLP_ENDPOINT")
 
     max_body_bytes: Positive = Field(64 * MEGABYTE, description="size of one request body")
@@ -79,7 +91,9 @@ class Settings(BaseSettings):
     max_batch_pixels: Positive = Field(
         4096 * 4096, description="height x width of all of them together; one image alone may have more"
     )
-    batch_wait_s: float = Field(0.005, ge=0, le=1)
+    batch_wait_s: float = Field(
+        0.005, ge=0, le=1, description="longest wait for items that are expected to fill a batch"
+    )
     request_timeout_s: Seconds = Field(120.0, description="from the complete body to the answer")
     body_timeout_s: Seconds = Field(30.0, description="for the whole head, and the whole body, to arrive")
     hang_s: Seconds = Field(300.0, description="a device silent for longer fails /readyz")
@@ -92,7 +106,9 @@ class Settings(BaseSettings):
     max_job_bytes: Positive = Field(256 * MEGABYTE, description="size of the files of one job")
     max_job_voxels: Positive = Field(512**3, description="voxels of one job's volume")
     max_job_slices: Positive = Field(2048, description="slices, and files, of one job's volume")
-    feature_cache_bytes: int = Field(512 * MEGABYTE, ge=0)
+    feature_cache_bytes: int = Field(
+        512 * MEGABYTE, ge=0, description="memory for features of images and templates"
+    )
     annotation_bytes: int = Field(
         64 * MEGABYTE,
         ge=0,
