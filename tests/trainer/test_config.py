@@ -29,7 +29,6 @@ def test_there_are_configs_to_load():
     [
         ("supervised_bound", "data.labeled", "splits/train.txt"),
         ("vessa_no_feedback", "feedback.enabled", False),
-        ("vessa_gate_teacher", "semi.vessa_gate", "teacher"),
         ("vessa_no_language", "annotator.serves", "no_language"),
         ("vessa_no_memory", "annotator.serves", "no_memory"),
         ("sam2", "annotator.serves", "sam2"),
@@ -42,6 +41,12 @@ def test_a_baseline_differs_from_its_method_by_one_key(name, key, value):
     plain = load_config(None, [f"semi.method={config.semi.method}"])
     assert config == load_config(None, [f"semi.method={config.semi.method}", f"{key}={json.dumps(value)}"])
     assert config != plain
+
+
+def test_equation_8_as_printed_is_a_config():
+    (path,) = (p for p in CONFIGS if p.stem == "vessa_gate_teacher")
+    semi = load_config(path).semi
+    assert (semi.method, semi.vessa_loss, semi.vessa_gate) == ("vessa", "ce", "teacher")
 
 
 def test_every_method_has_a_title_of_its_own():

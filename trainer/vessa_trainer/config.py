@@ -155,14 +155,21 @@ class SemiConfig:
     0 is the hand-over of Eq. 9, 1 keeps the whole weight to the end.
     ema_decay: None is UniMatch V2's 0.996, or less in a short run, where the teacher would still average over
     the student's first steps when it has to teach.
-    unlabeled_loss: 'ce' is Eq. 5 and UniMatch V2; 'dice' is UniMatch v1's recipe for medical images. None
-    takes 'dice' for a U-Net, which starts from noise and would call everything background before it knows
-    better, and 'ce' for a DPT, which starts from DINOv2.
+    unlabeled_loss: the loss of the teacher's labels. 'soft' compares all pixels with the teacher's
+    probabilities by cross-entropy and Dice; 'ce' is Eq. 5 and UniMatch V2; 'dice' is UniMatch v1's recipe for
+    medical images. None takes 'dice' for a U-Net without a pretrained encoder, which would call everything
+    background before it knows better, and 'ce' for a DPT, which starts from DINOv2.
+    vessa_loss: the loss of VESSA's labels. 'ce_dice' is cross-entropy and Dice on all pixels, weighted by
+    VESSA's confidence; 'ce' and 'dice' are gated as in Eq. 8, and the gate settings act on them alone.
+    channel_dropout: complementary dropout of feature channels in the strong views. None applies it to a DPT
+    and not to a U-Net, whose narrow levels lose by it.
     """
 
     method: Literal["supervised", "unimatch_v2", "vessa", "semisam", "vessa_alone"] = "unimatch_v2"
     lambda_u: float = 1.0
-    unlabeled_loss: Literal["ce", "dice"] | None = None
+    unlabeled_loss: Literal["soft", "ce", "dice"] | None = None
+    vessa_loss: Literal["ce_dice", "ce", "dice"] = "ce_dice"
+    channel_dropout: bool | None = None
     conf_threshold: float = 0.95
     ema_decay: float | None = None
     vessa_gate: Literal["own", "teacher"] = "own"
@@ -293,8 +300,14 @@ class Config:
 
     @property
     def unlabeled_loss(self) -> str:
-        """The loss of unlabeled images, "ce" or "dice", with the default that suits the student."""
+        """The loss of the teacher's labels, with the default that suits the student."""
         return self.semi.unlabeled_loss or ("dice" if self.student.name == "unet" else "ce")
+
+    @property
+    def channel_dropout(self) -> bool:
+        """Whether strong views drop feature channels, with the default that suits the student."""
+        given = self.semi.channel_dropout
+        return self.student.name == "dpt" if given is None else given
 
 
 def shipped(name: str) -> Path:

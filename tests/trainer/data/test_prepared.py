@@ -91,7 +91,7 @@ def test_slices_and_cases_of_groups(folder):
 def test_what_enters_a_frame_leaves_it_as_it_was(height, width):
     frame = Frame(height, width, 64)
     ramp = torch.linspace(0, 1, width).expand(1, height, width)
-    entered = frame.enter(ramp, "bilinear")
+    entered = frame.enter(ramp)
     assert entered.shape == (1, 64, 64)
     left = frame.leave(entered)
     assert left.shape == (1, height, width)
@@ -100,17 +100,37 @@ def test_what_enters_a_frame_leaves_it_as_it_was(height, width):
 
 def test_the_border_of_a_frame_is_zero_and_even():
     frame = Frame(32, 64, 64)
-    entered = frame.enter(torch.ones(1, 32, 64), "nearest-exact")[0]
+    entered = frame.enter(torch.ones(1, 32, 64))[0]
     assert frame.inner == (32, 64)
     assert (entered[16:48] == 1).all()
     assert entered.sum() == 32 * 64
 
 
 def test_labels_keep_their_ids_in_a_frame():
-    ids = torch.tensor([[0, 3], [1, 7]]).float()[None]
-    entered = Frame(2, 2, 8).enter(ids, "nearest-exact")[0]
-    assert entered[::4, ::4].tolist() == ids[0].tolist()
-    assert set(entered.unique().tolist()) == {0.0, 1.0, 3.0, 7.0}
+    ids = torch.tensor([[0, 3], [1, 7]])
+    entered = Frame(2, 2, 8).enter_labels(ids)
+    assert entered[::7, ::7].tolist() == ids.tolist()
+    assert set(entered.unique().tolist()) == {0, 1, 3, 7}
+
+
+def test_labels_of_one_class_fill_the_image_and_leave_the_border():
+    entered = Frame(4, 8, 4).enter_labels(torch.full((4, 8), 5))
+    assert entered.tolist() == [[0] * 4, [5] * 4, [5] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("left", [20, 21])
+def test_labels_are_not_shifted_against_the_image_at_an_even_factor(left):
+    """Nearest neighbors take the right-hand one of two pixels: both squares would lie alike."""
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[left : left + 20, left : left + 20] = 1
+    frame = Frame(64, 64, 32)
+    image, labels = frame.enter(mask[None].float())[0], frame.enter_labels(mask).float()
+
+    def center(square):
+        return float((square.sum(0) * torch.arange(32.0)).sum() / square.sum())
+
+    assert center(image) == pytest.approx((left + 9.5 + 0.5) / 2 - 0.5)
+    assert center(labels) == pytest.approx(center(image))
 
 
 def test_prepared_images_masks_and_validity_lie_alike(folder):

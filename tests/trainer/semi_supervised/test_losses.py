@@ -1,11 +1,19 @@
-"""The paper's equations against values worked by hand."""
+"""The losses against values worked by hand, equation by equation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from vessa_trainer.semi_supervised.losses import consistency_loss, dice_loss, joint_loss, supervised_loss
+from vessa_trainer.semi_supervised.losses import (
+    StrongView,
+    consistency_loss,
+    dice_loss,
+    supervised_loss,
+    teacher_loss,
+    vessa_loss,
+)
 
 
 def logits_of(probabilities):
@@ -64,47 +72,94 @@ def test_equation_5_divides_confident_pixels_by_all_valid_ones():
     )
 
 
+EQUATION_8 = {"vessa_threshold": 0.8, "conf_threshold": 0.95}
+
+
 @pytest.fixture
-def two_views():
-    strong = (logits_of([[0.5, 0.5], [0.2, 0.8]]), logits_of([[0.4, 0.6], [0.9, 0.1]]))
-    valid = torch.ones(1, 1, 2, dtype=torch.bool)
-    teacher = (torch.tensor([[[0, 1]]]), torch.tensor([[[0.99, 0.6]]]))
+def view():
+    """Two pixels: the teacher is sure of the first (class 0), VESSA of the second (class 1)."""
+    teacher = logits_of([[0.99, 0.01], [0.4, 0.6]]).softmax(1)
     vessa = (torch.tensor([[[1, 1]]]), torch.tensor([[[0.7, 0.9]]]))
-    return strong, (teacher, teacher), (vessa, vessa), (valid, valid)
+    valid = torch.ones(1, 1, 2, dtype=torch.bool)
+    return StrongView(logits_of([[0.5, 0.5], [0.2, 0.8]]), valid, teacher, vessa)
 
 
-def test_equation_8_with_vessas_own_gate(two_views):
-    strong, teacher, vessa, valid = two_views
-    joint, teacher_term, vessa_term = joint_loss(
-        strong, teacher, vessa, valid, alpha_t=0.25, alpha_v=0.75,
-        conf_threshold=0.95, vessa_threshold=0.8, gate="own",
-    )  # fmt: skip
-    by_teacher = -(math.log(0.5) / 2 + math.log(0.4) / 2) / 2  # its first pixel alone is confident
-    by_vessa = -(math.log(0.8) / 2 + math.log(0.1) / 2) / 2  # its second alone is
-    assert teacher_term.item() == pytest.approx(by_teacher, rel=1e-5)
-    assert vessa_term.item() == pytest.approx(by_vessa, rel=1e-5)
-    assert joint.item() == pytest.approx(0.25 * by_teacher + 0.75 * by_vessa, rel=1e-5)
+def test_the_teachers_hard_labels_are_equation_5(view):
+    assert teacher_loss(view, "ce", 0.95).item() == pytest.approx(-math.log(0.5) / 2, rel=1e-5)
+    assert teacher_loss(view, "ce", 0.5).item() == pytest.approx(
+        -(math.log(0.5) + math.log(0.8)) / 2, rel=1e-5
+    )
 
 
-def test_equation_8_as_printed_gates_vessa_by_the_teacher(two_views):
-    strong, teacher, vessa, valid = two_views
-    _, _, vessa_term = joint_loss(
-        strong, teacher, vessa, valid, alpha_t=0.5, alpha_v=0.5,
-        conf_threshold=0.95, vessa_threshold=0.8, gate="teacher",
-    )  # fmt: skip
-    expected = -(math.log(0.5) / 2 + math.log(0.6) / 2) / 2  # VESSA's label 1 on the teacher's first pixel
-    assert vessa_term.item() == pytest.approx(expected, rel=1e-5)
+def test_the_teachers_soft_labels_count_on_every_valid_pixel(view):
+    cross_entropy = -(math.log(0.5) + 0.4 * math.log(0.2) + 0.6 * math.log(0.8)) / 2
+    dice = 1 - 2 * (0.5 * 0.01 + 0.8 * 0.6) / (0.5 + 0.8 + 0.01 + 0.6)
+    expected = 0.5 * cross_entropy + 0.5 * dice
+    assert teacher_loss(view, "soft", 0.95).item() == pytest.approx(expected, rel=1e-4)
+    half = replace(view, valid=torch.tensor([[[False, True]]]))
+    cross_entropy = -(0.4 * math.log(0.2) + 0.6 * math.log(0.8))
+    dice = 1 - 2 * 0.8 * 0.6 / (0.8 + 0.6)
+    assert teacher_loss(half, "soft", 0.95).item() == pytest.approx(
+        0.5 * cross_entropy + 0.5 * dice, rel=1e-4
+    )
 
 
+def test_equation_8_with_vessas_own_gate(view):
+    expected = -math.log(0.8) / 2  # VESSA is sure of the second pixel alone
+    assert vessa_loss(view, "ce", gate="own", **EQUATION_8).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_equation_8_as_printed_gates_vessa_by_the_teacher(view):
+    expected = -math.log(0.5) / 2  # VESSA's label 1 on the teacher's first pixel
+    assert vessa_loss(view, "ce", gate="teacher", **EQUATION_8).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_vessas_labels_are_weighted_by_their_confidence(view):
+    cross_entropy = -(0.7 * math.log(0.5) + 0.9 * math.log(0.8)) / (0.7 + 0.9)
+    dice = 1 - 2 * (0.7 * 0.5 + 0.9 * 0.8) / (0.7 * 1.5 + 0.9 * 1.8)
+    expected = 0.5 * cross_entropy + 0.5 * dice
+    assert vessa_loss(view, "ce_dice", gate="own", **EQUATION_8).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ce_dice", "ce", "dice"])
 @pytest.mark.parametrize("gate", ["own", "teacher"])
-def test_a_label_that_did_not_come_teaches_nothing(two_views, gate):
-    strong, teacher, _, valid = two_views
-    missing = (torch.zeros(1, 1, 2, dtype=torch.long), torch.zeros(1, 1, 2))
-    _, _, vessa_term = joint_loss(
-        strong, teacher, (missing, missing), valid, alpha_t=0.5, alpha_v=0.5,
-        conf_threshold=0.95, vessa_threshold=0.0, gate=gate,
-    )  # fmt: skip
-    assert vessa_term.item() == 0
+def test_a_label_that_did_not_come_teaches_nothing(view, gate, kind):
+    missing = replace(view, vessa=(torch.zeros(1, 1, 2, dtype=torch.long), torch.zeros(1, 1, 2)))
+    loss = vessa_loss(missing, kind, gate=gate, vessa_threshold=0.0, conf_threshold=0.95)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_view_without_labels_of_vessa_is_refused(view):
+    with pytest.raises(ValueError, match="no labels of VESSA"):
+        vessa_loss(replace(view, vessa=None), "ce", gate="own", **EQUATION_8)
+
+
+def test_gated_dice_inflates_a_structure_and_the_weighted_loss_does_not():
+    """A structure of 4 px, a ring of 4 px that VESSA is unsure of, 8 px of sure background."""
+    labels = torch.tensor([[[1] * 4 + [0] * 12]])
+    confidence = torch.tensor([[[0.9] * 4 + [0.6] * 4 + [0.9] * 8]])
+    valid = torch.ones(1, 1, 16, dtype=torch.bool)
+
+    def loss(kind, foreground):
+        logits = logits_of([[0.001, 0.999]] * foreground + [[0.999, 0.001]] * (16 - foreground))
+        view = StrongView(logits, valid, logits.softmax(1), (labels, confidence))
+        return vessa_loss(view, kind, gate="own", **EQUATION_8).item()
+
+    assert loss("dice", 8) == pytest.approx(loss("dice", 4), abs=1e-3)  # twice the volume costs nothing
+    assert loss("dice", 16) == pytest.approx(1 - 8 / 16, abs=1e-2)  # and all foreground costs one half
+    assert loss("ce_dice", 8) > loss("ce_dice", 4) + 0.5
+
+
+def test_gated_dice_does_not_see_foreground_where_there_is_no_structure():
+    logits = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    labels, confidence = torch.zeros(1, 8, 8, dtype=torch.long), torch.ones(1, 8, 8)
+    valid = torch.ones(1, 8, 8, dtype=torch.bool)
+    view = StrongView(logits, valid, logits.softmax(1).detach(), (labels, confidence))
+    pushes = [
+        torch.autograd.grad(vessa_loss(view, kind, gate="own", **EQUATION_8), logits)[0].abs().sum().item()
+        for kind in ("ce_dice", "dice")
+    ]
+    assert pushes[1] < 1e-5 * pushes[0]
 
 
 def test_the_dice_of_confident_pixels_may_take_the_place_of_equation_5():

@@ -18,7 +18,7 @@ from vessa_trainer.semi_supervised.batches import (
     unlabeled_views,
     vessa_on_square,
 )
-from vessa_trainer.semi_supervised.losses import joint_loss
+from vessa_trainer.semi_supervised.losses import StrongView, vessa_loss
 from vessa_trainer.semi_supervised.objective import compute_loss
 from vessa_trainer.students.networks import build_student
 
@@ -79,7 +79,7 @@ def generator():
 
 def config_of(*overrides):
     plain = ["student.size=64", "student.crop=48", "views.jitter_p=0", "views.blur_p=0", "views.noise_p=0"]
-    plain += ["semi.unlabeled_loss=ce"]
+    plain += ["semi.unlabeled_loss=ce", "semi.vessa_loss=ce", "semi.channel_dropout=true"]
     return load_config(None, [*plain, *overrides])
 
 
@@ -92,7 +92,7 @@ def agreement(image, labels, valid):
 def test_a_label_lies_on_the_square_as_the_image_does(shapes, data):
     labels, confidence = vessa_on_square(data, ROWS, Truth(shapes))
     assert torch.equal(labels, data.masks.long())
-    assert torch.allclose(confidence[labels == 1], torch.tensor(200 / 255))
+    assert confidence[labels == 1].mean() == pytest.approx(200 / 255, abs=0.02)  # the border is interpolated
     assert (confidence[~data.valid] == 0).all()  # padding was never labeled
 
 
@@ -104,23 +104,11 @@ def test_a_late_label_passes_no_gate(shapes, data):
     assert (labels[0] == 0).all()
     assert (confidence[0] == 0).all()
     assert torch.equal(labels[1:], data.masks[1:].long())
-    strong = torch.randn(1, 2, 64, 64)
-    late = (labels[:1], confidence[:1])
-    sure = (torch.ones_like(labels[:1]), torch.ones_like(confidence[:1]))
+    logits = torch.randn(1, 2, 64, 64)
+    view = StrongView(logits, data.valid[:1], logits.softmax(1), (labels[:1], confidence[:1]))
     for gate in ("own", "teacher"):
-        for kind in ("ce", "dice"):
-            _, _, term = joint_loss(
-                (strong, strong),
-                (sure, sure),
-                (late, late),
-                (data.valid[:1], data.valid[:1]),
-                alpha_t=0.5,
-                alpha_v=0.5,
-                conf_threshold=0.9,
-                vessa_threshold=0.0,
-                gate=gate,
-                kind=kind,
-            )
+        for kind in ("ce_dice", "ce", "dice"):
+            term = vessa_loss(view, kind, gate=gate, vessa_threshold=0.0, conf_threshold=0.9)
             assert term.item() == pytest.approx(0, abs=1e-4)
 
 
@@ -130,7 +118,7 @@ def test_labels_replayed_stay_aligned_through_resize_crop_and_flip(shapes, data,
         drawn = unlabeled_views(data, ROWS, config_of("views.scale=[0.6,1.6]"), source, generator)
         labels, confidence = drawn.vessa
         assert agreement(drawn.weak[:, 0], labels, drawn.valid) > 0.97
-        assert torch.equal(confidence > 0.7, labels == 1)
+        assert ((confidence > 0.6) == (labels == 1)).float().mean() > 0.97
         assert (confidence[~drawn.valid] == 0).all()
     assert source.asked[0] == ["s0", "s1", "s2", "s3"]
 
@@ -223,7 +211,8 @@ def test_vessas_weight_keeps_its_floor(hand_made, generator):
     student, teacher = Constant(*log(0.5, 0.5)), Constant(*log(0.98, 0.02))
     config = config_of(*OBJECTIVE, "semi.alpha_v_floor=0.2")
     _, figures = compute_loss(student, teacher, *hand_made, config, 100, generator)
-    assert figures["loss_unsup"] == pytest.approx(np.log(2) + 0.2 * np.log(2) / 2, rel=1e-3)
+    shares = 1 / 1.2, 0.2 / 1.2  # the unlabeled loss keeps its weight
+    assert figures["loss_unsup"] == pytest.approx(shares[0] * np.log(2) + shares[1] * np.log(2) / 2, rel=1e-3)
 
 
 def test_an_unsure_teacher_teaches_nothing(hand_made, generator):
@@ -261,6 +250,26 @@ def test_a_unet_learns_from_unlabeled_pixels_by_dice(hand_made, generator):
     dice = 1 - 2 * 0.5 / (0.5 + 1)
     assert figures["loss_unsup"] == pytest.approx(dice, rel=1e-3)
     assert load_config(None, ["student.name=dpt", "student.crop=14"]).unlabeled_loss == "ce"
+
+
+def test_the_unlabeled_loss_keeps_its_weight_over_the_run(hand_made, generator):
+    """Teacher and VESSA agree: however they share the weight, the loss stays the same."""
+    student, teacher = Constant(*log(0.5, 0.5)), Constant(*log(0.02, 0.98))
+    labeled, unlabeled = hand_made
+    sure = replace(unlabeled, vessa=(unlabeled.vessa[0], torch.ones(2, 4, 4)))
+    config = config_of("steps=100", "semi.method=vessa", "semi.alpha_v_floor=1")
+    for step in (0, 50, 99):
+        _, figures = compute_loss(student, teacher, labeled, sure, config, step, generator)
+        assert figures["loss_unsup"] == pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_channel_dropout_is_a_switch(hand_made, generator):
+    student, teacher = Constant(*log(0.5, 0.5)), Constant(*log(0.98, 0.02))
+    assert not load_config(None).channel_dropout
+    assert load_config(None, ["student.name=dpt", "student.crop=14"]).channel_dropout
+    config = config_of(*OBJECTIVE, "semi.channel_dropout=false")
+    compute_loss(student, teacher, *hand_made, config, 10, generator)
+    assert student.dropout == [None, None]
 
 
 def test_dropout_is_for_the_strong_views_alone(hand_made, generator):

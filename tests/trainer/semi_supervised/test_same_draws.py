@@ -24,6 +24,7 @@ OVERRIDES = (
     "optim.lambda_dice=0",
     "optim.lambda_ce=1",
     "semi.conf_threshold=0.27",
+    "semi.channel_dropout=true",
     "views.cutmix_p=1",
     "batch_unlabeled=4",
 )

@@ -17,7 +17,9 @@ def test_eta_ramps_from_zero_to_one():
 def test_vessa_hands_over_to_the_teacher():
     assert source_weights(0, 10) == pytest.approx((0, 1))
     assert source_weights(10, 10) == pytest.approx((1, 0))
-    assert source_weights(10, 10, 0.2) == pytest.approx((1, 0.2))
+    assert source_weights(10, 10, 0.25) == pytest.approx((0.8, 0.2))
+    assert source_weights(10, 10, 1) == pytest.approx((0.5, 0.5))
+    assert sum(source_weights(6, 10, 1)) == pytest.approx(1)
 
 
 def test_ramp_rises_from_almost_nothing_to_one():

@@ -18,7 +18,7 @@ from vessa.datasets import Dataset, Slice
 from vessa.errors import InvalidConfig
 
 _ABANDONED_S = 86400.0  # nobody writes to a folder of this age any more
-VERSION = 1  # of how images are prepared and laid out
+VERSION = 2  # of how images are prepared and laid out
 Square = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]  # image, mask, valid; height and width
 
 

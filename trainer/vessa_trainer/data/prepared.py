@@ -30,14 +30,29 @@ class Frame:
         scale = self.size / max(self.height, self.width)
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
-    def enter(self, array: Tensor, mode: str) -> Tensor:
-        """Move (C, height, width) float to (C, size, size); the border is 0."""
+    def enter(self, array: Tensor) -> Tensor:
+        """Resize (C, height, width) float to (C, size, size); shrinking is antialiased, the border is 0."""
         inner = self.inner
-        shrinks = mode == "bilinear" and inner[0] < self.height
-        options = {"align_corners": False, "antialias": shrinks} if mode == "bilinear" else {}
-        small = F.interpolate(array[None], inner, mode=mode, **options)[0]
+        small = F.interpolate(
+            array[None], inner, mode="bilinear", align_corners=False, antialias=inner[0] < self.height
+        )[0]
         top, left = (self.size - inner[0]) // 2, (self.size - inner[1]) // 2
         return F.pad(small, (left, self.size - inner[1] - left, top, self.size - inner[0] - top))
+
+    def enter_labels(self, labels: Tensor) -> Tensor:
+        """Resize (height, width) class ids to (size, size) int64; the border is 0.
+
+        Each class is resized as an image is, and the largest share wins. Nearest neighbors would shift the
+        labels by half a native pixel against the image at every even factor.
+        """
+        ids = labels.unique()
+        shares = self.enter((labels[None] == ids[:, None, None]).float())
+        found = ids.long()[shares.argmax(0)]
+        return torch.where(shares.sum(0) > 0.5, found, 0)
+
+    def valid(self) -> Tensor:
+        """Return where the square shows the image and no border: (size, size) bool."""
+        return self.enter(torch.ones(1, self.height, self.width))[0] > 0.5
 
     def leave(self, array: Tensor) -> Tensor:
         """Move (C, size, size) float back to (C, height, width)."""
@@ -103,9 +118,9 @@ class Prepared:
         pixels = torch.from_numpy(image).float()
         pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         return (
-            frame.enter(pixels, "bilinear").round().byte().numpy(),
-            frame.enter(torch.from_numpy(mask)[None].float(), "nearest-exact")[0].byte().numpy(),
-            (frame.enter(torch.ones(1, *mask.shape), "nearest-exact")[0] > 0).numpy(),
+            frame.enter(pixels).round().byte().numpy(),
+            frame.enter_labels(torch.from_numpy(mask)).byte().numpy(),
+            frame.valid().numpy(),
             (image.shape[0], image.shape[1]),
         )
 

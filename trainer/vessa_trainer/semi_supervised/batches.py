@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,12 @@ from vessa_trainer.semi_supervised.distributed import ALONE, Processes
 
 @dataclass(frozen=True)
 class UnlabeledViews:
-    """What the unlabeled term of a step is computed from; sizes as in `losses.joint_loss`."""
+    """The views of one step's unlabeled images.
+
+    weak: (B, 1 or 3, H, W) float in [0, 1]; strong: both strong views, CutMix pasted in `boxes` (B, H, W)
+    bool each; valid: (B, H, W) bool, False on padding; vessa: labels (B, H, W) int64 and confidence (B, H, W)
+    float of the weak view, None without an annotator
+    """
 
     weak: Tensor
     strong: tuple[Tensor, Tensor]
@@ -32,7 +36,7 @@ def labeled_batch(
     processes: Processes = ALONE,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weak views of labeled images: (images, masks, valid) of this process's part of the batch.
+    """Make weak views of labeled images: (images, masks, valid) of this process's part of the batch.
 
     Squares go to the device as bytes, and the views are made there, of all images at once.
     """
@@ -84,9 +88,9 @@ def unlabeled_views(
 
 
 def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tuple[Tensor, Tensor]:
-    """VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S).
+    """Put VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S).
 
-    A label that is late is background with confidence 0, which no gate lets pass.
+    A late label is background with confidence 0, which has no weight in any loss.
     """
     labels, confidence = [], []
     for row, label in zip(rows, source.take([data.slices[r].name for r in rows]), strict=True):
@@ -95,8 +99,7 @@ def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tup
             confidence.append(torch.zeros(data.size, data.size))
             continue
         frame = data.frames[row]
-        both = torch.from_numpy(np.stack([label.labels, label.confidence])).float()
-        moved = frame.enter(both, "nearest-exact")
-        labels.append(moved[0].long())
-        confidence.append(moved[1] / 255)
+        labels.append(frame.enter_labels(torch.tensor(label.labels)))
+        moved = frame.enter(torch.tensor(label.confidence)[None].float())
+        confidence.append(moved[0] / 255)
     return torch.stack(labels), torch.stack(confidence)

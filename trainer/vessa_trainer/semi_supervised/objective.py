@@ -1,5 +1,7 @@
 """One training step: from a batch of rows to gradients and figures."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from vessa_trainer.students.networks import logits_of
 def _dropout(
     student: nn.Module, count: int, generator: torch.Generator, processes: Processes
 ) -> list[Tensor]:
-    """Masks for both strong views stacked, per feature level: (2B, C). count: of the whole batch."""
+    """Draw masks for both strong views stacked, per feature level: (2B, C). count: of the whole batch."""
     channels: list[int] = student.feature_channels  # type: ignore[assignment]
     mine = processes.places(count)
     drawn = [augmentation.complementary_dropout(count, c, generator) for c in channels]
@@ -32,7 +34,7 @@ def compute_loss(
     generator: torch.Generator,
     processes: Processes = ALONE,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The whole objective, Eq. 6 or Eq. 9, and the figures worth looking at.
+    """Compute the whole objective, Eq. 6 or Eq. 9, and the figures for the log.
 
     Models and batches are on one device; generator: of the CPU, so that a run draws the same anywhere. With
     several processes it is the objective of the whole batch, with gradients to this process's part of it.
@@ -49,79 +51,99 @@ def compute_loss(
     if unlabeled is None:
         return supervised, {"loss": supervised.item(), "loss_sup": supervised.item()}
     if semi.method == "semisam":
-        term, parts = semisam.unlabeled_term(student, teacher, unlabeled, config, step, processes)
-        loss = supervised + semi.lambda_u * term
-        return loss, {
-            "loss": loss.item(),
-            "loss_sup": supervised.item(),
-            "loss_unsup": term.item(),
-            **parts,
-        }
+        term, figures = semisam.unlabeled_term(student, teacher, unlabeled, config, step, processes)
+    else:
+        gathered = _gather(student, teacher, unlabeled, config, generator, processes)
+        term, figures = _unlabeled_term(gathered, config, step)
+    loss = supervised + semi.lambda_u * term
+    figures |= {"loss": loss.item(), "loss_sup": supervised.item(), "loss_unsup": term.item()}
+    return loss, figures
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The unlabeled part of a step, gathered from all processes.
+
+    strong: both strong views with their targets; teacher: class probabilities of the weak view,
+    (B, C, H, W); vessa, valid: of the weak view, as in `UnlabeledViews`
+    """
+
+    strong: tuple[losses.StrongView, losses.StrongView]
+    teacher: Tensor
+    vessa: tuple[Tensor, Tensor] | None
+    valid: Tensor
+
+
+def _gather(
+    student: nn.Module,
+    teacher: nn.Module,
+    unlabeled: UnlabeledViews,
+    config: Config,
+    generator: torch.Generator,
+    processes: Processes,
+) -> Gathered:
+    """Run the teacher on the weak view and the student on both strong ones, and gather everything once."""
+    gather, count = processes.gather, unlabeled.weak.shape[0]
     with torch.no_grad():
         probability = logits_of(teacher, unlabeled.weak, bf16=config.bf16).softmax(1)
-        weak_confidence, weak_labels = probability.max(1)
-    count = unlabeled.weak.shape[0]
-    drawn = _dropout(student, count * processes.count, generator, processes)
-    dropout = [mask.to(images.device) for mask in drawn]
+    dropout = None
+    if config.channel_dropout:
+        drawn = _dropout(student, count * processes.count, generator, processes)
+        dropout = [mask.to(unlabeled.weak.device) for mask in drawn]
     logits = logits_of(student, torch.cat(unlabeled.strong), bf16=config.bf16, dropout=dropout)
-    strong = (gather(logits[:count]), gather(logits[count:]))
 
-    def both(labels: Tensor, confidence: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        one, other = (
-            (gather(augmentation.paste(labels, b)), gather(augmentation.paste(confidence, b)))
-            for b in unlabeled.boxes
-        )
-        return one, other
+    def view(part: Tensor, box: Tensor) -> losses.StrongView:
+        def moved(values: Tensor) -> Tensor:
+            return gather(augmentation.paste(values, box))
 
-    teacher_views = both(weak_labels, weak_confidence)
-    valid_views = (
-        gather(augmentation.paste(unlabeled.valid, unlabeled.boxes[0])),
-        gather(augmentation.paste(unlabeled.valid, unlabeled.boxes[1])),
+        vessa = unlabeled.vessa and (moved(unlabeled.vessa[0]), moved(unlabeled.vessa[1]))
+        return losses.StrongView(gather(part), moved(unlabeled.valid), moved(probability), vessa)
+
+    first, second = (view(*pair) for pair in zip(logits.split(count), unlabeled.boxes, strict=True))
+    return Gathered(
+        (first, second),
+        gather(probability),
+        unlabeled.vessa and (gather(unlabeled.vessa[0]), gather(unlabeled.vessa[1])),
+        gather(unlabeled.valid),
     )
-    weak_valid = gather(unlabeled.valid)
-    figures: dict[str, float] = {}
-    kind = config.unlabeled_loss
-    if unlabeled.vessa is None:
-        terms = [
-            losses.consistency_loss(s, *t, v, semi.conf_threshold, kind)
-            for s, t, v in zip(strong, teacher_views, valid_views, strict=True)
-        ]
-        unsupervised = (terms[0] + terms[1]) / 2
-    else:
-        alpha_t, alpha_v = source_weights(step, config.steps, semi.alpha_v_floor)
-        unsupervised, teacher_term, vessa_term = losses.joint_loss(
-            strong,
-            teacher_views,
-            both(*unlabeled.vessa),
-            valid_views,
-            alpha_t=alpha_t,
-            alpha_v=alpha_v,
-            conf_threshold=semi.conf_threshold,
-            vessa_threshold=semi.vessa_threshold,
+
+
+def _unlabeled_term(gathered: Gathered, config: Config, step: int) -> tuple[Tensor, dict[str, float]]:
+    """Average the losses of both strong views: the teacher's (Eq. 6), and VESSA's beside it (Eq. 7 to 9)."""
+    semi, strong, classes = config.semi, gathered.strong, gathered.teacher.shape[1]
+    kind, threshold = config.unlabeled_loss, semi.conf_threshold
+    by_teacher = (
+        losses.teacher_loss(strong[0], kind, threshold) + losses.teacher_loss(strong[1], kind, threshold)
+    ) / 2
+    confidence, labels = gathered.teacher.max(1)
+    keep = (confidence >= threshold) & gathered.valid
+    figures = _shares("teacher", labels, keep, classes)
+    figures["confident"] = (keep.sum() / gathered.valid.sum().clamp(min=1)).item()
+    if gathered.vessa is None:
+        return by_teacher, figures
+    first, second = (
+        losses.vessa_loss(
+            view,
+            semi.vessa_loss,
             gate=semi.vessa_gate,
-            kind=kind,
+            vessa_threshold=semi.vessa_threshold,
+            conf_threshold=threshold,
         )
-        figures |= {"loss_teacher": teacher_term.item(), "loss_vessa": vessa_term.item(), "eta": alpha_t}
-        vessa = (gather(unlabeled.vessa[0]), gather(unlabeled.vessa[1]))
-        figures |= _agreement(gather(weak_labels), vessa, weak_valid, semi.vessa_threshold)
-        sure = (vessa[1] >= semi.vessa_threshold) & weak_valid
-        figures |= _shares("vessa", vessa[0], sure, logits.shape[1])
-    loss = supervised + semi.lambda_u * unsupervised
-    keep = (gather(weak_confidence) >= semi.conf_threshold) & weak_valid
-    figures |= _shares("teacher", gather(weak_labels), keep, logits.shape[1])
-    figures |= {
-        "loss": loss.item(),
-        "loss_sup": supervised.item(),
-        "loss_unsup": unsupervised.item(),
-        "confident": (keep.sum() / weak_valid.sum().clamp(min=1)).item(),
-    }
-    return loss, figures
+        for view in strong
+    )
+    by_vessa = (first + second) / 2
+    alpha_t, alpha_v = source_weights(step, config.steps, semi.alpha_v_floor)
+    figures |= {"loss_teacher": by_teacher.item(), "loss_vessa": by_vessa.item(), "eta": alpha_t}
+    figures |= _agreement(labels, gathered.vessa, gathered.valid, semi.vessa_threshold)
+    sure = (gathered.vessa[1] >= semi.vessa_threshold) & gathered.valid
+    figures |= _shares("vessa", gathered.vessa[0], sure, classes)
+    return alpha_t * by_teacher + alpha_v * by_vessa, figures
 
 
 def _agreement(
     teacher: Tensor, vessa: tuple[Tensor, Tensor], valid: Tensor, threshold: float
 ) -> dict[str, float]:
-    """Share of VESSA's confident pixels, and Dice of its foreground with the teacher's (echo check)."""
+    """Compute the share of VESSA's confident pixels, and the Dice of its foreground with the teacher's."""
     labels, confidence = vessa
     ours, theirs = (teacher > 0) & valid, (labels > 0) & valid
     same = ((teacher == labels) & ours).sum()
@@ -131,6 +153,6 @@ def _agreement(
 
 
 def _shares(source: str, labels: Tensor, keep: Tensor, classes: int) -> dict[str, float]:
-    """Share of each class but background, of all pixels, in pseudo-labels (B, H, W) where `keep` is True."""
+    """Compute the share of each foreground class in pseudo-labels (B, H, W) where `keep` is True."""
     counts = torch.bincount(labels[keep], minlength=classes)[1:].tolist()
     return {f"share_{source}_{c}": count / labels.numel() for c, count in enumerate(counts, start=1)}

@@ -13,9 +13,15 @@ def eta(step: int, total: int) -> float:
 
 
 def source_weights(step: int, total: int, alpha_v_floor: float = 0.0) -> tuple[float, float]:
-    """Return (alpha_t, alpha_v): eta and 1 - eta, the latter never below the floor."""
-    ramp = eta(step, total)
-    return ramp, max(1 - ramp, alpha_v_floor)
+    """Return (alpha_t, alpha_v), the shares of the teacher and of VESSA in the unlabeled loss.
+
+    They are eta and 1 - eta, the latter never below the floor, divided by their sum: the unlabeled loss
+    keeps its weight against the labeled one over the whole run. Floor 0 is Eq. 9 of the paper, floor 1 ends
+    with equal shares.
+    """
+    teacher = eta(step, total)
+    vessa = max(1 - teacher, alpha_v_floor)
+    return teacher / (teacher + vessa), vessa / (teacher + vessa)
 
 
 def ramp(step: int, total: int) -> float:

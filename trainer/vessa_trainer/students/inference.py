@@ -50,10 +50,7 @@ def predict_slice(
     size, device = config.student.size, next(model.parameters()).device
     frames = [Frame(i.shape[0], i.shape[1], size) for i in images]
     batch = torch.stack(
-        [
-            f.enter(with_channels(image, channels), "bilinear") / 255
-            for f, image in zip(frames, images, strict=True)
-        ]
+        [f.enter(with_channels(image, channels)) / 255 for f, image in zip(frames, images, strict=True)]
     ).to(device)
     padding = -size % config.student.multiple
     views: list[list[int]] = [[], [-1], [-2], [-2, -1]] if flips else [[]]
