@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from vessa import atomic_write
 from vessa.errors import InvalidConfig
 from vessa_trainer.config_parsing import build, merge, put
 
@@ -366,9 +367,7 @@ def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config, whole or not at all, as YAML that `load_config` reads back equal."""
     tree = to_dict(config)
     tree["annotator"]["api_key"] = None  # a secret has no place in a run directory that people share
-    fresh = Path(path).with_name(f".{Path(path).name}")
-    fresh.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    fresh.replace(path)
+    atomic_write.write_text(Path(path), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vessa import atomic_write
 from vessa.bulk.manifest import Manifest
 from vessa.client import AnnotatorClient
 from vessa.client.types import Annotation
@@ -192,6 +193,7 @@ def annotate_folder(
         raise ValueError(f"expected threads >= 1 and a batch of 1 to 64, got {threads} and {options.batch}")
     replicas, progress = Replicas(clients, patience), Progress()
     with Manifest(out / MANIFEST, options.settings(), retry=retry) as manifest:
+        atomic_write.remove_leftovers(out / "masks")
         chunks = _chunks(_pending(source, manifest, progress), options.batch)
         with ThreadPoolExecutor(threads, thread_name_prefix="vessa-bulk") as pool:
             try:
@@ -314,9 +316,8 @@ def _segment(
 def _write_mask(path: Path, answer: Annotation) -> None:
     assert answer.labels is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    Image.fromarray(answer.labels).save(fresh, "PNG")
-    fresh.replace(path)
+    with atomic_write.replacing(path) as fresh:
+        Image.fromarray(answer.labels).save(fresh, "PNG")
 
 
 def _done(file: str, mask: Path, answer: Annotation, options: AnnotateOptions) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vessa import atomic_write
 from vessa.errors import InvalidConfig, InvalidRequest
 
 _DIGEST = np.dtype("S16")
@@ -124,8 +125,7 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _drop_failures(path: Path, settings: dict[str, Any]) -> None:
-    fresh = path.with_name(f".{path.name}.fresh")
-    with path.open("rb") as old, fresh.open("wb") as new:
+    with path.open("rb") as old, atomic_write.replacing(path) as fresh, fresh.open("wb") as new:
         for number, line in enumerate(old):
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
@@ -134,4 +134,3 @@ def _drop_failures(path: Path, settings: dict[str, Any]) -> None:
                 _check_settings(path, record, settings)
             if "error" not in record:
                 new.write(line)
-    fresh.replace(path)

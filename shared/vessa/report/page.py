@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vessa import atomic_write
 from vessa.overlay import class_color, overlay
 from vessa.report.cases import Overlay, Pixels
 
@@ -145,15 +146,13 @@ class Page:
         )
 
     def write(self, path: Path) -> None:
-        """Write the page, whole or not at all."""
+        """Write the page atomically."""
         page = (
             "<!doctype html><html lang='en'><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width,initial-scale=1'>"
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style><body>{''.join(self._parts)}</body></html>"
         )
-        fresh = path.with_name(f".{path.name}")
-        fresh.write_text(page, encoding="utf-8")
-        fresh.replace(path)
+        atomic_write.write_text(path, page)
 
 
 def _figure(pixels: Pixels, name: str, caption: str) -> str:

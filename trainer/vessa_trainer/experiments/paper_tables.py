@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from vessa import atomic_write
 from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset
 from vessa.report.cases import annotated
@@ -171,9 +172,7 @@ def _write_splits(folder: Path, split: Split, labeled: Sequence[str]) -> dict[st
         text = "".join(f"{g}\n" for g in groups)
         if paths[part].is_file() and paths[part].read_text(encoding="utf-8") != text:
             raise InvalidConfig(f"{paths[part]} names other patients: choose another --out, or delete it")
-        fresh = folder / f".{part}.txt"  # a kill leaves the old file or the new one
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(paths[part])
+        atomic_write.write_text(paths[part], text)
     first, train, val, test = map(str, paths.values())
     return {"data": {"labeled": first, "unlabeled": train, "val": val, "test": test}}
 
@@ -185,13 +184,16 @@ def _write(
     titles = list(dict.fromkeys(title for some in rows for title in some))
     first = next(iter(rows[0].values())).seeds[0]
     classes = [*first.by_class, None]
-    (out / f"{name}.md").write_text(
+    atomic_write.write_text(
+        out / f"{name}.md",
         f"# {published.title}\n\n"
         + _about(config, split, columns, seeds, first.unit)
         + _markdown(rows, titles, classes, columns),
-        encoding="utf-8",
     )
-    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write.replacing(out / f"{name}.csv") as fresh,
+        fresh.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["method", "class", "percent", "labeled", "metric", "mean", "std", "by_seed"])
         for column, some in zip(columns, rows, strict=True):
@@ -212,7 +214,8 @@ def _write(
         figure = bars_figure(
             {t: [r.values("dice", c) for c in shown] for t, r in rows[0].items()}, shown, "Test Dice"
         )
-    figure.savefig(out / f"{name}.png", dpi=140)
+    with atomic_write.replacing(out / f"{name}.png") as fresh:
+        figure.savefig(fresh, format="png", dpi=140)
 
 
 def _rows(column: Column) -> dict[str, Row]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vessa import atomic_write
 from vessa.errors import InvalidConfig, InvalidWeights
 from vessa_trainer.config import load_config
 from vessa_trainer.students.inference import load_best
@@ -54,9 +55,7 @@ def export(run: Path, out: Path) -> dict[str, Any]:
             f"the exported network differs by {difference:.2e}, more than {TOLERANCE}: not written"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{out.name}.part")
-    fresh.write_bytes(data)
-    fresh.replace(out)
+    atomic_write.write_bytes(out, data)
     return {"out": str(out), "bytes": len(data), "difference": difference}
 
 

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
+from vessa import atomic_write
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import load_config
 from vessa_trainer.prediction.output_files import Output, VolumeOptions, find_outputs
@@ -40,7 +40,7 @@ def predict(
             part = images[start : start + config.batch_eval]
             probabilities = predict_slice(model, part, config, channels, flips=flips)
             labels += [p.argmax(0).byte().numpy() for p in probabilities]
-        _write(out / output.name, output.encode(labels))
+        atomic_write.write_bytes(out / output.name, output.encode(labels))
     return {
         "masks": len(outputs),
         "skipped": len(outputs) - len(missing),
@@ -66,19 +66,9 @@ def _claim(out: Path, outputs: Sequence[Output], settings: dict[str, object]) ->
     if strange is not None:
         raise InvalidDataset(f"{out} holds a {strange} that was not predicted here: give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(settings).encode())
+    atomic_write.write_bytes(path, json.dumps(settings).encode())
 
 
 def _digest(run: Path) -> str:
     with (run / checkpoint.BEST).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_bytes(data)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)

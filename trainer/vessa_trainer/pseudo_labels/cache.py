@@ -7,7 +7,6 @@ changed is another key. Values carry a checksum; a damaged one is a miss and is 
 import hashlib
 import json
 import logging
-import secrets
 import struct
 import time
 import zlib
@@ -21,6 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from vessa import atomic_write
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
 from vessa_trainer.config import CacheConfig
@@ -202,16 +202,12 @@ class FolderCache:
         """Write each label whole or not at all; a full disk is reported once."""
         for key, label in labels.items():
             path = self._path(key)
-            # not the process id: two containers that share the folder may both be process 1
-            fresh = path.with_name(f".{key}.{secrets.token_hex(4)}")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                fresh.write_bytes(pack(label))
-                fresh.replace(path)
+                # No sync: a label that a power cut damages fails its checksum and is requested again.
+                atomic_write.write_bytes(path, pack(label), sync=False)
             except OSError as error:
                 self._failed("written", error)
-                with suppress(OSError):
-                    fresh.unlink(missing_ok=True)
                 return
 
 

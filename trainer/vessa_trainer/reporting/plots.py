@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vessa import atomic_write
+
 mpl.use("Agg")
 
 _INK, _GRID = "#1c2430", "#dfe4ea"
@@ -33,16 +35,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def truncate_metrics(run: Path, step: int) -> None:
     """Drop the rows after a step, and a line cut by a kill: a run that is taken up writes them again."""
     rows = [row for row in read_metrics(run) if row["step"] <= step]
-    fresh = run / ".metrics.jsonl"
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fresh.replace(run / "metrics.jsonl")
+    atomic_write.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_progress(run: Path, title: str) -> None:
     """Draw a run's progress.png anew."""
-    fresh = run / ".progress.png"
-    progress_figure(read_metrics(run), title).savefig(fresh, dpi=110)
-    fresh.replace(run / "progress.png")
+    with atomic_write.replacing(run / "progress.png") as fresh:
+        progress_figure(read_metrics(run), title).savefig(fresh, format="png", dpi=110)
 
 
 def progress_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vessa import atomic_write
 from vessa.datasets import Dataset
 from vessa.report.cases import Overlay
 from vessa.report.page import Page
@@ -59,9 +60,7 @@ def write_run_report(
         page.figures([progress_figure(read_metrics(run), name)])
     page.details("Configuration and counts", summary)
     page.write(run / "report.html")
-    fresh = run / f".{SUMMARY}"
-    fresh.write_text(json.dumps(summary, indent=1) + "\n")
-    fresh.replace(run / SUMMARY)
+    atomic_write.write_text(run / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
 def interruption_table(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

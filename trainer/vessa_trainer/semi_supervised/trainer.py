@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from vessa import atomic_write
 from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
 from vessa.metrics import Scores
@@ -144,7 +145,7 @@ class Run:
     def resume(self) -> bool:
         """Take up the last checkpoint; False when there is none."""
         if self.processes.first:
-            checkpoint.sweep(self.out)
+            atomic_write.remove_leftovers(self.out)
         path = self.out / checkpoint.LAST
         found = path.is_file()
         if found:

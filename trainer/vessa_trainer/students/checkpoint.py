@@ -1,7 +1,6 @@
 """Checkpoints: everything an exact resume needs, written whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vessa import atomic_write
 from vessa.errors import InvalidWeights
 
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -18,22 +18,9 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and JSON metadata atomically: a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    try:
+    with atomic_write.replacing(path) as fresh:
         save_file(stored, fresh, {k: json.dumps(v) for k, v in metadata.items()})
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)  # what a full disk cut short
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a kill left of checkpoints that were being written."""
-    for name in (LAST, BEST):
-        for left in folder.glob(f".{name}.*"):
-            left.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -20,10 +20,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from vessa import atomic_write
 from vessa.client import default_key_file
 from vessa.errors import InvalidRequest, StoreUnavailable
 from vessa_server.settings import Settings
-from vessa_server.storage.files import disk, write_whole
+from vessa_server.storage.files import disk
 from vessa_server.storage.redis_connection import connect, is_redis, reachable
 
 LOCAL = "local"  # the admin key that a service makes itself, or that VESSA_API_KEY sets
@@ -139,7 +140,7 @@ class FileKeys:
             if wanted is not None:
                 with disk("written"):
                     text = "".join(key.to_json() + "\n" for key in wanted.values())
-                    write_whole(self.path, text.encode(), 0o600)
+                    atomic_write.write_bytes(self.path, text.encode(), 0o600)
         return wanted is not None
 
     @contextlib.contextmanager

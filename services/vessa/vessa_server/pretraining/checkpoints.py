@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vessa import atomic_write
 from vessa.errors import InvalidRequest, InvalidWeights
 from vessa_server.pretraining.distributed import Processes, local
 
@@ -45,7 +46,7 @@ def hold_to_settings(out: Path, settings: dict[str, Any], *, write: bool) -> Non
     elif (out / METRICS).exists():
         raise InvalidRequest(f"'{out.name}' holds a run of another version of this program: no {SETTINGS}")
     elif write:
-        replace_file(path, json.dumps(settings, indent=1) + "\n")
+        atomic_write.write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 def load_settings(out: Path) -> dict[str, Any]:
@@ -68,23 +69,10 @@ def flatten(data: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, value in items for k, v in flatten(value, f"{name}.{key}" if name else key).items()}
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all."""
-    fresh = path.with_name(f".{path.name}")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh, metadata)
-    with fresh.open("rb") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    """Write a safetensors file atomically."""
+    with atomic_write.replacing(path) as fresh:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh, metadata)
 
 
 def save_checkpoint(
@@ -104,10 +92,11 @@ def save_checkpoint(
         metrics = out / METRICS
         size = metrics.stat().st_size if metrics.is_file() else 0
         whole = {**facts, "sharded": sharded, "states": names, "metrics_bytes": size}
-        replace_file(out / CHECKPOINT, json.dumps(whole))
+        atomic_write.write_text(out / CHECKPOINT, json.dumps(whole))
         for path in out.glob("state-*.safetensors"):
             if path.name not in names:
                 path.unlink()
+        atomic_write.remove_leftovers(out)  # all processes have written: what is left is a killed run's
 
 
 def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -1,11 +1,9 @@
-"""Write files atomically and turn disk errors into StoreUnavailable."""
+"""Turn disk errors into StoreUnavailable."""
 
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 from vessa.errors import StoreUnavailable
 
@@ -25,25 +23,3 @@ def disk(action: str) -> Iterator[None]:
         raise StoreUnavailable(
             f"the template store could not be {action}: {reason}", retry_after=RETRY_AFTER_S
         ) from error
-
-
-def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write a file so that its name holds the old bytes or all of the new ones, also after a power cut.
-
-    mode: of the file, less the process's umask.
-    """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

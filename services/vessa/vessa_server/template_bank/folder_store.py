@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from vessa import atomic_write
 from vessa.errors import StoreUnavailable
-from vessa_server.storage.files import RETRY_AFTER_S, disk, write_whole
+from vessa_server.storage.files import RETRY_AFTER_S, disk
 from vessa_server.template_bank.index import Edit, Index, checked_blob, named_blobs
 
 LOCK_WAIT_S = 20.0
@@ -77,8 +78,8 @@ class FolderStore:
             with disk("written"):
                 (self.folder / bank / "blobs").mkdir(parents=True, exist_ok=True)
                 for digest, data in named_blobs(blobs, new).items():
-                    write_whole(self._blob_path(bank, digest), data)
-                write_whole(self.folder / bank / "index.json", new.to_json())
+                    atomic_write.write_bytes(self._blob_path(bank, digest), data)
+                atomic_write.write_bytes(self.folder / bank / "index.json", new.to_json())
                 self._sweep(bank, new)
             return new
 

@@ -22,6 +22,7 @@ import numpy as np
 from anyio import CapacityLimiter
 from numpy.typing import NDArray
 
+from vessa import atomic_write
 from vessa.errors import (
     PASSING,
     ClassConflict,
@@ -46,7 +47,6 @@ from vessa_server.serving.annotation_cache import Annotations
 from vessa_server.serving.engine import Loaded
 from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
-from vessa_server.storage.files import write_whole
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.volume_jobs.store import Job, alone_on, folder_of, read_job, remove, size_of
 
@@ -125,7 +125,7 @@ class Jobs:
                 folder.mkdir(parents=True, mode=0o700)
                 for index, data in enumerate(files):
                     (folder / f"{index:05d}.input").write_bytes(data)
-                write_whole(folder / "job.json", json.dumps(asdict(job)).encode())
+                atomic_write.write_bytes(folder / "job.json", json.dumps(asdict(job)).encode())
                 folder.rename(self._path(job))  # whole or not at all
             except OSError as error:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -293,7 +293,7 @@ class Jobs:
         self._finish(job, write_labels(volume, labels, job.classes, source, job.kind))
 
     def _finish(self, job: Job, data: bytes) -> None:
-        write_whole(self._path(job) / "result", data)
+        atomic_write.write_bytes(self._path(job) / "result", data)
         self._end(job, state="done")
 
     def _end(self, job: Job, **changes: Any) -> None:
@@ -309,7 +309,7 @@ class Jobs:
     def _change(self, job: Job, **changes: Any) -> Job:
         changed = replace(job, **changes)
         with self._lock:
-            write_whole(self._path(job) / "job.json", json.dumps(asdict(changed)).encode())
+            atomic_write.write_bytes(self._path(job) / "job.json", json.dumps(asdict(changed)).encode())
         return changed
 
 
@@ -330,8 +330,8 @@ def _keep(
             raise answer
         assert not isinstance(item, VessaError)  # its answer would be the same error
         made = annotations.made(request, item, answer)
-        write_whole(folder / f"{place:05d}.made", made.model_dump_json().encode())
-        write_whole(folder / f"{place:05d}.png", label_png(answer.labels))
+        atomic_write.write_bytes(folder / f"{place:05d}.made", made.model_dump_json().encode())
+        atomic_write.write_bytes(folder / f"{place:05d}.png", label_png(answer.labels))
 
 
 def _assemble(volume: Volume, job: Job, folder: Path) -> NDArray[np.uint8]:
