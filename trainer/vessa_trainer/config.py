@@ -63,10 +63,13 @@ class StudentConfig:
     name: architecture
     size: long side of the resized images, px; a multiple of 14 for dpt
     crop: side of the square training crop, px; a multiple of 14 for dpt
-    widths: channels of the U-Net's levels, each half the size of the one before
+    encoder: of a U-Net, a timm network with features at strides 2 to 32, such as tf_efficientnet_lite0; null
+        trains a U-Net from scratch
+    widths: channels of the U-Net's levels from scratch, each half the size of the one before
     backbone: size of the DINOv2 backbone of dpt
-    pretrained: whether the backbone starts from DINOv2's weights; false starts from noise
-    weights: local safetensors file of the DINOv2 backbone; null takes timm's hub copy
+    pretrained: whether backbone or encoder starts from published weights; false starts from noise
+    weights: local safetensors file of the backbone or encoder, under timm's names; null takes the installed
+        vessa-trainer[pretrained] for tf_efficientnet_lite0, else timm's hub copy
     init: run directory whose best teacher the student starts from; its last layer starts from noise where
         the number of classes differs
     """
@@ -74,6 +77,7 @@ class StudentConfig:
     name: Literal["unet", "dpt"] = "unet"
     size: int = 160
     crop: int = 160
+    encoder: str | None = None
     widths: tuple[int, ...] = (16, 32, 64, 128, 256)
     backbone: Literal["tiny", "small", "base", "large"] = "small"
     pretrained: bool = True
@@ -83,7 +87,9 @@ class StudentConfig:
     @property
     def multiple(self) -> int:
         """What the sides of the network's input are multiples of, px."""
-        return 14 if self.name == "dpt" else 2 ** (len(self.widths) - 1)
+        if self.name == "dpt":
+            return 14
+        return 2 ** (len(self.widths) - 1) if self.encoder is None else 32
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,9 @@ class ViewsConfig:
 class OptimConfig:
     """AdamW with poly decay.
 
-    lr: learning rate of everything except a pretrained backbone
-    backbone_lr: learning rate of a pretrained backbone
+    lr: learning rate of everything except a backbone and an encoder
+    backbone_lr: learning rate of a DINOv2 backbone
+    encoder_lr: learning rate of a U-Net's timm encoder, as a share of `lr`
     weight_decay: decay of AdamW
     power: exponent of the poly decay
     lambda_ce: weight of the cross-entropy in Eq. 4
@@ -135,6 +142,7 @@ class OptimConfig:
 
     lr: float = 1e-3
     backbone_lr: float = 5e-6
+    encoder_lr: float = 0.5
     weight_decay: float = 0.01
     power: float = 0.9
     lambda_ce: float = 0.5
@@ -156,14 +164,14 @@ class SemiConfig:
     0 is the hand-over of Eq. 9, 1 keeps the whole weight to the end.
     ema_decay: None is UniMatch V2's 0.996, or less in a short run, where the teacher would still average over
     the student's first steps when it has to teach.
-    unlabeled_loss: the loss of the teacher's labels. 'soft' compares all pixels with the teacher's
-    probabilities by cross-entropy and Dice; 'ce' is Eq. 5 and UniMatch V2; 'dice' is UniMatch v1's recipe for
-    medical images. None takes 'dice' for a U-Net without a pretrained encoder, which would call everything
-    background before it knows better, and 'ce' for a DPT, which starts from DINOv2.
-    vessa_loss: the loss of VESSA's labels. 'ce_dice' is cross-entropy and Dice on all pixels, weighted by
-    VESSA's confidence; 'ce' and 'dice' are gated as in Eq. 8, and the gate settings act on them alone.
-    channel_dropout: complementary dropout of feature channels in the strong views. None applies it to a DPT
-    and not to a U-Net, whose narrow levels lose by it.
+    unlabeled_loss: loss of the teacher's labels. 'soft' compares all pixels with the teacher's probabilities
+        by cross-entropy and Dice; 'ce' is Eq. 5 and UniMatch V2; 'dice' is UniMatch v1's recipe for medical
+        images. null takes 'soft' for a U-Net on a pretrained encoder; 'dice' for other U-Nets, which would
+        predict background everywhere at first; 'ce' for a DPT
+    vessa_loss: loss of VESSA's labels. 'ce_dice' is cross-entropy and Dice on all pixels, weighted by VESSA's
+        confidence; 'ce' and 'dice' are gated as in Eq. 8, and the gate settings act on them alone
+    channel_dropout: complementary dropout of feature channels in the strong views; null applies it to a DPT
+        and not to a U-Net, whose narrow levels lose by it
     """
 
     method: Literal["supervised", "unimatch_v2", "vessa", "semisam", "vessa_alone"] = "unimatch_v2"
@@ -302,7 +310,11 @@ class Config:
     @property
     def unlabeled_loss(self) -> str:
         """The loss of the teacher's labels, with the default that suits the student."""
-        return self.semi.unlabeled_loss or ("dice" if self.student.name == "unet" else "ce")
+        if self.semi.unlabeled_loss is not None:
+            return self.semi.unlabeled_loss
+        if self.student.name == "dpt":
+            return "ce"
+        return "soft" if self.student.encoder is not None and self.student.pretrained else "dice"
 
     @property
     def channel_dropout(self) -> bool:
@@ -410,6 +422,7 @@ def _check(config: Config) -> None:
         "threads": config.threads,
         "seed": config.seed,
         "optim.backbone_lr": config.optim.backbone_lr,
+        "optim.encoder_lr": config.optim.encoder_lr,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.power": config.optim.power,
         "optim.lambda_ce": config.optim.lambda_ce,

@@ -1,4 +1,4 @@
-"""The two students: shapes, dropout of channels, weights that do not fit."""
+"""The students: shapes, dropout of channels, weights that do not fit."""
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from vessa_trainer.data.augmentation import complementary_dropout
 from vessa_trainer.students.networks import build_student
 
 UNET = StudentConfig(name="unet", size=32, crop=32, widths=(4, 8, 16))
+LITE = StudentConfig(size=64, crop=64, encoder="tf_efficientnet_lite0", pretrained=False)
 DPT = StudentConfig(name="dpt", size=56, crop=56, backbone="tiny", pretrained=False)
 
 
-@pytest.fixture(params=[UNET, DPT], ids=["unet", "dpt"])
+@pytest.fixture(params=[UNET, LITE, DPT], ids=["unet", "lite0", "dpt"])
 def config(request):
     torch.manual_seed(0)
     return request.param

@@ -1,4 +1,4 @@
-"""The students: UniMatch v1's medical U-Net, and DINOv2 with a DPT head as in UniMatch V2."""
+"""The students: U-Nets from scratch or on a timm encoder, and DINOv2 with a DPT head as in UniMatch V2."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 from vessa.errors import InvalidWeights
 from vessa_trainer.config import OptimConfig, StudentConfig
-
-Dropout = list[Tensor] | None  # per feature level, (B, C) factors of its channels; None drops nothing
-
-
-def _apply(features: list[Tensor], dropout: Dropout) -> list[Tensor]:
-    if dropout is None:
-        return features
-    return [f * m[:, :, None, None] for f, m in zip(features, dropout, strict=True)]
+from vessa_trainer.students.dropout import Dropout, drop_channels
+from vessa_trainer.students.encoder_unet import EncoderUNet
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:
@@ -29,7 +23,7 @@ def _double(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """A U-Net that learns from scratch; widths: channels of its levels, five in UniMatch v1.
+    """UniMatch v1's medical U-Net, trained from scratch. widths: channels of its levels, five in UniMatch v1.
 
     input (B, 1, H, W) or (B, 3, H, W) float in [0, 1], H and W multiples of 2 to the number of levels
     less one; output logits (B, C, H, W)
@@ -52,7 +46,7 @@ class UNet(nn.Module):
         for level, block in enumerate(self.down):
             x = block(x if level == 0 else F.max_pool2d(x, 2))
             features.append(x)
-        features = _apply(features, dropout)
+        features = drop_channels(features, dropout)
         x = features.pop()
         for shrink, block in zip(self.shrink, self.up, strict=True):
             x = F.interpolate(shrink(x), scale_factor=2, mode="bilinear", align_corners=True)
@@ -144,7 +138,7 @@ class DPT(nn.Module):
         features = self.backbone.forward_intermediates(
             x, indices=list(self.layers), norm=True, intermediates_only=True
         )
-        features = _apply(features, None if dropout is None else dropout * len(features))
+        features = drop_channels(features, None if dropout is None else dropout * len(features))
         maps = [
             lateral(rescale(reduce(f)))
             for f, reduce, rescale, lateral in zip(
@@ -190,21 +184,27 @@ def logits_of(model: nn.Module, images: Tensor, *, bf16: bool, dropout: Dropout 
 def build_student(config: StudentConfig, channels: int, classes: int) -> nn.Module:
     """Build the student of a config.
 
-    channels: of the images, 1 or 3; classes: with background. Its `feature_channels` are what
-    `complementary_dropout` needs.
+    channels: of the images, 1 or 3; classes: with background. Its `feature_channels` are the channels of
+    the levels that `complementary_dropout` acts on.
     """
     if config.name == "dpt":
         return DPT(config, classes)
-    return UNet(channels, classes, config.widths).to(memory_format=torch.channels_last)
+    unet = UNet(channels, classes, config.widths) if config.encoder is None else EncoderUNet(config, classes)
+    return unet.to(memory_format=torch.channels_last)
 
 
 def parameter_groups(student: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups: a pretrained backbone learns at its own rate."""
-    if isinstance(student, DPT):
-        backbone = list(student.backbone.parameters())
-        ids = {id(p) for p in backbone}
-        rest = [p for p in student.parameters() if id(p) not in ids]
-        groups = [{"params": backbone, "lr": optim.backbone_lr}, {"params": rest, "lr": optim.lr}]
-    else:
-        groups = [{"params": list(student.parameters()), "lr": optim.lr}]
+    """Return AdamW's parameter groups: a pretrained backbone or encoder has a learning rate of its own."""
+    groups: list[dict[str, Any]] = []
+    rest = list(student.parameters())
+    for kind, name, rate in (
+        (DPT, "backbone", optim.backbone_lr),
+        (EncoderUNet, "encoder", optim.encoder_lr * optim.lr),
+    ):
+        if isinstance(student, kind):
+            part = list(student.get_submodule(name).parameters())
+            ids = {id(p) for p in part}
+            rest = [p for p in rest if id(p) not in ids]
+            groups.append({"params": part, "lr": rate})
+    groups.append({"params": rest, "lr": optim.lr})
     return [{**g, "betas": (0.9, 0.999), "weight_decay": optim.weight_decay} for g in groups]
