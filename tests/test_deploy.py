@@ -62,10 +62,10 @@ def test_nginx_takes_what_the_annotator_takes() -> None:
     body, job = re.findall(r"client_max_body_size (\d+)m;", conf)
     (read,) = re.findall(r"proxy_read_timeout (\d+)s;", conf)
     (wait,) = re.findall(r"client_body_timeout (\d+)s;", conf)
-    assert settings.max_body_bytes < int(body) << 20
-    assert settings.max_job_bytes < int(job) << 20
-    assert settings.request_timeout_s < int(read)
-    assert settings.body_timeout_s == int(wait)
+    assert settings.limits.max_body_bytes < int(body) << 20
+    assert settings.jobs.max_job_bytes < int(job) << 20
+    assert settings.limits.request_timeout_s < int(read)
+    assert settings.limits.body_timeout_s == int(wait)
 
 
 def test_dashboard_asks_for_metrics_that_exist() -> None:
@@ -95,8 +95,7 @@ def test_kubernetes_example_fits_together() -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
     environment = {entry["name"] for entry in container["env"]}
-    fields = {f"VESSA_{name.upper()}" for name in Settings.model_fields}
-    assert {name for name in environment if name.startswith("VESSA_")} <= fields
+    assert {name for name in environment if name.startswith("VESSA_")} <= Settings.variables()
     drain = next(int(e["value"]) for e in container["env"] if e["name"] == "VESSA_DRAIN_S")
     stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert drain + stop < pod["spec"]["terminationGracePeriodSeconds"]

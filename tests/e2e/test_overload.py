@@ -51,7 +51,9 @@ def test_a_slow_body_is_given_up_and_its_place_is_free_again(narrow: Any) -> Non
         with connect(narrow) as slow:
             status, _, error = read(slow)
         assert (status, error["code"]) == (400, "malformed_body")
-        assert error["message"] == "the body did not arrive within 1 s; 10 bytes came"
+        assert (
+            error["message"] == "The body did not arrive within 1 s: 10 bytes came. Send it faster, or less."
+        )
 
 
 def test_no_place_left_says_when_to_come_back(narrow: Any) -> None:

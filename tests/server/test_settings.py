@@ -21,7 +21,7 @@ def test_defaults_are_safe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     settings = Settings()
     assert settings.loopback
     assert not settings.insecure
-    assert settings.store == f"folder:{tmp_path}/vessa/banks"
+    assert settings.storage.store == f"folder:{tmp_path}/vessa/banks"
     assert (settings.port, settings.weights, settings.key) == (8700, "nano", "")
 
 
@@ -63,6 +63,26 @@ def test_a_wrong_setting_is_named(given: dict[str, object], sentence: str) -> No
     with pytest.raises(InvalidConfig, match=sentence) as caught:
         Settings(**given)
     assert "geheim" not in str(caught.value)
+
+
+def test_each_setting_of_a_group_is_read_from_its_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VESSA_MAX_ITEMS", "7")
+    monkeypatch.setenv("VESSA_STORE", "folder:/somewhere")
+    monkeypatch.setenv("VESSA_AUDIT_FILE", "/somewhere/audit.jsonl")
+    monkeypatch.setenv("VESSA_VLLM_KEY", "geheim")
+    settings = Settings(max_items=8)
+    assert settings.limits.max_items == 8
+    assert Settings().limits.max_items == 7
+    assert settings.storage.store == "folder:/somewhere"
+    assert settings.audit.audit_file == Path("/somewhere/audit.jsonl")
+    assert "geheim" not in repr(settings)
+    again = Settings(**settings.model_dump())
+    assert again.limits == settings.limits
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="max_itmes"):
+        Settings(max_itmes=3)
 
 
 def test_an_empty_key_is_no_key_and_a_key_is_not_shown() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -63,7 +64,7 @@ def create_app(settings: Settings | None = None, device_factory: Factory = in_ow
         service.start()
         jobs.start()
         yield
-        await run_in_threadpool(jobs.stop, settings.drain_s)
+        await run_in_threadpool(jobs.stop, settings.queue.drain_s)
         await run_in_threadpool(service.stop)
 
     app = FastAPI(
@@ -79,7 +80,7 @@ def create_app(settings: Settings | None = None, device_factory: Factory = in_ow
     app.state.service, app.state.jobs = service, jobs
     app.state.access = resolve_access(settings)
     app.state.audit = open_audit(settings)
-    app.state.limits = KeyLimits(settings.key_requests, settings.key_images_per_minute)
+    app.state.limits = KeyLimits(settings.limits.key_requests, settings.limits.key_images_per_minute)
     for router in (
         banks_api,
         segmentation,
@@ -97,6 +98,9 @@ def create_app(settings: Settings | None = None, device_factory: Factory = in_ow
 def prepare_process(settings: Settings) -> None:
     """Do what a process that serves the app does once, before anything else."""
     log_to_stderr(settings)
+    unknown = sorted(n for n in os.environ if n.startswith("VESSA_") and n not in Settings.variables())
+    if unknown:  # a misspelt limit would silently not hold
+        log.warning("%d environment variables are not settings: %s", len(unknown), ", ".join(unknown))
     if settings.traces:
         export_traces()
     # While a batch changes, the device waits for this process: its thread must not wait for a whole 5 ms.
@@ -128,8 +132,8 @@ def serve(settings: Settings) -> None:
             ws="none",
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=math.ceil(settings.body_timeout_s),
-            timeout_graceful_shutdown=math.ceil(settings.drain_s),
+            timeout_keep_alive=math.ceil(settings.limits.body_timeout_s),
+            timeout_graceful_shutdown=math.ceil(settings.queue.drain_s),
         )
     )
 

@@ -30,7 +30,6 @@ from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 
 _POLL_S = 0.1
-_SECRETS = ("api_key", "vllm_key")
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ def run(settings: Settings, scale: Scale, address: str | None = None) -> None:
     address: of a Ray cluster, as `ray.init` takes it; None starts one on this machine, for this call alone
     Raises InvalidConfig where replicas could not share their banks.
     """
-    if not settings.store.startswith(("redis://", "rediss://")):
+    if not settings.storage.store.startswith(("redis://", "rediss://")):
         raise InvalidConfig("replicas share their banks through Redis: set VESSA_STORE=redis://...")
     access = resolve_access(settings)
     given = settings.model_dump()
-    given |= {name: given[name].get_secret_value() for name in _SECRETS}
+    given["language_model"]["vllm_key"] = settings.language_model.vllm_key.get_secret_value()
     # All replicas take one key, and the device that Ray shows them or none.
     given |= {"api_key": access.key or "", "device": "cuda" if scale.gpus else "cpu"}
     if address is None:
@@ -120,7 +119,7 @@ def _deploy(settings: Settings, scale: Scale, given: dict[str, Any]) -> None:
     http = {
         "host": settings.host,
         "port": settings.port,
-        "request_timeout_s": settings.body_timeout_s + settings.request_timeout_s + 10,
+        "request_timeout_s": settings.limits.body_timeout_s + settings.limits.request_timeout_s + 10,
         "keep_alive_timeout_s": 30,
     }
     serve.start(proxy_location="EveryNode", http_options=http)
@@ -140,9 +139,9 @@ def _deploy(settings: Settings, scale: Scale, given: dict[str, Any]) -> None:
     deployment = serve.deployment(serve.ingress()(Replica)).options(
         name="annotator",
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
-        max_ongoing_requests=settings.max_requests,
-        max_queued_requests=settings.max_requests,  # at the proxy; then it answers 503
-        graceful_shutdown_timeout_s=math.ceil(settings.drain_s) + 5,
+        max_ongoing_requests=settings.limits.max_requests,
+        max_queued_requests=settings.limits.max_requests,  # at the proxy; then it answers 503
+        graceful_shutdown_timeout_s=math.ceil(settings.queue.drain_s) + 5,
         health_check_timeout_s=30,
         **number,
     )

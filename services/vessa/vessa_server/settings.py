@@ -1,4 +1,8 @@
-"""Settings of the service, from `VESSA_*` environment variables or the command line."""
+"""Read the service's settings from `VESSA_*` environment variables or the command line.
+
+Settings are read by group (`settings.limits.max_items`) and given by their own name: the variable is
+`VESSA_MAX_ITEMS`, the argument `Settings(max_items=8)`.
+"""
 
 import os
 from pathlib import Path
@@ -11,8 +15,10 @@ from vessa.errors import InvalidConfig
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 MEGABYTE = 1024 * 1024
+DAY_S = 86400.0
 
 Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -22,55 +28,14 @@ def default_store() -> str:
     return f"folder:{Path(base).expanduser() / 'vessa' / 'banks'}"
 
 
-class Settings(BaseSettings):
-    """Everything an operator can choose. Built by the command line or `create_app`, never at import.
+class _Group(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="VESSA_", extra="forbid", hide_input_in_errors=True, env_ignore_empty=False
+    )
 
-    host: address to bind, loopback unless told otherwise; api_key: when empty, one is generated and kept in
-    the key file; insecure: serve without a key. weights: `nano` or a weights directory; device: cpu, cuda,
-    cuda:N or auto. store: folder:PATH or redis://...; threads: CPU threads that compute, 0 = torch's
-    choice. without: parts of the annotator to leave out, as in the paper's ablations (Table 4):
-    VESSA_WITHOUT=language, memory or language,memory. language: in_process, or vllm at vllm_url with vllm_key
-    (docs/how-to/vllm.md).
-    """
 
-    model_config = SettingsConfigDict(env_prefix="VESSA_", extra="ignore", hide_input_in_errors=True)
-
-    host: str = Field("127.0.0.1", description="address to bind; loopback serves this machine alone")
-    port: int = Field(8700, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    api_key: SecretStr = Field(
-        SecretStr(""), description="admin key; unset, one is generated and kept in the key file"
-    )
-    key_file: Path | None = Field(
-        None, description="where the generated key is kept; the client's default place"
-    )
-    keys_file: Path | None = Field(
-        None,
-        description="where named keys are kept; unset: the store's Redis, or beside the key file",
-    )
-    audit_file: Path | None = Field(None, description="who changed what; unset, in the store's folder")
-    insecure: bool = Field(False, description="serve everybody, without any key")
-    weights: str = Field("nano", description="`nano`, the shipped weights, or a weights directory")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="cpu, cuda, cuda:N, mps or auto"
-    )
-    store: str = Field(
-        default_factory=default_store, description="template banks: `folder:PATH` or `redis://...`"
-    )
-    threads: int = Field(0, ge=0, description="CPU threads for computing; 0 leaves the choice to torch")
-    without: Annotated[frozenset[Literal["language", "memory"]], NoDecode] = Field(
-        frozenset(), description="parts to leave out, as in Table 4: language, memory or both, by comma"
-    )
-    language: Literal["in_process", "vllm"] = Field(
-        "in_process", description="backend of the language model; `vllm` needs VESSA_VLLM_URL"
-    )
-    vllm_url: str = Field("", pattern=r"^(https?://[^/?#@\s]+/?)?$", description="http://host:port of vLLM")
-    vllm_key: SecretStr = Field(SecretStr(""), description="key of vLLM, sent as a bearer token")
-    vllm_timeout_s: Seconds = Field(30.0, description="longest wait for vLLM's answer to one batch")
-    log_level: str = Field(
-        "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
-    )
-    log_format: Literal["text", "json"] = Field("text", description="lines for people, or JSON")
-    traces: bool = Field(False, description="export OpenTelemetry spans, see OTEL_EXPORTER_OTLP_ENDPOINT")
+class Limits(_Group):
+    """Bound what one request, one key and all connections may take."""
 
     max_body_bytes: Positive = Field(64 * MEGABYTE, description="size of one request body")
     max_answer_bytes: Positive = Field(256 * MEGABYTE, description="size of one answer")
@@ -78,46 +43,138 @@ class Settings(BaseSettings):
     max_items: Positive = Field(64, description="images in one request")
     max_points: Positive = Field(64, description="points for one class of one image")
     max_candidates: Positive = Field(10_000, description="images that one suggestion is chosen from")
-    max_templates: Positive = Field(10_000, description="templates in one bank")
-    max_requests: Positive = Field(32, description="segment and template requests in work at once")
-    key_requests: Positive = Field(32, description="of them by one key that has no limit of its own")
-    key_images_per_minute: int = Field(
-        0, ge=0, description="images by one key that has no limit of its own; 0 for any number"
+    max_requests: Positive = Field(32, description="segment and template requests in progress at once")
+    key_requests: Positive = Field(32, description="of them by one key without a limit of its own")
+    key_images_per_minute: Natural = Field(
+        0, description="images by one key without a limit of its own; 0: any number"
     )
-    audit_bytes: Positive = Field(16 * MEGABYTE, description="of one file of the audit log")
-    audit_files: int = Field(8, ge=2, description="files of the audit log that are kept")
-    queue_items: Positive = Field(256, description="items waiting for the device")
-    max_batch: Positive = Field(8, description="items on the device at once")
+    request_timeout_s: Seconds = Field(120.0, description="from the complete body to the answer")
+    body_timeout_s: Seconds = Field(30.0, description="for the whole head, and the whole body, to arrive")
+    adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be requested")
+
+
+class Queue(_Group):
+    """Bound the queue in front of the worker and its batches."""
+
+    queue_items: Positive = Field(256, description="items waiting for the worker")
+    max_batch: Positive = Field(8, description="items in one batch")
     max_batch_pixels: Positive = Field(
-        4096 * 4096, description="height x width of all of them together; one image alone may have more"
+        4096 * 4096, description="height x width of all images of a batch; one image alone may have more"
     )
     batch_wait_s: float = Field(
         0.005, ge=0, le=1, description="longest wait for items that are expected to fill a batch"
     )
-    request_timeout_s: Seconds = Field(120.0, description="from the complete body to the answer")
-    body_timeout_s: Seconds = Field(30.0, description="for the whole head, and the whole body, to arrive")
-    hang_s: Seconds = Field(300.0, description="a device silent for longer fails /readyz")
-    drain_s: Seconds = Field(30.0, description="for requests in work after SIGTERM")
-    adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be asked for")
-    jobs_folder: Path | None = Field(None, description="of the jobs; unset, in the store's folder")
-    max_jobs: Positive = Field(64, description="jobs that are kept, 3/4 of them of one key at most")
-    max_jobs_bytes: Positive = Field(4096 * MEGABYTE, description="all of them together, on disk")
-    job_age_s: Seconds = Field(7 * 86400.0, description="finished jobs over it go with the next one")
+    hang_s: Seconds = Field(300.0, description="a worker silent for longer fails /readyz")
+    drain_s: Seconds = Field(30.0, description="for requests in progress after SIGTERM")
+
+
+class JobSettings(_Group):
+    """Bound the volume jobs and say where they are stored."""
+
+    jobs_folder: Path | None = Field(None, description="folder of the jobs; default: in the store's folder")
+    max_jobs: Positive = Field(64, description="stored jobs; a key may hold 3/4 of them")
+    max_jobs_bytes: Positive = Field(4096 * MEGABYTE, description="size of all jobs on disk")
+    job_age_s: Seconds = Field(7 * DAY_S, description="finished jobs older than this are deleted")
     max_job_bytes: Positive = Field(256 * MEGABYTE, description="size of the files of one job")
     max_job_voxels: Positive = Field(512**3, description="voxels of one job's volume")
     max_job_slices: Positive = Field(2048, description="slices, and files, of one job's volume")
-    feature_cache_bytes: int = Field(
-        512 * MEGABYTE, ge=0, description="memory for features of images and templates"
+
+
+class LanguageModel(_Group):
+    """Say where the language model runs (docs/how-to/vllm.md)."""
+
+    language: Literal["in_process", "vllm"] = Field(
+        "in_process", description="backend of the language model; `vllm` needs VESSA_VLLM_URL"
     )
-    annotation_bytes: int = Field(
-        64 * MEGABYTE,
-        ge=0,
-        description="annotations kept for GET /annotations/{id}, the latest ones; in memory",
+    vllm_url: str = Field("", pattern=r"^(https?://[^/?#@\s]+/?)?$", description="http://host:port of vLLM")
+    vllm_key: SecretStr = Field(SecretStr(""), description="key of vLLM, sent as a bearer token")
+    vllm_timeout_s: Seconds = Field(30.0, description="longest wait for vLLM's answer to one batch")
+
+
+class Audit(_Group):
+    """Say where the audit log is and how much of it is stored."""
+
+    audit_file: Path | None = Field(None, description="file of the audit log; default: in the store's folder")
+    audit_bytes: Positive = Field(16 * MEGABYTE, description="size of one file of the audit log")
+    audit_files: int = Field(8, ge=2, description="files of the audit log that are stored")
+
+
+class Storage(_Group):
+    """Say where the template banks are and how much they may hold."""
+
+    store: str = Field(default_factory=default_store, description="folder:PATH or redis://...")
+    max_templates: Positive = Field(10_000, description="templates in one bank")
+
+
+class Caches(_Group):
+    """Bound what the service remembers in memory."""
+
+    feature_cache_bytes: Natural = Field(512 * MEGABYTE, description="features of images and templates")
+    annotation_bytes: Natural = Field(64 * MEGABYTE, description="annotations for GET /annotations/{id}")
+
+
+_GROUPS: dict[str, type[_Group]] = {
+    "limits": Limits,
+    "queue": Queue,
+    "jobs": JobSettings,
+    "language_model": LanguageModel,
+    "audit": Audit,
+    "storage": Storage,
+    "caches": Caches,
+}
+
+
+class Settings(_Group):
+    """All settings of a service. Built by the command line or `create_app`, never at import.
+
+    host: address to bind, loopback by default; api_key: when empty, one is generated and stored in the key
+    file; insecure: serve without a key. weights: `nano` or a weights directory; device: cpu, cuda, cuda:N or
+    auto; threads: CPU threads that compute, 0 = torch's choice. without: parts of the annotator to leave out,
+    as in the ablations of the paper's Table 4: VESSA_WITHOUT=language, memory or language,memory.
+    """
+
+    host: str = Field("127.0.0.1", description="address to bind; loopback serves this machine alone")
+    port: int = Field(8700, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_key: SecretStr = Field(
+        SecretStr(""), description="admin key; default: one is generated and stored in the key file"
     )
+    key_file: Path | None = Field(None, description="file of the generated key; default: the client's place")
+    keys_file: Path | None = Field(
+        None, description="file of the named keys; default: the store's Redis, or beside the key file"
+    )
+    insecure: bool = Field(False, description="serve everybody, without any key")
+    weights: str = Field("nano", description="`nano`, the shipped weights, or a weights directory")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="cpu, cuda, cuda:N, mps or auto"
+    )
+    threads: Natural = Field(0, description="CPU threads for computing; 0 leaves the choice to torch")
+    without: Annotated[frozenset[Literal["language", "memory"]], NoDecode] = Field(
+        frozenset(), description="parts to leave out, as in Table 4: language, memory or both, by comma"
+    )
+    log_level: str = Field(
+        "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="lines for people, or JSON")
+    traces: bool = Field(False, description="export OpenTelemetry spans, see OTEL_EXPORTER_OTLP_ENDPOINT")
+
+    limits: Limits
+    queue: Queue
+    jobs: JobSettings
+    language_model: LanguageModel
+    audit: Audit
+    storage: Storage
+    caches: Caches
 
     def __init__(self, **given: Any) -> None:
-        """Read the environment; `given` goes before. InvalidConfig names what is wrong, not its value."""
+        """Read the environment; arguments take precedence. InvalidConfig names the setting, not its value.
+
+        given: settings of any group by their own names, or whole groups by the group's name
+        """
         try:
+            for name, group in _GROUPS.items():
+                own = dict(given.pop(name, {}))
+                own |= {field: given.pop(field) for field in group.model_fields if field in given}
+                given[name] = group(**own)
             super().__init__(**given)
         except ValidationError as error:
             parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
@@ -125,47 +182,55 @@ class Settings(BaseSettings):
 
     @field_validator("without", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _split_names(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         return frozenset(part for part in (p.strip() for p in value.split(",")) if part)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Settings":
+    def _check_combinations(self) -> "Settings":
+        language, limits = self.language_model, self.limits
         if self.insecure and self.key:
             raise ValueError(
                 "insecure and api_key exclude each other: remove VESSA_API_KEY or VESSA_INSECURE"
             )
-        if (self.language == "vllm") != bool(self.vllm_url):
+        if (language.language == "vllm") != bool(language.vllm_url):
             raise ValueError("VESSA_LANGUAGE=vllm and VESSA_VLLM_URL=http://host:port belong together")
-        if self.language == "vllm" and "language" in self.without:
+        if language.language == "vllm" and "language" in self.without:
             raise ValueError("VESSA_LANGUAGE=vllm and VESSA_WITHOUT=language exclude each other")
-        if self.language == "vllm" and self.vllm_timeout_s >= self.request_timeout_s:
+        if language.language == "vllm" and language.vllm_timeout_s >= limits.request_timeout_s:
             raise ValueError("vllm_timeout_s must be shorter than request_timeout_s")
-        if self.max_items > self.queue_items:
+        if limits.max_items > self.queue.queue_items:
             raise ValueError(
-                f"max_items ({self.max_items}) must not exceed queue_items ({self.queue_items}): "
+                f"max_items ({limits.max_items}) must not exceed queue_items ({self.queue.queue_items}): "
                 "the largest request would never fit"
             )
         return self
 
+    @classmethod
+    def variables(cls) -> set[str]:
+        """Return the names of all environment variables that are read."""
+        fields = [*cls.model_fields, *(name for group in _GROUPS.values() for name in group.model_fields)]
+        return {f"VESSA_{name.upper()}" for name in fields if name not in _GROUPS}
+
     @property
     def key(self) -> str:
-        """The configured key, empty when none is."""
+        """Return the configured key, empty when none is."""
         return self.api_key.get_secret_value().strip()
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can connect."""
+        """Return whether only this machine can connect."""
         return self.host in LOOPBACK
 
-    def limits(self) -> dict[str, int]:
+    def public_limits(self) -> dict[str, int]:
         """Return the limits that a client should know, for /info."""
+        limits = self.limits
         return {
-            "max_body_bytes": self.max_body_bytes,
-            "max_pixels": self.max_pixels,
-            "max_items": self.max_items,
-            "max_points": self.max_points,
-            "queue_items": self.queue_items,
-            "max_batch": self.max_batch,
+            "max_body_bytes": limits.max_body_bytes,
+            "max_pixels": limits.max_pixels,
+            "max_items": limits.max_items,
+            "max_points": limits.max_points,
+            "queue_items": self.queue.queue_items,
+            "max_batch": self.queue.max_batch,
         }

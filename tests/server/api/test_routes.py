@@ -118,7 +118,7 @@ def test_info_says_what_runs(server: Any) -> None:
     assert info["preset"] == "nano"
     assert info["device"] == "cpu"
     assert info["labels_version"]
-    assert info["limits"]["max_body_bytes"] == server.settings.max_body_bytes
+    assert info["limits"]["max_body_bytes"] == server.settings.limits.max_body_bytes
     assert info["model"] == server.app.state.service.loaded().about.model
 
 

@@ -56,7 +56,7 @@ def settings(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Se
 
 @pytest.fixture(scope="module")
 def banks(settings: Settings) -> TemplateBanks:
-    return TemplateBanks(FolderStore(settings.store.removeprefix("folder:")))
+    return TemplateBanks(FolderStore(settings.storage.store.removeprefix("folder:")))
 
 
 @pytest.fixture(scope="module")

@@ -186,11 +186,11 @@ def test_jobs_are_bounded_in_number(server_of, nano_weights, tmp_path):
     data = gzip.compress(nifti(phantom((40, 30, 3)), AFFINE))
     first = post(server, data, bank="jobs").json()
     wait(server, first["id"])
-    server.app.state.jobs._settings = server.settings.model_copy(update={"job_age_s": 1e9})
+    server.settings.jobs.job_age_s = 1e9
     refused = post(server, data, bank="jobs")
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert refused.headers["Retry-After"]
-    server.app.state.jobs._settings = server.settings  # whose finished jobs are old at once
+    server.settings.jobs.job_age_s = 1e-3  # every finished job is too old at once
     second = post(server, data, bank="jobs")
     assert second.status_code == 202
     assert [job["id"] for job in server.http.get("/jobs").json()] == [second.json()["id"]]

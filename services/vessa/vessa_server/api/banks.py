@@ -77,7 +77,7 @@ def adapt_bank(
     Each template is predicted from others. What does not help with held-out templates is dropped. While it
     runs it shares the device with requests. A bank has one adaptation; a new one that helps replaces it.
     """
-    longest = loaded.settings.adapt_s
+    longest = loaded.settings.limits.adapt_s
     if seconds > longest:
         raise InvalidRequest(f"seconds is at most {longest:g} here, got {seconds:g}")
     with change("bank.adapt", bank=bank, seconds=seconds):
@@ -141,7 +141,11 @@ async def add_templates(
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as loaded:
         kind = media_type(request)
-        body = await read_body(request, loaded.settings)
+        body = await read_body(
+            request,
+            limit=loaded.settings.limits.max_body_bytes,
+            seconds=loaded.settings.limits.body_timeout_s,
+        )
         if kind == FORM:
             header = request.headers["content-type"]
             wanted = await run_in_threadpool(loaded.reader.template_form, header, body)

@@ -19,7 +19,6 @@ from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.serialization.responses import SAFETENSORS
 from vessa_server.serving.engine import Loaded
 from vessa_server.serving.lifecycle import Service
-from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import BANK_NAME
 from vessa_server.template_bank.permissions import CallersBanks
 
@@ -82,29 +81,28 @@ def media_type(request: Request) -> str:
     return kind
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """Return the body; TooLarge once it is over the limit, MalformedBody when it is too slow.
+async def read_body(request: Request, *, limit: int, seconds: float) -> bytes:
+    """Return the body. Raises TooLarge for more than `limit` bytes, MalformedBody after `seconds`.
 
-    The announced length is checked first, and what really arrives is counted, for a chunked body announces
-    nothing.
+    The announced length is checked first. The bytes that arrive are counted too, because a chunked body
+    announces no length.
     """
-    limit = settings.max_body_bytes
     too_large = TooLarge(
-        f"the body has more than {limit} bytes, the limit; send fewer or smaller images at once"
+        f"The body has more than {limit} bytes, the limit. Send fewer or smaller images in one request."
     )
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limit:
                     raise too_large
                 body += chunk
     except TimeoutError:
         raise MalformedBody(
-            f"the body did not arrive within {settings.body_timeout_s:g} s; {len(body)} bytes came"
+            f"The body did not arrive within {seconds:g} s: {len(body)} bytes came. Send it faster, or less."
         ) from None
     return bytes(body)
 

@@ -37,10 +37,13 @@ async def create_job(request: Request, response: Response, caller: CallerDep) ->
     with limits.work(caller), service_of(request).permit() as loaded:
         if media_type(request) != FORM:
             raise UnsupportedMedia(f"a job needs a form: {FORM}")
-        largest = loaded.settings.model_copy(update={"max_body_bytes": loaded.settings.max_job_bytes})
-        body = await read_body(request, largest)
+        body = await read_body(
+            request,
+            limit=loaded.settings.jobs.max_job_bytes,
+            seconds=loaded.settings.limits.body_timeout_s,
+        )
         files, wish = await run_in_threadpool(
-            read_job, request.headers["content-type"], body, loaded.settings.max_job_slices
+            read_job, request.headers["content-type"], body, loaded.settings.jobs.max_job_slices
         )
         take = partial(limits.take, caller)
         jobs = _jobs(request)

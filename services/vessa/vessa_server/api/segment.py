@@ -68,7 +68,11 @@ async def segment(
         kind = media_type(request)
         offered = [JSON, PNG, SAFETENSORS, DICOM] if kind == FORM else [SAFETENSORS]
         answer_type = choose_type(request.headers.get("accept"), offered)
-        body = await read_body(request, loaded.settings)
+        body = await read_body(
+            request,
+            limit=loaded.settings.limits.max_body_bytes,
+            seconds=loaded.settings.limits.body_timeout_s,
+        )
         if kind == FORM:
             header = request.headers["content-type"]
             wanted = await run_in_threadpool(reader.segment_form, header, body)
@@ -88,7 +92,9 @@ async def segment(
             if isinstance(one := answers[0], VessaError):
                 raise one
             if answer_type == DICOM:
-                content = dicom_answer(one, request.headers["content-type"], body, loaded.settings.max_pixels)
+                content = dicom_answer(
+                    one, request.headers["content-type"], body, loaded.settings.limits.max_pixels
+                )
             elif answer_type == JSON:
                 content = json_answer(one)
             else:

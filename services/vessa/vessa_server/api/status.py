@@ -61,7 +61,7 @@ def info(loaded: LoadedDep, banks: BanksDep) -> ServiceInfo:
         preset=about.preset,
         model=about.model,
         device=about.device,
-        limits=loaded.settings.limits(),
+        limits=loaded.settings.public_limits(),
         banks=banks.list(),
         labels_version=loaded.labels_version,
         parts=loaded.parts,

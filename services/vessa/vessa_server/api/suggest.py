@@ -32,7 +32,11 @@ async def suggest_images(request: Request, caller: CallerDep, bank: BankPath) ->
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as loaded:
-        body = await read_body(request, loaded.settings)
+        body = await read_body(
+            request,
+            limit=loaded.settings.limits.max_body_bytes,
+            seconds=loaded.settings.limits.body_timeout_s,
+        )
         wanted = await run_in_threadpool(read_candidates, body, loaded.settings)
         state = await run_in_threadpool(_bank, CallersBanks(loaded.banks, caller), check_name(bank))
         if wanted.images is not None:
@@ -53,7 +57,7 @@ async def _look(loaded: Loaded, bank: Bank, wanted: Candidates, client: str) -> 
     from vessa_server.types import DescribeItem, SegmentItem
 
     assert wanted.images is not None
-    check_size(wanted.images.shape[1:3], max(len(bank.classes), 1), loaded.settings.max_pixels)
+    check_size(wanted.images.shape[1:3], max(len(bank.classes), 1), loaded.settings.limits.max_pixels)
     pairs = list(zip(wanted.ids, wanted.images, wanted.groups, strict=True))
     features = await loaded.describe([DescribeItem(i, image) for i, image, _ in pairs], client)
     sure: list[float | None] = [None] * len(pairs)
@@ -104,7 +108,7 @@ def _rank(loaded: Loaded, bank: Bank, wanted: Candidates) -> Suggestions:
         covered=np.stack(usable) if usable else None,
         groups=wanted.units,
         confidence=np.array(sure, np.float32) if bank.classes else None,
-        until=time.monotonic() + loaded.settings.request_timeout_s,
+        until=time.monotonic() + loaded.settings.limits.request_timeout_s,
     )
     found = [
         Suggestion(group=p.group, image_ids=[wanted.ids[i] for i in p.images], gain=round(p.gain, 6))

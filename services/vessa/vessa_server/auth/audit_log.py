@@ -91,7 +91,7 @@ class AuditLog:
 
 def open_audit(settings: Settings) -> AuditLog:
     """Return the audit log: `audit_file`, else beside a folder store's banks, else in the user's data."""
-    scheme, _, place = settings.store.partition(":")
+    scheme, _, place = settings.storage.store.partition(":")
     folder = Path(place).expanduser() if scheme == "folder" else Path(default_store().partition(":")[2])
-    path = settings.audit_file or folder / ".audit" / "audit.jsonl"  # no bank can be called that
-    return AuditLog(path, settings.audit_bytes, settings.audit_files)
+    path = settings.audit.audit_file or folder / ".audit" / "audit.jsonl"  # no bank can be called that
+    return AuditLog(path, settings.audit.audit_bytes, settings.audit.audit_files)

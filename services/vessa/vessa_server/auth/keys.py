@@ -191,8 +191,8 @@ class RedisKeys:
 
 def open_keys(settings: Settings) -> Keys:
     """Return where the keys are kept: `keys_file`, else the Redis of the store, else beside the local key."""
-    if settings.keys_file is None and is_redis(settings.store):
-        return RedisKeys(settings.store)
+    if settings.keys_file is None and is_redis(settings.storage.store):
+        return RedisKeys(settings.storage.store)
     beside = (settings.key_file or default_key_file()).with_name("keys.jsonl")
     return FileKeys(settings.keys_file or beside)
 

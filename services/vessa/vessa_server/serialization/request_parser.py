@@ -124,13 +124,13 @@ class Reader:
         bank = check_name(form.text("bank", DEFAULT_BANK))
         classes = read_classes(form.json("classes"))
         group = read_group(form.text("group", ""), "group")
-        image = decode_image(form.file("image"), self.settings.max_pixels)
-        mask = decode_mask(form.file("mask"), image.shape[:2], self.settings.max_pixels)
+        image = decode_image(form.file("image"), self.settings.limits.max_pixels)
+        mask = decode_mask(form.file("mask"), image.shape[:2], self.settings.limits.max_pixels)
         return self._template_request(bank, image[None], mask[None], classes, [group])
 
     def template_tensors(self, body: bytes) -> TemplateRequest:
         """Read safetensors POST /templates: many examples of one size."""
-        tensors, metadata = decode(body, TEMPLATE_TENSORS, max_bytes=self.settings.max_body_bytes)
+        tensors, metadata = decode(body, TEMPLATE_TENSORS, max_bytes=self.settings.limits.max_body_bytes)
         check_known(metadata, {"bank", "classes", "groups"})
         if tensors.keys() != TEMPLATE_TENSORS.keys():
             raise MalformedBody(f"expected the tensors images and masks, got {sorted(tensors)}")
@@ -150,7 +150,7 @@ class Reader:
     ) -> TemplateRequest:
         from vessa_server.types import TemplateItem
 
-        check_size(images.shape[1:3], len(classes), self.settings.max_pixels)
+        check_size(images.shape[1:3], len(classes), self.settings.limits.max_pixels)
         items = []
         for i, (image, mask, group) in enumerate(zip(images, masks, groups, strict=True)):
             ids = [int(value) for value in np.unique(mask) if value]
@@ -172,9 +172,9 @@ class Reader:
         """Read multipart POST /segment: one image. What is wrong with it is raised."""
         form = Form(content_type, body, SEGMENT_FIELDS)
         options = {"template_choice": form.text("template_choice", "top1"), "seed": form.text("seed", "0")}
-        image = decode_image(form.file("image"), self.settings.max_pixels)
+        image = decode_image(form.file("image"), self.settings.limits.max_pixels)
         bank, classes = self._classes(form.text("bank", DEFAULT_BANK), form.json("classes"))
-        most = self.settings.max_points
+        most = self.settings.limits.max_points
         prompts = Prompts(
             boxes=read_per_class(form.json("boxes"), classes, "boxes", np.float32, (4,)),
             points=read_per_class(form.json("points"), classes, "points", np.float32, (None, 2), most),
@@ -191,7 +191,7 @@ class Reader:
 
     def segment_tensors(self, body: bytes) -> SegmentRequest:
         """Read safetensors POST /segment: many images of one size, or their ids."""
-        tensors, metadata = decode(body, SEGMENT_TENSORS, max_bytes=self.settings.max_body_bytes)
+        tensors, metadata = decode(body, SEGMENT_TENSORS, max_bytes=self.settings.limits.max_body_bytes)
         known = {"bank", "classes", "groups", "image_ids", "probabilities", "template_choice", "seed"}
         check_known(metadata, known)
         images = tensors.pop("images", None)
@@ -232,7 +232,7 @@ class Reader:
         options: Mapping[str, str],
     ) -> SegmentRequest:
         choice, seed, probabilities = read_options(options)
-        prompts.check_shapes(len(groups), len(classes), self.settings.max_points)
+        prompts.check_shapes(len(groups), len(classes), self.settings.limits.max_points)
         if images is not None:
             ids = tuple(image_digest(image) for image in images)
             for identity in ids:
@@ -242,7 +242,7 @@ class Reader:
             ids = tuple(image_ids or ())
             sizes = [self.sizes.get(identity) if self.holds(identity) else None for identity in ids]
         size = _common_size(sizes)
-        check_size(size or (1, 1), len(classes), self.settings.max_pixels)
+        check_size(size or (1, 1), len(classes), self.settings.limits.max_pixels)
         self._check_answer(len(ids), len(classes), size, probabilities)
         from vessa_server.types import SegmentItem
 
@@ -293,23 +293,24 @@ class Reader:
 
     def _check_images(self, images: NDArray[Any]) -> None:
         self._check_count(len(images))
-        check_size(images.shape[1:3], 1, self.settings.max_pixels)
+        check_size(images.shape[1:3], 1, self.settings.limits.max_pixels)
 
     def _check_count(self, count: int) -> None:
         if not count:
             raise InvalidRequest("the request holds no image")
-        if count > self.settings.max_items:
-            raise TooLarge(f"a request holds at most {self.settings.max_items} images, got {count}")
+        if count > self.settings.limits.max_items:
+            raise TooLarge(f"a request holds at most {self.settings.limits.max_items} images, got {count}")
 
     def _check_answer(
         self, items: int, classes: int, size: tuple[int, int] | None, probabilities: bool
     ) -> None:
         height, width = size or (1, 1)
         answer = items * height * width * (2 + 2 * (classes + 1) * probabilities)
-        if answer > self.settings.max_answer_bytes:
+        if answer > self.settings.limits.max_answer_bytes:
             raise TooLarge(
-                f"the answer would take {answer} bytes, more than the limit of "
-                f"{self.settings.max_answer_bytes}; send fewer images at once or ask for no probabilities"
+                f"The answer would take {answer} bytes, more than the limit of "
+                f"{self.settings.limits.max_answer_bytes}. Send fewer images in one request, or request no "
+                "probabilities."
             )
 
 

@@ -33,7 +33,7 @@ class Candidates:
 def read_candidates(body: bytes, settings: Settings) -> Candidates:
     """Read a safetensors body: the tensor images or the metadata image_ids; metadata groups and count."""
     tensors, metadata = decode(
-        body, TENSORS, max_bytes=settings.max_body_bytes, max_header_bytes=MAX_HEADER_BYTES
+        body, TENSORS, max_bytes=settings.limits.max_body_bytes, max_header_bytes=MAX_HEADER_BYTES
     )
     check_known(metadata, {"image_ids", "groups", "count"})
     images = tensors.get("images")
@@ -41,10 +41,10 @@ def read_candidates(body: bytes, settings: Settings) -> Candidates:
         raise MalformedBody("expected either the tensor images or the metadata image_ids, not both or none")
     if images is None:
         ids = tuple(read_strings(json_metadata(metadata, "image_ids"), "image_ids", None))
-        most = settings.max_candidates
+        most = settings.limits.max_candidates
     else:
         ids = tuple(image_digest(image) for image in images)
-        most = settings.max_items
+        most = settings.limits.max_items
     if not ids or len(ids) > most:
         raise TooLarge(f"expected 1 to {most} candidates in this request, got {len(ids)}")
     groups: list[str | None] = [None] * len(ids)

@@ -32,20 +32,22 @@ class Loaded:
         sizes = SeenSizes()
         self.queue = DeviceQueue(
             self._process,
-            settings.queue_items,
-            settings.max_batch,
-            settings.batch_wait_s,
+            settings.queue.queue_items,
+            settings.queue.max_batch,
+            settings.queue.batch_wait_s,
             metrics.batch,
-            max_pixels=settings.max_batch_pixels,
+            max_pixels=settings.queue.max_batch_pixels,
             pixels_of=lambda item: _pixels_of(item, sizes),
             release=device.release_memory,
         )
         metrics.queue_depth.set_function(lambda: self.queue.depth)
-        self.annotations = Annotations(settings.annotation_bytes, self.about.model, self.labels_version)
+        self.annotations = Annotations(
+            settings.caches.annotation_bytes, self.about.model, self.labels_version
+        )
         metrics.show_annotator(
             device.seconds, lambda: {**device.bytes_held(), "annotations": self.annotations.nbytes}
         )
-        self.looks = Looks(2 * settings.max_candidates)
+        self.looks = Looks(2 * settings.limits.max_candidates)
         self.reader = Reader(settings, banks, sizes, device.holds)
 
     def _process(self, items: list[Any]) -> list[Any]:
@@ -115,7 +117,7 @@ class Loaded:
     ) -> list[Any]:
         if not items:
             return []
-        seconds = self.settings.request_timeout_s if deadline else None
+        seconds = self.settings.limits.request_timeout_s if deadline else None
         try:
             async with asyncio.timeout(seconds):
                 return await self.queue.submit_all(items, client, keys)

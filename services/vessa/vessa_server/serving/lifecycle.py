@@ -54,9 +54,9 @@ class Service:
         self._stopping.set()
         if (loaded := self._loaded) is None:
             return
-        drained = loaded.queue.drain(self.settings.drain_s)
+        drained = loaded.queue.drain(self.settings.queue.drain_s)
         if not drained:
-            log.warning("the device was still busy after %g s", self.settings.drain_s)
+            log.warning("the device was still busy after %g s", self.settings.queue.drain_s)
         loaded.device.close(_CLOSE_S if drained else 0.0)
 
     def loaded(self) -> Loaded:
@@ -69,7 +69,7 @@ class Service:
         """NotReady unless weights are loaded and the device gives signs of life, which may take a moment."""
         loaded = self.loaded()
         loaded.device.check()
-        if loaded.queue.silence() > self.settings.hang_s:
+        if loaded.queue.silence() > self.settings.queue.hang_s:
             raise NotReady("the device hangs; the service must be restarted", retry_after=30.0)
         if self._stopping.is_set():
             raise NotReady("the service is shutting down", retry_after=5.0)
@@ -78,9 +78,9 @@ class Service:
     def permit(self) -> Iterator[Loaded]:
         """Let a request in before its body is read, to bound what bodies take; QueueFull, NotReady."""
         loaded = self.loaded()
-        if self._requests >= self.settings.max_requests:
+        if self._requests >= self.settings.limits.max_requests:
             raise QueueFull(
-                f"{self._requests} requests are in work, at most {self.settings.max_requests} may be",
+                f"{self._requests} requests are in work, at most {self.settings.limits.max_requests} may be",
                 retry_after=loaded.queue.full_error().retry_after,
                 queue_position=loaded.queue.depth,
             )
@@ -111,7 +111,7 @@ class Service:
             self._fail(InternalError("loading failed; the log says why"))
 
     def _load_once(self) -> Loaded:
-        banks = TemplateBanks(open_store(self.settings.store), self.settings.max_templates)
+        banks = TemplateBanks(open_store(self.settings.storage.store), self.settings.storage.max_templates)
         names = banks.store.names()
         self._say(f"loading weights {self.settings.weights!r}")
         device = self._factory(self.settings, banks)

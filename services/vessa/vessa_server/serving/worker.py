@@ -128,11 +128,12 @@ def load(settings: Settings, banks: TemplateBanks) -> LocalDevice:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # torch reads it once, when it is imported
     from vessa_server.inference.annotator import load_annotator
 
-    budget, without = settings.feature_cache_bytes, frozenset[str](settings.without)
+    budget, without = settings.caches.feature_cache_bytes, frozenset[str](settings.without)
     vllm = None
-    if settings.language == "vllm":
+    if settings.language_model.language == "vllm":
         from vessa_server.model.language.remote_vlm import VllmAddress
 
-        vllm = VllmAddress(settings.vllm_url, settings.vllm_key.get_secret_value(), settings.vllm_timeout_s)
+        remote = settings.language_model
+        vllm = VllmAddress(remote.vllm_url, remote.vllm_key.get_secret_value(), remote.vllm_timeout_s)
     annotator = load_annotator(settings.weights, settings.device, banks, budget, without, vllm)
     return LocalDevice(annotator, banks)

@@ -266,7 +266,7 @@ def _main(settings: Settings, work: Connection, aside: Connection) -> None:
     number = 0
     with contextlib.suppress(EOFError, OSError):
         number, _, _ = work.recv()
-        banks = TemplateBanks(open_store(settings.store), settings.max_templates)
+        banks = TemplateBanks(open_store(settings.storage.store), settings.storage.max_templates)
         try:
             device = load(settings, banks)
         except Exception as error:

@@ -94,7 +94,7 @@ class Jobs:
         """
         volume = read_volume(files, self._bounds)
         axis = volume.axis(request.axis)
-        most = self._settings.max_job_slices
+        most = self._settings.jobs.max_job_slices
         if volume.shape[axis] > most:
             raise TooLarge(f"the volume has {volume.shape[axis]} slices along this axis, more than {most}")
         reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
@@ -175,7 +175,7 @@ class Jobs:
     @property
     def _bounds(self) -> Bounds:
         settings = self._settings
-        return Bounds(settings.max_job_voxels, settings.max_pixels, settings.max_job_slices)
+        return Bounds(settings.jobs.max_job_voxels, settings.limits.max_pixels, settings.jobs.max_job_slices)
 
     def _path(self, job: Job) -> Path:
         return self._folder / job.id
@@ -205,7 +205,8 @@ class Jobs:
 
     def _make_place(self, size: int, caller: Caller) -> None:
         """Forget what is over its age; QueueFull when too many jobs or bytes, or of one key, are left."""
-        oldest, settings = time.time() - self._settings.job_age_s, self._settings
+        bounds = self._settings.jobs
+        oldest = time.time() - bounds.job_age_s
         for left in self._folder.glob(".*"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > _UPLOAD_S:
@@ -215,12 +216,12 @@ class Jobs:
                 remove(self._path(job))
         kept, held = self._all(), size_of(self._folder)
         own = sum(job.owner == caller.name for job in kept)
-        share = max(1, settings.max_jobs * 3 // 4)  # a key that forgets its results leaves places for others
-        if len(kept) >= settings.max_jobs or own >= share or held + size > settings.max_jobs_bytes:
+        share = max(1, bounds.max_jobs * 3 // 4)  # a key that forgets its results leaves places for others
+        if len(kept) >= bounds.max_jobs or own >= share or held + size > bounds.max_jobs_bytes:
             raise QueueFull(
-                f"{len(kept)} jobs of {held} bytes are kept, {own} of them this key's; at most "
-                f"{settings.max_jobs} of {settings.max_jobs_bytes} are, {share} a key: delete finished "
-                "ones or come back later",
+                f"Job storage is full: {len(kept)} of {bounds.max_jobs} jobs and {held} of "
+                f"{bounds.max_jobs_bytes} bytes, {own} of {share} jobs of this key. Delete finished jobs "
+                "(DELETE /jobs/ID) or retry later.",
                 retry_after=30.0,
             )
 
@@ -276,8 +277,8 @@ class Jobs:
         reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
         missing = [i for i in range(job.slices) if not (folder / f"{i:05d}.png").exists()]
         height, width = volume.image(job.axis, 0).shape
-        step = max(1, self._settings.max_answer_bytes // (2 * height * width))
-        step = min(step, self._settings.max_batch, self._settings.max_items)
+        step = max(1, self._settings.limits.max_answer_bytes // (2 * height * width))
+        step = min(step, self._settings.queue.max_batch, self._settings.limits.max_items)
         for start in range(0, len(missing), step):
             if self._stopping.is_set():
                 raise NotReady("the service is shutting down")

@@ -50,9 +50,9 @@ class Job:
 
 def folder_of(settings: Settings) -> Path:
     """Return `jobs_folder`, else a folder beside a folder store's banks, else in the user's data."""
-    scheme, _, place = settings.store.partition(":")
+    scheme, _, place = settings.storage.store.partition(":")
     folder = Path(place).expanduser() if scheme == "folder" else Path(default_store().partition(":")[2])
-    return settings.jobs_folder or folder / ".jobs"
+    return settings.jobs.jobs_folder or folder / ".jobs"
 
 
 @contextlib.contextmanager
