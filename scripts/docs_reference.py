@@ -60,8 +60,7 @@ def settings_fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, 
         kind = info.annotation
         variable = info.validation_alias if isinstance(info.validation_alias, str) else prefix + name.upper()
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            delimiter = model.model_config.get("env_nested_delimiter") or "_"
-            yield from settings_fields(kind, prefix + name.upper() + str(delimiter))
+            yield from settings_fields(kind, prefix)  # a group's settings are named without the group
         else:
             yield variable, info
 
