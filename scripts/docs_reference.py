@@ -18,7 +18,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
-MATH = re.compile(r"(?<![\\$`])\$\$(.+?)\$\$|\\\((.+?)\\\)", re.DOTALL)
+MATH = re.compile(r"^\$\$(.+?)\$\$$|\$`(.+?)`\$", re.DOTALL | re.MULTILINE)  # as GitHub writes formulas
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -34,7 +34,7 @@ def _mathml(match: re.Match[str]) -> str:
     formula = latex2mathml.converter.convert(
         (match[1] or match[2]).strip(), display="block" if block else "inline"
     )
-    return f'<div class="formula">{formula}</div>' if block else formula
+    return f'<div class="formula">{formula}</div>' if block else f"<span>{formula}</span>"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -83,7 +83,7 @@ def settings_table() -> str:
 
 
 def _default(value: Any) -> str:
-    if isinstance(value, SecretStr):
+    if value is None or isinstance(value, SecretStr):
         return ""
     home = str(Path.home())
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1024 and value % 1024 == 0:
