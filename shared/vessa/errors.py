@@ -1,16 +1,25 @@
-"""The error tree. Each class has a stable code and the HTTP status the service answers with.
+"""The error tree. Each class has a stable code and the HTTP status that the service answers with.
 
-The client raises the class again that the service raised, so that one `except` works on both sides.
+The first level says what the caller can do:
+
+ClientError     change the request, the data or the configuration; the same request fails again
+  InputError    ... and only for this image: other items of the same batch may succeed
+ServiceError    report it; the service has a fault
+Retryable       wait and send the same request again
+
+The client raises the same class that the service raised, so that one `except` works on both sides.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
 class VessaError(Exception):
-    """Base of all errors a user can meet.
+    """Base of all errors that a user can meet.
 
-    message: what was wrong, what was expected, what to do. item: index within a batch.
-    retry_after: seconds to wait before asking again. queue_position: of a refused request.
+    message: what is wrong, what was expected, what to do next
+    item: index within a batch; retry_after: seconds to wait before a retry; queue_position: of a refused
+    request
     """
 
     code: ClassVar[str] = "internal"
@@ -31,208 +40,227 @@ class VessaError(Exception):
         self.queue_position = queue_position
 
 
-class MalformedBody(VessaError):
-    """The body cannot be read: truncated, or its header contradicts its bytes."""
-
-    code, status = "malformed_body", 400
+class ClientError(VessaError):
+    """The caller must change the request, the data or the configuration."""
 
 
-class Unauthorized(VessaError):
-    """No key, or a wrong one."""
+class InputError(ClientError):
+    """One image, its mask or its prompts cannot be used; other items of the batch may be fine."""
+
+
+class ServiceError(VessaError):
+    """The service has a fault that neither the caller nor time mends."""
+
+
+class Retryable(VessaError):
+    """A condition that passes: the same request may succeed after `retry_after` seconds."""
+
+
+class Unauthorized(ClientError):
+    """The request has no key or an invalid key."""
 
     code, status = "unauthorized", 401
 
 
-class Forbidden(VessaError):
-    """The key may not do this."""
+class Forbidden(ClientError):
+    """The key does not have the role or the bank that the request needs."""
 
     code, status = "forbidden", 403
 
 
-class NotFound(VessaError):
-    """No such route."""
+class NotFound(ClientError):
+    """The route does not exist."""
 
     code, status = "not_found", 404
 
 
-class UnknownBank(VessaError):
-    """No template bank of this name."""
+class UnknownBank(ClientError):
+    """The template bank does not exist."""
 
     code, status = "unknown_bank", 404
 
 
-class UnknownTemplate(VessaError):
-    """No template of this id."""
+class UnknownTemplate(ClientError):
+    """The bank has no template with this id."""
 
     code, status = "unknown_template", 404
 
 
-class UnknownImage(VessaError):
-    """The service no longer holds this image id; send the pixels again."""
-
-    code, status = "unknown_image", 404
-
-
-class UnknownJob(VessaError):
-    """No job of this id, or it is another key's."""
+class UnknownJob(ClientError):
+    """The job does not exist, or it belongs to another key."""
 
     code, status = "unknown_job", 404
 
 
-class UnknownAnnotation(VessaError):
-    """The service keeps no annotation of this id, or no longer, or it is another key's."""
+class UnknownAnnotation(ClientError):
+    """The annotation is not in the service's cache, or it belongs to another key."""
 
     code, status = "unknown_annotation", 404
 
 
-class MethodNotAllowed(VessaError):
-    """The route exists, the method does not."""
+class MethodNotAllowed(ClientError):
+    """The route exists but does not accept this method."""
 
     code, status = "method_not_allowed", 405
 
 
-class NoTemplate(VessaError):
-    """The bank holds no template of a class from another group than the query's."""
-
-    code, status = "no_template", 409
-
-
-class ClassConflict(VessaError):
+class ClassConflict(ClientError):
     """A class id already has another name in the bank."""
 
     code, status = "class_conflict", 409
 
 
-class JobUnfinished(VessaError):
+class JobUnfinished(ClientError):
     """The job has no result yet."""
 
     code, status = "job_unfinished", 409
 
 
-class TooLarge(VessaError):
-    """More bytes, pixels or items than the service takes."""
+class UnknownClass(ClientError):
+    """The bank, or the request's own class map, does not have this class."""
+
+    code, status = "unknown_class", 422
+
+
+class InvalidRequest(ClientError):
+    """A field is missing, or has a wrong type or value."""
+
+    code, status = "invalid_request", 422
+
+
+class InvalidDataset(ClientError):
+    """The folder is not a data set, or its files contradict its description."""
+
+    code, status = "invalid_dataset", 422
+
+
+class InvalidConfig(ClientError):
+    """The configuration has an unknown key or a value out of range."""
+
+    code, status = "invalid_config", 422
+
+
+class InvalidWeights(ClientError):
+    """The weights are missing, damaged or of another model."""
+
+    code, status = "invalid_weights", 422
+
+
+class MalformedBody(InputError):
+    """The body is truncated, or its header contradicts its bytes."""
+
+    code, status = "malformed_body", 400
+
+
+class UnknownImage(InputError):
+    """The service no longer holds the image with this id; send its pixels again."""
+
+    code, status = "unknown_image", 404
+
+
+class NoTemplate(InputError):
+    """The bank has no template of a class from another group than the query's."""
+
+    code, status = "no_template", 409
+
+
+class TooLarge(InputError):
+    """The request has more bytes, pixels or items than the service accepts."""
 
     code, status = "too_large", 413
 
 
-class UnsupportedMedia(VessaError):
-    """A content type the route does not read."""
+class UnsupportedMedia(InputError):
+    """The route does not read this content type."""
 
     code, status = "unsupported_media", 415
 
 
-class InvalidImage(VessaError):
-    """Not a readable image of a supported format."""
+class InvalidImage(InputError):
+    """The file is not a readable image of a supported format."""
 
     code, status = "invalid_image", 422
 
 
-class ShapeMismatch(VessaError):
+class ShapeMismatch(InputError):
     """Two arrays that must have the same size do not."""
 
     code, status = "shape_mismatch", 422
 
 
-class UnknownClass(VessaError):
-    """A class that the bank, or the request's own class map, does not have."""
-
-    code, status = "unknown_class", 422
-
-
-class InvalidPrompt(VessaError):
-    """A box, point or mask-logit prompt out of its range."""
+class InvalidPrompt(InputError):
+    """A box, point or mask-logit prompt is out of its range."""
 
     code, status = "invalid_prompt", 422
 
 
-class InvalidRequest(VessaError):
-    """A field is missing or has a wrong type or value."""
-
-    code, status = "invalid_request", 422
-
-
-class InvalidDataset(VessaError):
-    """A folder that is not a data set, or does not hold what it says."""
-
-    code, status = "invalid_dataset", 422
-
-
-class InvalidConfig(VessaError):
-    """A configuration with an unknown key or a value out of range."""
-
-    code, status = "invalid_config", 422
-
-
-class InvalidWeights(VessaError):
-    """Weights that are missing, damaged or of another model."""
-
-    code, status = "invalid_weights", 422
-
-
-class QueueFull(VessaError):
-    """The service is at capacity; `retry_after` says when to come back."""
-
-    code, status = "queue_full", 429
-
-
-class LimitReached(VessaError):
-    """The key has used up what it may at once, or in a minute; `retry_after` says when to come back."""
-
-    code, status = "limit_reached", 429
-
-
-class InternalError(VessaError):
-    """A fault of the service."""
+class InternalError(ServiceError):
+    """The service failed for a reason that only its log names."""
 
     code, status = "internal", 500
 
 
-class NotReady(VessaError):
-    """The service is loading or draining."""
+class QueueFull(Retryable):
+    """The service has no free place in its queue."""
+
+    code, status = "queue_full", 429
+
+
+class LimitReached(Retryable):
+    """The key has reached its limit of requests in progress or per minute."""
+
+    code, status = "limit_reached", 429
+
+
+class NotReady(Retryable):
+    """The service is starting or shutting down."""
 
     code, status = "not_ready", 503
 
 
-class StoreUnavailable(VessaError):
-    """The template store cannot be reached."""
+class StoreUnavailable(Retryable):
+    """The service cannot reach the template store."""
 
     code, status = "store_unavailable", 503
 
 
-class LanguageUnavailable(VessaError):
-    """The server of the language model cannot be used; `retry_after` says when to come back."""
+class LanguageUnavailable(Retryable):
+    """The service cannot use the server of the language model."""
 
     code, status = "language_unavailable", 503
 
 
-class DeadlineExceeded(VessaError):
-    """The request took longer than the service allows."""
+class DeadlineExceeded(Retryable):
+    """The request took longer than the service allows. The input may be the cause: limit the retries."""
 
     code, status = "deadline_exceeded", 504
 
 
-class Unreachable(VessaError):
+class Unreachable(Retryable):
     """The client could not reach the service."""
 
     code, status = "unreachable", 0
 
 
-class BadResponse(VessaError):
-    """The service answered something that is not its protocol."""
+class BadResponse(Retryable):
+    """The response does not follow the annotator's protocol, as from a proxy whose annotator is down."""
 
     code, status = "bad_response", 0
 
 
-# What passes by itself, whatever was asked: come back after `retry_after`.
-PASSING = (QueueFull, LimitReached, NotReady, StoreUnavailable, LanguageUnavailable)
+def _leaves(cls: type[VessaError]) -> Iterator[type[VessaError]]:
+    for child in cls.__subclasses__():
+        yield from _leaves(child) if child.__subclasses__() else [child]
 
-ERRORS: dict[str, type[VessaError]] = {cls.code: cls for cls in VessaError.__subclasses__()}
+
+# Code to class; the levels in between have no code of their own.
+ERRORS: dict[str, type[VessaError]] = {cls.code: cls for cls in _leaves(VessaError)}
 
 
 def error_from(
     code: str, message: str, item: int | None = None, retry_after: float | None = None
 ) -> VessaError:
-    """Make the error of a code again; an unknown code becomes InternalError that names it."""
+    """Make the error of a code; an unknown code becomes an InternalError that names it."""
     cls = ERRORS.get(code)
     if cls is None:
         return InternalError(f"{code}: {message}", item=item, retry_after=retry_after)

@@ -1,10 +1,20 @@
-"""The error tree: stable codes, one class each, and back again from a code."""
+"""The error tree: stable codes, one class for each, and branches that say what the caller can do."""
 
 from __future__ import annotations
 
 import pytest
 
-from vessa.errors import ERRORS, InternalError, QueueFull, VessaError, error_from
+from vessa.errors import (
+    ERRORS,
+    ClientError,
+    InputError,
+    InternalError,
+    QueueFull,
+    Retryable,
+    ServiceError,
+    VessaError,
+    error_from,
+)
 
 # What callers rely on. A change here breaks clients of another version.
 STABLE = {
@@ -23,10 +33,31 @@ def test_codes_and_statuses_are_stable():
     assert {code: cls.status for code, cls in ERRORS.items()} == STABLE
 
 
-def test_each_class_has_a_code_of_its_own_and_says_what_it_means():
-    assert len(ERRORS) == len(VessaError.__subclasses__())
-    assert all(cls.__doc__ and cls.code == code for code, cls in ERRORS.items())
+def test_each_class_has_its_own_code_and_a_docstring():
+    assert all(cls.__doc__ and vars(cls)["code"] == code for code, cls in ERRORS.items())
     assert (VessaError.code, VessaError.status) == ("internal", 500)
+
+
+def test_each_error_is_on_one_branch_of_the_tree():
+    branches = (ClientError, ServiceError, Retryable)
+    for cls in ERRORS.values():
+        assert sum(issubclass(cls, branch) for branch in branches) == 1, cls
+
+
+def test_the_branch_agrees_with_the_status():
+    for cls in ERRORS.values():
+        expected = {4: ClientError, 5: ServiceError}.get(cls.status // 100)
+        if cls.status in (0, 429, 503, 504):
+            expected = Retryable
+        assert issubclass(cls, expected), cls
+
+
+def test_what_one_image_is_to_blame_for_is_an_input_error():
+    codes = {code for code, cls in ERRORS.items() if issubclass(cls, InputError)}
+    assert codes == {
+        "malformed_body", "unknown_image", "no_template", "too_large", "unsupported_media", "invalid_image",
+        "shape_mismatch", "invalid_prompt",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("code", STABLE)

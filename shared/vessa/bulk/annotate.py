@@ -24,14 +24,16 @@ from vessa.bulk.manifest import Manifest
 from vessa.client import AnnotatorClient
 from vessa.client.types import Annotation
 from vessa.errors import (
-    PASSING,
     BadResponse,
     DeadlineExceeded,
+    InputError,
     InvalidConfig,
     InvalidDataset,
     LimitReached,
     NotReady,
     QueueFull,
+    Retryable,
+    ServiceError,
     Unreachable,
     VessaError,
 )
@@ -42,18 +44,7 @@ MANIFEST = "manifest.jsonl"
 _LOOK_UP = 1000  # names that are looked up in the manifest at once
 _LONGEST_GROUP = 128  # characters of a name that the service takes
 _REST_S = 1.0  # for a replica that gave no Retry-After
-# Another replica, or the same one later, may well answer.
-_PASSING = (*PASSING, Unreachable, BadResponse)
 _BROKEN = 3  # times that a request may come to nothing while others are answered
-_HOPELESS = {
-    "unauthorized",
-    "forbidden",
-    "not_found",
-    "method_not_allowed",
-    "unknown_bank",
-    "unknown_class",
-    "invalid_request",
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ class Replicas:
                 answer = work(self._clients[place])
                 self._last_answer = time.monotonic()
                 return answer
-            except (*_PASSING, DeadlineExceeded) as error:
+            except Retryable as error:
                 self._failure, rest = error, error.retry_after or _REST_S
                 if isinstance(error, QueueFull | LimitReached | DeadlineExceeded):
                     self._last_answer = time.monotonic()  # full is alive
@@ -295,7 +286,7 @@ def _segment(
             list(images.values()), bank=options.bank, classes=options.classes, groups=groups
         )
         for answer in answers:
-            if isinstance(answer.error, (*_PASSING, DeadlineExceeded)):
+            if isinstance(answer.error, Retryable):
                 raise answer.error  # it says nothing about the image: all are sent again
         return answers
 
@@ -303,8 +294,8 @@ def _segment(
         answers = replicas.call(ask)
         return {f: a.error or a for f, a in zip(images, answers, strict=True)}
     except VessaError as error:
-        if error.code in _HOPELESS or isinstance(error, _PASSING):
-            raise
+        if not isinstance(error, InputError | ServiceError | DeadlineExceeded):
+            raise  # no image of the batch is the cause
         if len(images) == 1:
             return {next(iter(images)): error}
         alone: dict[str, Annotation | VessaError] = {}

@@ -18,7 +18,7 @@ from vessa.client.endpoints import Call
 from vessa.client.segment_run import Progress, SegmentRun
 from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
 from vessa.client.types import Annotation, Image, SegmentOptions
-from vessa.errors import VessaError
+from vessa.errors import Retryable, VessaError
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
 from vessa.tracing import trace_headers
 
@@ -189,7 +189,7 @@ class AsyncAnnotatorClient(Connection):
                 await asyncio.sleep(job_endpoints.POLL_S)
                 try:
                     info, heard = await self._send(job_endpoints.info(info.id)), time.monotonic()
-                except job_endpoints.AWAY as error:
+                except Retryable as error:
                     job_endpoints.bear(error, info.id, heard)
             progress(info)
             data = await self._send(job_endpoints.result(info.id))

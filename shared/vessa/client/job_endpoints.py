@@ -9,13 +9,12 @@ import httpx
 from pydantic import ValidationError
 
 from vessa.client.endpoints import Call
-from vessa.errors import PASSING, BadResponse, InvalidImage, Unreachable, VessaError
+from vessa.errors import BadResponse, InvalidImage, Unreachable, VessaError
 from vessa.schemas import JobInfo
 from vessa.volumes.files import series_files
 
 POLL_S = 1.0  # between two questions of how a job goes
 PATIENCE_S = 300.0  # without an answer to any: a service that is started again goes on with its jobs
-AWAY = (*PASSING, Unreachable, BadResponse)
 
 
 def create(

@@ -10,11 +10,10 @@ from vessa.client import endpoints
 from vessa.client.endpoints import Call
 from vessa.client.types import Annotation, Image, SegmentOptions
 from vessa.codec import image_digest
-from vessa.errors import BadResponse, InvalidRequest, UnknownImage
+from vessa.errors import BadResponse, InvalidRequest, Retryable, UnknownImage
 
 Progress = Callable[[int, int], None]  # (items that are done, all items)
 
-_FOR_THE_MOMENT = {429, 503, 504}
 _LONGEST_WAIT = 10.0  # s
 
 
@@ -118,4 +117,4 @@ def _unknown(annotation: Annotation | None) -> bool:
 
 def _for_the_moment(annotation: Annotation | None) -> bool:
     error = None if annotation is None else annotation.error
-    return error is not None and error.status in _FOR_THE_MOMENT
+    return error is not None and isinstance(error, Retryable)

@@ -21,7 +21,7 @@ from vessa.client.endpoints import Call
 from vessa.client.segment_run import Progress, SegmentRun
 from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
 from vessa.client.types import Annotation, Image, SegmentOptions
-from vessa.errors import VessaError
+from vessa.errors import Retryable, VessaError
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
 from vessa.tracing import trace_headers
 
@@ -226,7 +226,7 @@ class AnnotatorClient(Connection):
                 time.sleep(job_endpoints.POLL_S)
                 try:
                     info, heard = self._send(job_endpoints.info(info.id)), time.monotonic()
-                except job_endpoints.AWAY as error:
+                except Retryable as error:
                     job_endpoints.bear(error, info.id, heard)
             progress(info)
             data = self._send(job_endpoints.result(info.id))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vessa.errors import InvalidConfig, InvalidWeights
+from vessa.errors import InvalidConfig, InvalidWeights, Retryable
 from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
@@ -157,8 +157,9 @@ def test_a_step_interrupted_while_it_draws_is_drawn_again(run_of, tiny, tmp_path
         return real(*given)
 
     monkeypatch.setattr(trainer, "labeled_batch", pressed)
-    with pytest.raises(Interrupted, match="saved at step 2"):
+    with pytest.raises(Interrupted, match="saved at step 2") as caught:
         run.train()
+    assert not isinstance(caught.value, Retryable)  # Ctrl-C is not an outage
     monkeypatch.setattr(trainer, "labeled_batch", real)
     resumed = run_of(config)
     resumed.resume()

@@ -12,12 +12,9 @@ from vessa.client import Annotation, AnnotatorClient, Prompts
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, Slice
 from vessa.errors import (
-    PASSING,
-    BadResponse,
-    DeadlineExceeded,
-    InternalError,
+    Retryable,
+    ServiceError,
     UnknownImage,
-    Unreachable,
     VessaError,
 )
 from vessa.schemas import BankInfo
@@ -26,8 +23,6 @@ from vessa_trainer.pseudo_labels.cache import LabelCache, label_key
 from vessa_trainer.pseudo_labels.types import PseudoLabel
 
 _log = logging.getLogger(__name__)
-# What may pass by itself; BadResponse is what a proxy says while the annotator behind it is down.
-_PASSING = (*PASSING, DeadlineExceeded, InternalError, Unreachable, BadResponse)
 _TRIES = 3  # of an item that the annotator itself fails on: it may have been a restart, or it is the image
 
 
@@ -121,7 +116,7 @@ class LabelFetcher:
     def _fetch_missing(self, missing: list[Wanted], result: Fetched) -> None:
         try:
             answers = self._ask(missing)
-        except _PASSING as error:
+        except (Retryable, ServiceError) as error:
             result.late, result.reason = missing, error
             return
         result.asked = True
@@ -141,10 +136,10 @@ class LabelFetcher:
 
     def _passes(self, wanted: Wanted, error: VessaError | None) -> bool:
         """Whether to ask for an item again; one bad image must not hold up a run for ever."""
-        if isinstance(error, InternalError):
+        if isinstance(error, ServiceError):
             self._faults[wanted.item.name] += 1
             return self._faults[wanted.item.name] < _TRIES
-        return isinstance(error, _PASSING)
+        return isinstance(error, Retryable)
 
     def _ask(self, batch: list[Wanted]) -> list[Annotation]:
         """Ask the annotator; images it has seen go by their id alone."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vessa import atomic_write
 from vessa.datasets import Case, Dataset
-from vessa.errors import InvalidConfig, InvalidWeights, Unreachable, VessaError
+from vessa.errors import InvalidConfig, InvalidWeights, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
 from vessa_trainer.config import Config, save_config
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 Batch = tuple[tuple[Tensor, Tensor, Tensor], UnlabeledViews | None, float]
 
 
-class Interrupted(Unreachable):
+class Interrupted(VessaError):
     """The run was stopped and saved; its message ends with the line that resumes it."""
 
     code = "interrupted"

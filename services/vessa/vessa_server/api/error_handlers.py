@@ -8,7 +8,7 @@ from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, VessaError
+from vessa.errors import InvalidRequest, MethodNotAllowed, NotFound, Retryable, Unauthorized, VessaError
 from vessa.redaction import redact
 from vessa.schemas import ErrorBody, ErrorResponse
 from vessa_server.observability.request_context import current_request
@@ -27,7 +27,7 @@ def add_error_handlers(app: FastAPI) -> None:
 def error_response(error: VessaError) -> Response:
     """Return {"error": {"code", "message", "item"}} with the error's status and its Retry-After."""
     headers = {}
-    if error.status in {429, 503, 504}:
+    if isinstance(error, Retryable):
         headers["Retry-After"] = str(math.ceil(error.retry_after or 1))
     if error.queue_position is not None:
         headers["X-Queue-Position"] = str(error.queue_position)

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from vessa import atomic_write
 from vessa.errors import (
-    PASSING,
     ClassConflict,
+    DeadlineExceeded,
     InternalError,
     JobUnfinished,
     NotReady,
     QueueFull,
+    Retryable,
     StoreUnavailable,
     TooLarge,
     UnknownJob,
@@ -251,8 +252,6 @@ class Jobs:
     def _try(self, job: Job) -> None:
         try:
             self._work(self._change(job, state="running"))
-        except PASSING:
-            self._stopping.wait(_BEAT_S)
         except FileNotFoundError:
             if self._path(job).is_dir():
                 told = "files of the job are missing; send the volume again"
@@ -262,7 +261,10 @@ class Jobs:
         except OSError:
             raise  # the disk's fault and not the job's: `_run` waits for room
         except VessaError as error:
-            self._end(job, state="failed", error=(error.code, str(error)))
+            if isinstance(error, Retryable) and not isinstance(error, DeadlineExceeded):
+                self._stopping.wait(_BEAT_S)  # the job stays the next one
+            else:  # a slice that takes too long once takes too long again
+                self._end(job, state="failed", error=(error.code, str(error)))
         except Exception:
             log.exception("job %s failed", job.id)
             self._end(job, state="failed", error=(InternalError.code, "the service's log says why"))
