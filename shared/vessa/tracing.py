@@ -1,6 +1,6 @@
-"""Traces across the trainer, the client and the annotator, where OpenTelemetry is installed (extra `otel`).
+"""Trace requests across trainer, client and annotator with OpenTelemetry (extra `otel`).
 
-Its API does nothing until a program sets up an exporter, so these calls cost next to nothing without one.
+Without the extra the functions do nothing. With it they cost little until a program sets up an exporter.
 """
 
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 try:
     from opentelemetry import propagate, trace
-except ImportError:  # an optional extra
+except ImportError:  # the extra is optional
     INSTALLED = False
 else:
     INSTALLED = True
 
 
 def trace_headers() -> dict[str, str]:
-    """Return the headers that let the one who is asked continue this trace; none outside of any."""
+    """Return the request headers with which the service continues the current trace; none without a trace."""
     headers: dict[str, str] = {}
     if INSTALLED:
         propagate.inject(headers)
@@ -24,7 +24,7 @@ def trace_headers() -> dict[str, str]:
 
 @contextmanager
 def span(name: str, **attributes: str | int | float) -> Iterator[None]:
-    """Time what happens inside as a span of the current trace."""
+    """Record the block as a span of the current trace."""
     if not INSTALLED:
         yield
         return

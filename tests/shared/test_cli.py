@@ -193,7 +193,7 @@ def test_only_png_keeps_class_ids(run: Any, folder: Path, bank: str, option: str
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["banks", "--url", NO_SERVICE], "vessa: unreachable: no answer from the annotator at http://127.0.0.1:9"),
+        (["banks", "--url", NO_SERVICE], "vessa: unreachable: no response from the annotator at http://127.0.0.1:9"),
         (["banks", "--api-key", "wrong"], "vessa: unauthorized: the key is wrong"),
         (["segment", "text.png"], "vessa: invalid_image: text.png is not a readable PNG, JPEG, TIFF image"),
         (["segment", "none.png"], "vessa: invalid_image: no such file: none.png"),

@@ -1,4 +1,4 @@
-"""Clients of the annotator, sync and async."""
+"""The annotator's clients: AnnotatorClient, and AsyncAnnotatorClient for asyncio."""
 
 from vessa.client.async_client import AsyncAnnotatorClient
 from vessa.client.sync_client import AnnotatorClient

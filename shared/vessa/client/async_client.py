@@ -1,8 +1,11 @@
-"""The client for asyncio; `vessa.client` has the other one, and what both are about."""
+"""The annotator's client for asyncio. `scripts/make_sync_client.py` generates `sync_client.py` from it.
+
+`vessa.client.endpoints` builds requests and reads responses with plain functions; the client only sends. It
+repeats requests that are safe to repeat and waits as long as Retry-After says.
+"""
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -14,6 +17,7 @@ import httpx
 import stamina
 
 from vessa.client import endpoints, job_endpoints, suggest_run
+from vessa.client.concurrency import in_thread, stream_async
 from vessa.client.endpoints import Call
 from vessa.client.segment_run import Progress, SegmentRun
 from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
@@ -25,12 +29,23 @@ from vessa.tracing import trace_headers
 _T = TypeVar("_T")
 
 
-async def _trace_async(request: httpx.Request) -> None:
+async def _add_trace(request: httpx.Request) -> None:
     request.headers.update(trace_headers())
 
 
 class AsyncAnnotatorClient(Connection):
-    """The same client for asyncio; see `vessa.client.AnnotatorClient`."""
+    """Talk to one annotator. One client serves all tasks of one event loop.
+
+    url: address; None takes VESSA_URL, then port 8700 of this machine
+    api_key: None takes VESSA_API_KEY, then the local key file
+    transport: an httpx transport in place of the network
+    timeout: seconds that a request may take
+    attempts: how often a request that is safe to repeat is sent, at most
+    wait_initial: seconds before the first retry, doubled with each further one
+    in_flight: requests of one call of `segment` in progress at once, so that the service reads one while it
+        computes another
+    Every method raises subclasses of VessaError, among them Unreachable when the service does not respond.
+    """
 
     def __init__(
         self,
@@ -43,9 +58,9 @@ class AsyncAnnotatorClient(Connection):
         wait_initial: float = 0.2,
         in_flight: int = 2,
     ) -> None:
-        """Open a client; use it as an async context manager or `aclose` it."""
+        """Open a client; use it in a `with` block or close it with `aclose`."""
         super().__init__(url, api_key, timeout, attempts, wait_initial, in_flight)
-        hooks = {"request": [_trace_async]}
+        hooks = {"request": [_add_trace]}
         self._http = httpx.AsyncClient(transport=transport, event_hooks=hooks, **self._options)
 
     async def __aenter__(self) -> "AsyncAnnotatorClient":
@@ -73,27 +88,30 @@ class AsyncAnnotatorClient(Connection):
             raise error.error from error.__cause__
         raise AssertionError("stamina gives at least one attempt")
 
+    def _stream(self, calls: Iterable[Call[_T]]) -> AsyncIterator[tuple[Call[_T], _T]]:
+        return stream_async(self._send, calls, self._in_flight)
+
     async def info(self) -> ServiceInfo:
-        """What is running there."""
+        """Return the service's version, model and limits."""
         return await self._send(endpoints.info())
 
     async def ready(self) -> bool:
-        """Whether it takes requests now."""
+        """Return whether the service accepts requests now."""
         try:
             return await self._send(endpoints.ready())
         except VessaError:
             return False
 
     async def banks(self) -> list[BankInfo]:
-        """All template banks."""
+        """List the template banks."""
         return await self._send(endpoints.banks())
 
     async def bank(self, name: str) -> BankInfo:
-        """One template bank. Raises UnknownBank."""
+        """Describe one template bank. Raises UnknownBank."""
         return await self._send(endpoints.bank(name))
 
     async def templates(self, bank: str) -> list[TemplateInfo]:
-        """The templates of a bank."""
+        """List the templates of a bank."""
         return await self._send(endpoints.templates(bank))
 
     async def add_templates(
@@ -104,28 +122,38 @@ class AsyncAnnotatorClient(Connection):
         classes: Mapping[int, str],
         groups: Sequence[str],
     ) -> list[TemplateInfo]:
-        """Add annotated images; see AnnotatorClient."""
+        """Add annotated images to a bank. Adding the same image, mask, classes and group again has no effect.
+
+        images: uint8 (H, W[, 3]), sizes may differ
+        masks: uint8 (H, W) class ids, 0 is background
+        classes: class id to name
+        groups: the patient of each image
+        """
         calls = endpoints.add_templates(bank, images, masks, classes, groups)
         return endpoints.in_order(len(images), [(call, await self._send(call)) for call in calls])
 
     async def delete_template(self, bank: str, template: str) -> None:
-        """Remove one template. Raises UnknownTemplate."""
+        """Delete one template. Raises UnknownTemplate."""
         await self._send(endpoints.delete_template(bank, template))
 
     async def delete_bank(self, name: str) -> None:
-        """Remove a bank with all its templates. Raises UnknownBank."""
+        """Delete a bank with all its templates. Raises UnknownBank."""
         await self._send(endpoints.delete_bank(name))
 
     async def adapt(self, bank: str, seconds: float = 120.0) -> AdaptationInfo:
-        """See AnnotatorClient.adapt."""
+        """Start to train the annotator on a bank's templates, in the background, for at most `seconds`.
+
+        `adaptation` returns the progress. Raises UnknownBank, InvalidRequest when the bank has too few
+        templates or the time is too long, QueueFull while the annotator adapts to another bank.
+        """
         return await self._send(endpoints.adapt(bank, seconds))
 
     async def adaptation(self, bank: str) -> AdaptationInfo:
-        """How the adaptation of a bank goes, or went. Raises UnknownBank."""
+        """Return the progress or the result of a bank's adaptation. Raises UnknownBank."""
         return await self._send(endpoints.adapt(bank))
 
     async def forget_adaptation(self, bank: str) -> None:
-        """Serve a bank by the common weights again. Raises UnknownBank."""
+        """Delete a bank's adapted weights; the common weights serve it again. Raises UnknownBank."""
         await self._send(endpoints.forget_adaptation(bank))
 
     async def segment(
@@ -138,7 +166,17 @@ class AsyncAnnotatorClient(Connection):
         progress: Progress | None = None,
         **options: Unpack[SegmentOptions],
     ) -> list[Annotation]:
-        """Segment images; see AnnotatorClient."""
+        """Segment any number of images; returns one annotation per image, in their order.
+
+        images: uint8 (H, W[, 3]), sizes may differ
+        image_ids: in place of `images`, ids of images of one size that the service still holds
+        by_id: send the ids of `images` first, and pixels only for ids that the service does not hold
+        progress: called as progress(done, total) after each response
+        options: classes, groups, prompts, template_choice, seed, probabilities; see
+            `client.types.SegmentOptions`
+        An item that fails with a Retryable error is sent again, alone. An item that fails for good has its
+        `error` set; it does not affect the others.
+        """
         run = SegmentRun(images, bank, image_ids, by_id, self._attempts, progress, options)
         while (calls := run.calls()) is not None:
             await asyncio.sleep(run.wait(self._wait_initial))
@@ -147,7 +185,10 @@ class AsyncAnnotatorClient(Connection):
         return run.annotations()
 
     async def annotation(self, identity: str) -> Annotation:
-        """See AnnotatorClient.annotation."""
+        """Return a cached annotation by its `annotation_id`, with provenance but without confidence.
+
+        Raises UnknownAnnotation when it is no longer in the cache or belongs to another key.
+        """
         return await self._send(endpoints.annotation(identity))
 
     async def suggest(
@@ -159,10 +200,20 @@ class AsyncAnnotatorClient(Connection):
         count: int = 10,
         progress: suggest_run.Progress | None = None,
     ) -> Suggestions:
-        """See AnnotatorClient.suggest."""
-        run = await asyncio.to_thread(suggest_run.SuggestRun, bank, images, groups, count, progress)
+        """Rank unlabeled images, or patients, by how much annotating them would improve a bank.
+
+        bank: may be a new one
+        images: uint8 (H, W[, 3]); a list, or any sequence that reads an image when it is indexed. Each image
+            is read once for its id, and once more if the service does not have its features.
+        groups: the patient of each image; images of one patient are annotated together; None: the image is
+            ranked alone
+        count: suggestions, at most
+        progress: called as progress(done, total) with the images whose features the service has
+        Raises TooLarge when there are more candidates than the service accepts, before any image is sent.
+        """
+        run = await in_thread(suggest_run.SuggestRun, bank, images, groups, count, progress)
         while (answer := await self._send(run.ranking())).unknown:
-            async for call, _ in self._stream(run.looks(answer)):
+            async for call, _ in self._stream(run.feature_calls(answer)):
                 run.receive(call)
         return answer
 
@@ -177,40 +228,30 @@ class AsyncAnnotatorClient(Connection):
         result: str | None = None,
         progress: Callable[[JobInfo], None] = lambda info: None,
     ) -> bytes:
-        """See AnnotatorClient.segment_volume. Cancelling the task cancels the job."""
+        """Segment a NIfTI or DICOM file, or a folder with a DICOM series, and wait for the result.
+
+        axis: auto, axial, coronal or sagittal
+        result: nifti or dicom-seg; None: the format of the input
+        progress: called with the job's state about once a second
+        Returns the bytes of the .nii.gz or DICOM SEG file. Ctrl-C, or a cancelled task, cancels the job.
+        """
         create = partial(
             job_endpoints.create, path, bank=bank, classes=classes, group=group, axis=axis, result=result
         )
-        info = await self._send(await asyncio.to_thread(create))
-        heard = time.monotonic()
+        info = await self._send(await in_thread(create))
+        answered = time.monotonic()
         try:
             while info.state in ("queued", "running"):
                 progress(info)
                 await asyncio.sleep(job_endpoints.POLL_S)
                 try:
-                    info, heard = await self._send(job_endpoints.info(info.id)), time.monotonic()
+                    info, answered = await self._send(job_endpoints.info(info.id)), time.monotonic()
                 except Retryable as error:
-                    job_endpoints.bear(error, info.id, heard)
+                    job_endpoints.check_patience(error, info.id, answered)
             progress(info)
             data = await self._send(job_endpoints.result(info.id))
         finally:
-            with contextlib.suppress(VessaError):  # what came, or why nothing did, matters more
-                await self._send(job_endpoints.cancel(info.id))  # it is needed there no more
+            # The result, or the error on its way, matters more than a failure to delete the job.
+            with contextlib.suppress(VessaError):
+                await self._send(job_endpoints.cancel(info.id))
         return data
-
-    async def _stream(self, calls: Iterable[Call[_T]]) -> AsyncIterator[tuple[Call[_T], _T]]:
-        calls = iter(calls)
-        running: dict[asyncio.Task[_T], Call[_T]] = {}
-        try:
-            while True:
-                free = itertools.islice(calls, self._in_flight - len(running))
-                for call in await asyncio.to_thread(list, free):  # bodies are made, images may be read
-                    running[asyncio.create_task(self._send(call))] = call
-                if not running:
-                    return
-                for done in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
-                    yield running.pop(done), done.result()
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)

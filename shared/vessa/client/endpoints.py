@@ -1,4 +1,4 @@
-"""The annotator's HTTP protocol as plain functions: what to send, how to read what comes back."""
+"""The annotator's HTTP protocol as plain functions that build requests and read responses."""
 
 import json
 import re
@@ -38,16 +38,17 @@ Repeat = Literal["always", "unsent", "never"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_MAX_ITEMS = 32  # images a request carries; larger batches become several requests
-_MAX_BYTES = 16 << 20  # tensors a request carries, unless a single item has more; the service takes 64 MiB
+_MAX_ITEMS = 32  # images per request; larger batches become several requests
+_MAX_BYTES = 16 << 20  # bytes of tensors per request, unless one item has more; the service accepts 64 MiB
 
 
 @dataclass(frozen=True)
 class Call(Generic[_T]):
-    """One HTTP request and how to read its answer.
+    """One HTTP request and the function that reads its response.
 
-    repeat: "always" when sending it twice does no harm, "unsent" only when it surely had no effect,
-    "never" for a probe; rows: which items of the caller's list it carries
+    repeat: "always": sending it twice does no harm; "unsent": repeat it only if the first one had no effect;
+        "never": for probes
+    rows: indices, in the caller's list, of the items that it carries
     """
 
     method: str
@@ -59,35 +60,36 @@ class Call(Generic[_T]):
 
 
 def reads(adapter: TypeAdapter[_T]) -> Callable[[httpx.Response], _T]:
-    """Return what reads an answer's JSON; it raises BadResponse."""
+    """Return a function that reads a JSON response; it raises BadResponse."""
 
     def read(response: httpx.Response) -> _T:
         try:
             return adapter.validate_json(response.content)
         except ValidationError as error:
             raise BadResponse(
-                f"{response.url.path} answered something that is not the annotator's protocol"
+                f"the response to {response.url.path} does not follow the annotator's protocol: check "
+                "that client and annotator have the same version"
             ) from error
 
     return read
 
 
 def read_error(response: httpx.Response) -> VessaError:
-    """Make the error that a failed response describes."""
+    """Return the error that a failed response describes."""
     retry_after = _retry_after(response.headers.get("retry-after", ""))
     position = response.headers.get("x-queue-position", "")
     try:
         body = ErrorResponse.model_validate_json(response.content).error
         failure = error_from(body.code, body.message, body.item, retry_after)
     except ValidationError:
-        text = f"status {response.status_code} from {response.url}, which is not an annotator's answer"
+        text = f"{response.url} returned status {response.status_code} without an annotator's error message"
         failure = BadResponse(f"{text}: check the address", retry_after=retry_after)
     failure.queue_position = int(position) if re.fullmatch(r"[0-9]{1,9}", position) else None
     return failure
 
 
 def _retry_after(value: str) -> float | None:
-    """Read a Retry-After header, in seconds or as a date; None when there is no sense in it."""
+    """Read a Retry-After header, seconds or a date, as seconds; None when it is neither."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value):
         return float(value)
     try:
@@ -99,27 +101,27 @@ def _retry_after(value: str) -> float | None:
 
 
 def info() -> Call[ServiceInfo]:
-    """GET /info."""
+    """Build GET /info."""
     return Call("GET", "/info", reads(TypeAdapter(ServiceInfo)))
 
 
 def ready() -> Call[bool]:
-    """GET /readyz; asked once, since "not now" is an answer too."""
+    """Build GET /readyz; it is not repeated, since "not ready" is a valid result."""
     return Call("GET", "/readyz", lambda response: response.status_code == 200, repeat="never")
 
 
 def banks() -> Call[list[BankInfo]]:
-    """GET /banks."""
+    """Build GET /banks."""
     return Call("GET", "/banks", reads(TypeAdapter(list[BankInfo])))
 
 
 def bank(name: str) -> Call[BankInfo]:
-    """GET /banks/{bank}."""
+    """Build GET /banks/{bank}."""
     return Call("GET", f"/banks/{quoted(name)}", reads(TypeAdapter(BankInfo)))
 
 
 def adapt(bank: str, seconds: float | None = None) -> Call[AdaptationInfo]:
-    """POST /banks/{bank}/adapt, or GET when no `seconds` are given."""
+    """Build POST /banks/{bank}/adapt, or GET without `seconds`."""
     path, read = f"/banks/{quoted(bank)}/adapt", reads(TypeAdapter(AdaptationInfo))
     if seconds is None:
         return Call("GET", path, read)
@@ -127,36 +129,36 @@ def adapt(bank: str, seconds: float | None = None) -> Call[AdaptationInfo]:
 
 
 def forget_adaptation(bank: str) -> Call[None]:
-    """DELETE /banks/{bank}/adapt."""
+    """Build DELETE /banks/{bank}/adapt."""
     return Call("DELETE", f"/banks/{quoted(bank)}/adapt", lambda _: None)
 
 
 def templates(bank: str) -> Call[list[TemplateInfo]]:
-    """GET /templates."""
+    """Build GET /templates."""
     return Call("GET", "/templates", reads(TypeAdapter(list[TemplateInfo])), {"params": {"bank": bank}})
 
 
 def delete_template(bank: str, template: str) -> Call[None]:
-    """DELETE /templates/{id}; a second one would answer 404, so it is not repeated."""
+    """Build DELETE /templates/{id}; it is not repeated, since a second one would return 404."""
     path = f"/templates/{quoted(template)}"
     return Call("DELETE", path, lambda _: None, {"params": {"bank": bank}}, "unsent")
 
 
 def delete_bank(name: str) -> Call[None]:
-    """DELETE /banks/{bank}; a second one would answer 404, so it is not repeated."""
+    """Build DELETE /banks/{bank}; it is not repeated, since a second one would return 404."""
     return Call("DELETE", f"/banks/{quoted(name)}", lambda _: None, repeat="unsent")
 
 
 def annotation(identity: str) -> Call[Annotation]:
-    """GET /annotations/{id}."""
+    """Build GET /annotations/{id}."""
     headers = {"Accept": MEDIA_TYPE}
     return Call("GET", f"/annotations/{quoted(identity)}", read_annotation, {"headers": headers})
 
 
 def quoted(name: str) -> str:
-    """Quote a name for use as one segment of a path; it cannot lead to another route."""
+    """Quote a name as one segment of a path, so that it cannot lead to another route."""
     if name in ("", ".", ".."):
-        raise InvalidRequest(f"'{name}' is not a name")
+        raise InvalidRequest(f"'{name}' is not a valid name: expected 1 to 128 printable characters")
     return quote(name, safe=":")
 
 
@@ -167,7 +169,7 @@ def binary(
     read: Callable[[httpx.Response], _T],
     rows: Sequence[int],
 ) -> Call[_T]:
-    """POST of a safetensors body. rows: which items of the caller's list it carries."""
+    """Build a POST with a safetensors body. rows: indices of its items in the caller's list."""
     headers = {"Content-Type": MEDIA_TYPE, "Accept": f"{MEDIA_TYPE}, application/json"}
     options = {"content": encode(tensors, metadata), "headers": headers}
     return Call("POST", path, read, options, rows=tuple(rows))
@@ -176,7 +178,10 @@ def binary(
 def batches(
     shapes: Iterable[tuple[Any, ...]], sizes: Iterable[int], budget: int = _MAX_BYTES
 ) -> Iterator[list[int]]:
-    """Group rows of equal shape into batches of at most _MAX_ITEMS and, if of several, `budget` bytes."""
+    """Group rows of equal shape into batches of at most _MAX_ITEMS items and `budget` bytes.
+
+    A single item may exceed the budget.
+    """
     by_shape: dict[tuple[Any, ...], list[int]] = {}
     size_of = {}
     for row, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
@@ -188,23 +193,23 @@ def batches(
 
 
 def in_order(count: int, parts: Iterable[tuple[Call[list[_R]], list[_R]]]) -> list[_R]:
-    """Put the answers of several requests back in the order of the caller's list."""
+    """Put the results of several requests into the order of the caller's list."""
     placed: dict[int, _R] = {}
     for call, answers in parts:
         if len(call.rows) != len(answers):
-            raise BadResponse(f"the annotator answered {len(answers)} items to {len(call.rows)}")
+            raise BadResponse(f"the annotator returned {len(answers)} items for {len(call.rows)}")
         placed.update(zip(call.rows, answers, strict=True))
     return [placed[i] for i in range(count)]
 
 
 def check_list(names: Sequence[str | None] | None, what: str) -> None:
-    """Refuse a bare string: its letters would pass for names."""
+    """Raise InvalidRequest for a bare string: its letters would pass for names."""
     if isinstance(names, str):
         raise InvalidRequest(f"{what} must be a list of names, got the string '{names[:60]}'")
 
 
 def check_images(images: Iterable[Image], first: int = 0) -> None:
-    """Raise InvalidImage for what is no uint8 (H, W[, 3]). first: number of the first of them."""
+    """Raise InvalidImage unless every image is uint8 (H, W[, 3]). first: index of the first image."""
     for row, image in enumerate(images, first):
         if not isinstance(image, np.ndarray):
             raise InvalidImage(f"image {row} is a {type(image).__name__}; expected a numpy array", item=row)
@@ -222,13 +227,14 @@ def add_templates(
     classes: Mapping[int, str],
     groups: Sequence[str],
 ) -> Iterator[Call[list[TemplateInfo]]]:
-    """POST /templates, a request for each size of image. Raises InvalidImage, ShapeMismatch, InvalidRequest.
+    """Build POST /templates, at least one request per image size.
 
-    Everything is checked before the first request; each body is made when its turn comes.
+    All arguments are checked before the first request is built; each body is encoded when it is its turn.
+    Raises InvalidImage, ShapeMismatch, InvalidRequest.
     """
     if not len(images) == len(masks) == len(groups):
         raise InvalidRequest(
-            f"{len(images)} images, {len(masks)} masks and {len(groups)} groups: expected one of each"
+            f"{len(images)} images, {len(masks)} masks and {len(groups)} groups: expected as many of each"
         )
     check_list(groups, "groups")
     check_images(images)
@@ -237,7 +243,9 @@ def add_templates(
             kind = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
             raise InvalidImage(f"mask {row} is {kind}; expected a numpy array of uint8 class ids", item=row)
         if image.shape[:2] != mask.shape:
-            raise ShapeMismatch(f"image {row} has size {image.shape[:2]}, its mask {mask.shape}", item=row)
+            raise ShapeMismatch(
+                f"image {row} has size {image.shape[:2]}, its mask {mask.shape}: expected the same", item=row
+            )
     read = reads(TypeAdapter(TemplateInfos))
 
     def call(rows: list[int]) -> Call[list[TemplateInfo]]:
@@ -265,13 +273,13 @@ def segment(
     seed: int = 0,
     probabilities: bool = False,
 ) -> tuple[int, Iterator[Call[list[Annotation]]]]:
-    """POST /segment, a request for each size of image and kind of prompts.
+    """Build POST /segment, at least one request per image size and prompt shape.
 
-    Returns how many items there are and the requests; everything is checked before the first one, each
-    body is made when its turn comes. Raises InvalidRequest, InvalidImage, InvalidPrompt.
+    Returns the number of items and the requests. All arguments are checked before the first request is built;
+    each body is encoded when it is its turn. Raises InvalidRequest, InvalidImage, InvalidPrompt.
     """
     if (images is None) == (image_ids is None):
-        raise InvalidRequest("give either images or image_ids")
+        raise InvalidRequest("expected either images or image_ids")
     for names, what in ((image_ids, "image_ids"), (classes, "classes"), (groups, "groups")):
         check_list(names, what)
     ids = list(image_ids or [])
@@ -280,7 +288,7 @@ def segment(
     owners = list(groups) if groups is not None else [None] * count
     if len(given) != count or len(owners) != count:
         raise InvalidRequest(
-            f"{count} items with {len(given)} prompts and {len(owners)} groups: expected one each"
+            f"{count} items with {len(given)} prompts and {len(owners)} groups: expected one of each per item"
         )
     check_images([] if images is None else images)
     check_prompts(given)
@@ -302,5 +310,5 @@ def segment(
 
     shapes = [(() if images is None else images[i].shape, prompt_shape(given[i])) for i in range(count)]
     sizes = [(0 if images is None else images[i].nbytes) + prompt_bytes(given[i]) for i in range(count)]
-    # An answer with probabilities has 2 (K + 1) bytes for each pixel that was sent.
+    # A response with probabilities has 2 (K + 1) bytes per pixel.
     return count, map(call, batches(shapes, sizes, _MAX_BYTES // (4 if probabilities else 1)))

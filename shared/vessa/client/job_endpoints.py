@@ -1,20 +1,20 @@
-"""What a client says about jobs: volumes that the annotator segments in the background."""
+"""Requests about jobs: volumes that the annotator segments in the background."""
 
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 
-from vessa.client.endpoints import Call
-from vessa.errors import BadResponse, InvalidImage, Unreachable, VessaError
+from vessa.client.endpoints import Call, reads
+from vessa.errors import InvalidImage, Unreachable, VessaError
 from vessa.schemas import JobInfo
 from vessa.volumes.files import series_files
 
-POLL_S = 1.0  # between two questions of how a job goes
-PATIENCE_S = 300.0  # without an answer to any: a service that is started again goes on with its jobs
+POLL_S = 1.0  # between two requests for a job's state
+PATIENCE_S = 300.0  # without any response; a service that restarts resumes its jobs
+_JOB = TypeAdapter(JobInfo)
 
 
 def create(
@@ -26,48 +26,46 @@ def create(
     axis: str = "auto",
     result: str | None = None,
 ) -> Call[JobInfo]:
-    """POST /jobs with a NIfTI or DICOM file, or the DICOM files of a folder. InvalidImage without any."""
+    """Build POST /jobs with a NIfTI or DICOM file, or with all DICOM files of a folder.
+
+    Raises InvalidImage when the path cannot be read or the folder has no DICOM file.
+    """
     paths = series_files(path) if path.is_dir() else [path]
     if not paths:
-        raise InvalidImage(f"{path} holds no DICOM files")
+        raise InvalidImage(f"{path} contains no DICOM files")
     try:
-        # names stay here: they may tell who the patient is
+        # File names are not sent: they may identify the patient.
         files = [("image", (f"{i}", one.read_bytes())) for i, one in enumerate(paths)]
     except OSError as error:
-        raise InvalidImage(f"{path} cannot be read") from error
+        raise InvalidImage(f"{path} cannot be read: {error.strerror}") from error
     given = {"bank": bank, "axis": axis, "group": group, "result": result}
     fields = {key: value for key, value in given.items() if value is not None}
     if classes is not None:
         fields["classes"] = json.dumps(list(classes))
-    return Call("POST", "/jobs", _job, {"files": files, "data": fields}, "unsent")
+    return Call("POST", "/jobs", reads(_JOB), {"files": files, "data": fields}, "unsent")
 
 
 def info(identity: str) -> Call[JobInfo]:
-    """GET /jobs/{id}."""
-    return Call("GET", f"/jobs/{identity}", _job)
+    """Build GET /jobs/{id}."""
+    return Call("GET", f"/jobs/{identity}", reads(_JOB))
 
 
-def bear(error: VessaError, identity: str, heard: float) -> None:
-    """Take it that nothing was told of a job; Unreachable when the last answer is too long ago.
+def check_patience(error: VessaError, identity: str, answered: float) -> None:
+    """Raise Unreachable when the service has not responded for PATIENCE_S seconds.
 
-    heard: time of that, `time.monotonic()`, s
+    answered: time of its last response, `time.monotonic()`, s
     """
-    if time.monotonic() - heard > PATIENCE_S:
-        raise Unreachable(f"nothing was heard of job {identity} for {PATIENCE_S:.0f} s: {error}") from error
+    if time.monotonic() - answered > PATIENCE_S:
+        raise Unreachable(
+            f"no response about job {identity} for {PATIENCE_S:.0f} s; the last error was: {error}"
+        ) from error
 
 
 def result(identity: str) -> Call[bytes]:
-    """GET /jobs/{id}/result."""
+    """Build GET /jobs/{id}/result."""
     return Call("GET", f"/jobs/{identity}/result", lambda response: response.content)
 
 
 def cancel(identity: str) -> Call[None]:
-    """DELETE /jobs/{id}."""
+    """Build DELETE /jobs/{id}."""
     return Call("DELETE", f"/jobs/{identity}", lambda _: None)
-
-
-def _job(response: httpx.Response) -> JobInfo:
-    try:
-        return JobInfo.model_validate_json(response.content)
-    except ValidationError as error:
-        raise BadResponse("/jobs answered something that is not the annotator's protocol") from error

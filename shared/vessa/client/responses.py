@@ -1,4 +1,4 @@
-"""Safetensors answers of the annotator, read strictly."""
+"""Read the annotator's safetensors responses and refuse what contradicts itself or the request."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from vessa.errors import BadResponse, VessaError, error_from
 from vessa.schemas import ItemInfo, Provenance
 
 _MAX_ANSWER = 1 << 31
-_ITEMS, _CLASSES = TypeAdapter(list[ItemInfo]), TypeAdapter(dict[int, str])  # costly to make
+_ITEMS, _CLASSES = TypeAdapter(list[ItemInfo]), TypeAdapter(dict[int, str])  # slow to build
 _ANSWER = {
     "labels": TensorSpec(("U8",), ((None, None, None),)),
     "confidence": TensorSpec(("U8",), ((None, None, None),)),
@@ -23,9 +23,10 @@ _ANSWER = {
 def read_annotations(
     response: httpx.Response, rows: Sequence[int], size: tuple[int, ...] | None
 ) -> list[Annotation]:
-    """Read a safetensors answer to POST /segment.
+    """Read the response to POST /segment.
 
-    rows: the items' places in the caller's list; size: (H, W) that was sent, None when ids were
+    rows: indices of the items in the caller's list; size: (H, W) of the images that were sent, None if ids
+    were. Raises BadResponse.
     """
     try:
         tensors, metadata = decode(response.content, _ANSWER, max_bytes=_MAX_ANSWER)
@@ -46,7 +47,7 @@ def read_annotations(
         if size is not None and answered and labels.shape[1:] != size:
             raise ValueError("the labels have another size than the images")
     except (VessaError, KeyError, ValueError) as error:
-        raise BadResponse("the answer to POST /segment is not the annotator's protocol") from error
+        raise BadResponse("the response to POST /segment does not follow the annotator's protocol") from error
     annotations = []
     for place, (row, item) in enumerate(zip(rows, items, strict=True)):
         if item.error is not None:
@@ -56,7 +57,7 @@ def read_annotations(
         annotations.append(
             Annotation(
                 item.image_id,
-                # Copies: writable, and an item kept for long does not keep its whole batch.
+                # Copies are writable, and one kept item does not hold its whole batch in memory.
                 labels[place].copy(),
                 confidence[place].copy(),
                 None if probabilities is None else probabilities[place].copy(),
@@ -72,7 +73,7 @@ def read_annotations(
 
 
 def read_annotation(response: httpx.Response) -> Annotation:
-    """Read a safetensors answer to GET /annotations/{id}."""
+    """Read the response to GET /annotations/{id}. Raises BadResponse."""
     try:
         tensors, metadata = decode(response.content, {"labels": _ANSWER["labels"]}, max_bytes=_MAX_ANSWER)
         made = Provenance.model_validate_json(metadata["provenance"])
@@ -81,7 +82,9 @@ def read_annotation(response: httpx.Response) -> Annotation:
         if labels.shape != (1, made.height, made.width):
             raise ValueError("the labels do not fit the provenance")
     except (VessaError, KeyError, ValueError) as error:
-        raise BadResponse("the answer to GET /annotations is not the annotator's protocol") from error
+        raise BadResponse(
+            "the response to GET /annotations does not follow the annotator's protocol"
+        ) from error
     return Annotation(
         made.image_id,
         labels[0].copy(),
@@ -100,7 +103,7 @@ def read_annotation(response: httpx.Response) -> Annotation:
 def _check_sizes(
     labels: Image, confidence: Image, probabilities: Floats | None, items: int, classes: int
 ) -> None:
-    """Raise ValueError unless the arrays of an answer fit each other."""
+    """Raise ValueError unless the arrays of a response fit each other."""
     if labels.shape != confidence.shape or labels.shape[0] != items:
         raise ValueError("labels, confidence and items differ in number or size")
     if probabilities is not None and probabilities.shape != (items, classes + 1, *labels.shape[1:]):

@@ -1,6 +1,6 @@
-"""A call of `segment` on its way: what is to be sent, what has come back, what must be sent again.
+"""The state of one `segment` call: requests to send, received annotations, items to send again.
 
-Both clients drive the same run; it does no input or output itself.
+Both clients use it. It does no input or output itself and is not thread-safe.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +12,18 @@ from vessa.client.types import Annotation, Image, SegmentOptions
 from vessa.codec import image_digest
 from vessa.errors import BadResponse, InvalidRequest, Retryable, UnknownImage
 
-Progress = Callable[[int, int], None]  # (items that are done, all items)
+Progress = Callable[[int, int], None]  # (finished items, all items)
 
 _LONGEST_WAIT = 10.0  # s
 
 
 class SegmentRun:
-    """Rounds of requests until every item has its answer.
+    """Rounds of requests until every item has its annotation.
 
-    images, image_ids: one of them; by_id: ask by the images' ids first, send pixels of those that are
-    unknown; attempts: how often an item is sent that fails for the moment. Raises as `endpoints.segment`
-    does, before anything is sent.
+    images, image_ids: give one of them
+    by_id: send the ids of the images first, and pixels only for ids that the service does not know
+    attempts: how often an item with a Retryable error is sent, at most
+    Raises what `endpoints.segment` raises, before anything is sent.
     """
 
     def __init__(
@@ -36,39 +37,39 @@ class SegmentRun:
         options: SegmentOptions,
     ) -> None:
         if by_id and images is None:
-            raise InvalidRequest("by_id needs the images: it sends the pixels of those that are not held")
+            raise InvalidRequest("by_id needs the images: pixels are sent for ids that the service lacks")
         self._images, self._bank, self._ids, self._options = images, bank, image_ids, options
         self._attempts, self._progress = attempts, progress
         count, calls = endpoints.segment(images, bank=bank, image_ids=image_ids, **options)
         self._answers: list[Annotation | None] = [None] * count
         self._round = self._failures = 0
         self._first: Iterator[Call[list[Annotation]]] = calls
-        self._asked_by_id: set[int] = set()  # whose pixels may still be what is missing
+        self._sent_by_id: set[int] = set()  # items whose pixels were not sent yet
         if by_id and images is not None:
-            self._asked_by_id = set(range(count))
+            self._sent_by_id = set(range(count))
             self._first = self._by_id(images)
 
     def wait(self, initial: float) -> float:
-        """Return how long to wait before this round, s: doubled with each round of failures."""
+        """Return the seconds to wait before this round, doubled with each round after failures."""
         return min(initial * 2 ** (self._failures - 1), _LONGEST_WAIT) if self._failures else 0.0
 
     def calls(self) -> Iterator[Call[list[Annotation]]] | None:
-        """Return the requests of the next round, None when all is done."""
+        """Return the requests of the next round, None when every item is finished."""
         self._round += 1
         if self._round == 1:
             return self._first
-        unknown = [i for i in sorted(self._asked_by_id) if _unknown(self._answers[i])]
-        failed = [i for i, a in enumerate(self._answers) if _for_the_moment(a)]
+        unknown = [i for i in sorted(self._sent_by_id) if _unknown(self._answers[i])]
+        failed = [i for i, a in enumerate(self._answers) if _failed_for_now(a)]
         if failed:
             self._failures += 1
         again = sorted(unknown + (failed if self._failures < self._attempts else []))
-        self._asked_by_id -= set(again)
+        self._sent_by_id -= set(again)
         return self._some(again, self._images, self._ids) if again else None
 
     def receive(self, call: Call[list[Annotation]], annotations: list[Annotation]) -> None:
-        """Take in the answers to one request."""
+        """Record the annotations of one request."""
         if len(annotations) != len(call.rows):
-            raise BadResponse(f"the annotator answered {len(annotations)} items to {len(call.rows)}")
+            raise BadResponse(f"the annotator returned {len(annotations)} items for {len(call.rows)}")
         for row, annotation in zip(call.rows, annotations, strict=True):
             if annotation.error is not None:
                 annotation.error.item = row
@@ -78,11 +79,11 @@ class SegmentRun:
             self._progress(done, len(self._answers))
 
     def annotations(self) -> list[Annotation]:
-        """Return all answers in the order of the images."""
+        """Return all annotations in the order of the images."""
         return [a for a in self._answers if a is not None]
 
     def _by_id(self, images: Sequence[Image]) -> Iterator[Call[list[Annotation]]]:
-        """Ask by ids, for each size of image apart: the images of one request have one size."""
+        """Build requests by id, separately for each image size: a request has images of one size."""
         by_size: dict[tuple[int, ...], list[int]] = {}
         for row, image in enumerate(images):
             by_size.setdefault(image.shape[:2], []).append(row)
@@ -107,14 +108,14 @@ class SegmentRun:
         return (replace(call, rows=tuple(rows[row] for row in call.rows)) for call in calls)
 
     def _pending(self, row: int, annotation: Annotation) -> bool:
-        again = _for_the_moment(annotation) and self._failures + 1 < self._attempts
-        return again or (row in self._asked_by_id and _unknown(annotation))
+        again = _failed_for_now(annotation) and self._failures + 1 < self._attempts
+        return again or (row in self._sent_by_id and _unknown(annotation))
 
 
 def _unknown(annotation: Annotation | None) -> bool:
     return annotation is not None and isinstance(annotation.error, UnknownImage)
 
 
-def _for_the_moment(annotation: Annotation | None) -> bool:
+def _failed_for_now(annotation: Annotation | None) -> bool:
     error = None if annotation is None else annotation.error
     return error is not None and isinstance(error, Retryable)

@@ -1,4 +1,4 @@
-"""Asking what to annotate next: the service looks at all candidates, then ranks them by their ids."""
+"""The state of one `suggest` call: the service computes features of candidates, then ranks them by id."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,16 +12,16 @@ from vessa.codec import image_digest
 from vessa.errors import BadResponse, InvalidRequest, UnknownImage
 from vessa.schemas import Suggestions
 
-Progress = Callable[[int, int], None]  # (candidates that were looked at, all)
+Progress = Callable[[int, int], None]  # (candidates with features, all candidates)
 
-_ROUNDS = 3  # of sending what the service does not know; what it looked at it keeps for a while
+_ROUNDS = 3  # of sending images; the service keeps their features in a cache of limited size
 
 
 class SuggestRun:
-    """What is sent for one call of `suggest`; both clients drive it, it does no input or output itself.
+    """Requests of one `suggest` call. Both clients use it; it does no input or output itself.
 
-    Images are read one by one for their ids, and those that the service does not know again when they are
-    sent. Raises InvalidImage, InvalidRequest before anything is sent.
+    Each image is read once for its id, and once more if the service does not have its features.
+    Raises InvalidImage, InvalidRequest before anything is sent.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class SuggestRun:
         self._groups = [None] * len(images) if groups is None else list(groups)
         if not len(images) or count < 1 or len(self._groups) != len(images):
             raise InvalidRequest(
-                f"expected at least one image, a group of each and a count of 1 or more, got {len(images)} "
-                f"images, {len(self._groups)} groups and {count}"
+                f"expected at least one image, one group per image and a count of 1 or more, "
+                f"got {len(images)} images, {len(self._groups)} groups and a count of {count}"
             )
         self._count = min(count, len(images))
         self._rounds = self._done = 0
@@ -51,21 +51,24 @@ class SuggestRun:
             self._shapes.append(image.shape)
 
     def ranking(self) -> Call[Suggestions]:
-        """Ask for the ranking; where the service does not know all images it tells which."""
+        """Build the request for the ranking; the service returns the ids whose features it lacks."""
         metadata = {"image_ids": _compact(self._ids), "groups": _compact(self._groups)}
         return self._call({}, {**metadata, "count": str(self._count)}, range(len(self._ids)))
 
-    def looks(self, answer: Suggestions) -> Iterator[Call[Suggestions]]:
-        """Send the images that the service does not know; UnknownImage when it forgets them again."""
+    def feature_calls(self, answer: Suggestions) -> Iterator[Call[Suggestions]]:
+        """Build requests with the images whose features the service lacks.
+
+        Raises UnknownImage when features are still missing after _ROUNDS rounds.
+        """
         self._rounds += 1
         if self._rounds > _ROUNDS:
             raise UnknownImage(
-                f"the service forgets candidates as fast as it looks at them: {len(answer.unknown)} of "
-                f"{len(self._ids)} are unknown after {_ROUNDS} rounds; suggest from fewer at once"
+                f"the service's feature cache is too small: {len(answer.unknown)} of {len(self._ids)} "
+                f"candidates are unknown after {_ROUNDS} rounds; rank fewer candidates at once"
             )
         row_of = {identity: row for row, identity in reversed(list(enumerate(self._ids)))}
         if not row_of.keys() >= set(answer.unknown):
-            raise BadResponse("the annotator asks for images that it was not told of")
+            raise BadResponse("the annotator requested images that are no candidates of this call")
         rows = [row_of[identity] for identity in dict.fromkeys(answer.unknown)]
         self._done = len(self._ids) - len(rows)
         sizes = [int(np.prod(self._shapes[row])) for row in rows]
@@ -75,7 +78,7 @@ class SuggestRun:
             yield self._call(tensors, {"groups": _compact([self._groups[row] for row in some])}, some)
 
     def receive(self, call: Call[Suggestions]) -> None:
-        """Note that the service has looked at some images."""
+        """Record that the service has the features of some images."""
         self._done += len(call.rows)
         if self._progress is not None:
             self._progress(self._done, len(self._ids))

@@ -1,14 +1,13 @@
-"""Clients of the annotator, sync and async.
+"""The annotator's client. scripts/make_sync_client.py generates it from `async_client.py`.
 
-Requests are built and answers read by plain functions, in `vessa.client.endpoints` above all; the two clients
-only send. What may be repeated safely is repeated, waiting as long as Retry-After says.
+`vessa.client.endpoints` builds requests and reads responses with plain functions; the client only sends. It
+repeats requests that are safe to repeat and waits as long as Retry-After says.
 """
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, Unpack
@@ -17,6 +16,7 @@ import httpx
 import stamina
 
 from vessa.client import endpoints, job_endpoints, suggest_run
+from vessa.client.concurrency import in_place, stream_sync
 from vessa.client.endpoints import Call
 from vessa.client.segment_run import Progress, SegmentRun
 from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
@@ -28,18 +28,22 @@ from vessa.tracing import trace_headers
 _T = TypeVar("_T")
 
 
-def _trace(request: httpx.Request) -> None:
+def _add_trace(request: httpx.Request) -> None:
     request.headers.update(trace_headers())
 
 
 class AnnotatorClient(Connection):
-    """Talks to one annotator. Safe to share between threads.
+    """Talk to one annotator. Threads may share one client.
 
-    url: None takes VESSA_URL, else port 8700 of this machine; api_key: None looks in VESSA_API_KEY,
-    then in the local key file; transport: an httpx transport in place of the network; timeout: seconds
-    a request may take; attempts: tries that a repeatable request gets; in_flight: requests of one call of
-    `segment` under way at once, so that the service reads one while it works on another. Every method raises
-    VessaError subclasses, among them Unreachable when nobody answers.
+    url: address; None takes VESSA_URL, then port 8700 of this machine
+    api_key: None takes VESSA_API_KEY, then the local key file
+    transport: an httpx transport in place of the network
+    timeout: seconds that a request may take
+    attempts: how often a request that is safe to repeat is sent, at most
+    wait_initial: seconds before the first retry, doubled with each further one
+    in_flight: requests of one call of `segment` in progress at once, so that the service reads one while it
+        computes another
+    Every method raises subclasses of VessaError, among them Unreachable when the service does not respond.
     """
 
     def __init__(
@@ -53,9 +57,10 @@ class AnnotatorClient(Connection):
         wait_initial: float = 0.2,
         in_flight: int = 2,
     ) -> None:
-        """Open a client; use it as a context manager or `close` it."""
+        """Open a client; use it in a `with` block or close it with `close`."""
         super().__init__(url, api_key, timeout, attempts, wait_initial, in_flight)
-        self._http = httpx.Client(transport=transport, event_hooks={"request": [_trace]}, **self._options)
+        hooks = {"request": [_add_trace]}
+        self._http = httpx.Client(transport=transport, event_hooks=hooks, **self._options)
 
     def __enter__(self) -> "AnnotatorClient":
         return self
@@ -82,27 +87,30 @@ class AnnotatorClient(Connection):
             raise error.error from error.__cause__
         raise AssertionError("stamina gives at least one attempt")
 
+    def _stream(self, calls: Iterable[Call[_T]]) -> Iterator[tuple[Call[_T], _T]]:
+        return stream_sync(self._send, calls, self._in_flight)
+
     def info(self) -> ServiceInfo:
-        """What is running there."""
+        """Return the service's version, model and limits."""
         return self._send(endpoints.info())
 
     def ready(self) -> bool:
-        """Whether it takes requests now."""
+        """Return whether the service accepts requests now."""
         try:
             return self._send(endpoints.ready())
         except VessaError:
             return False
 
     def banks(self) -> list[BankInfo]:
-        """All template banks."""
+        """List the template banks."""
         return self._send(endpoints.banks())
 
     def bank(self, name: str) -> BankInfo:
-        """One template bank. Raises UnknownBank."""
+        """Describe one template bank. Raises UnknownBank."""
         return self._send(endpoints.bank(name))
 
     def templates(self, bank: str) -> list[TemplateInfo]:
-        """The templates of a bank."""
+        """List the templates of a bank."""
         return self._send(endpoints.templates(bank))
 
     def add_templates(
@@ -113,35 +121,38 @@ class AnnotatorClient(Connection):
         classes: Mapping[int, str],
         groups: Sequence[str],
     ) -> list[TemplateInfo]:
-        """Add annotated images; the same image, mask, classes and group are added once.
+        """Add annotated images to a bank. Adding the same image, mask, classes and group again has no effect.
 
-        images: uint8 (H, W[, 3]); masks: uint8 (H, W) class ids; groups: the patient of each.
+        images: uint8 (H, W[, 3]), sizes may differ
+        masks: uint8 (H, W) class ids, 0 is background
+        classes: class id to name
+        groups: the patient of each image
         """
         calls = endpoints.add_templates(bank, images, masks, classes, groups)
-        return endpoints.in_order(len(images), ((call, self._send(call)) for call in calls))
+        return endpoints.in_order(len(images), [(call, self._send(call)) for call in calls])
 
     def delete_template(self, bank: str, template: str) -> None:
-        """Remove one template. Raises UnknownTemplate."""
+        """Delete one template. Raises UnknownTemplate."""
         self._send(endpoints.delete_template(bank, template))
 
     def delete_bank(self, name: str) -> None:
-        """Remove a bank with all its templates. Raises UnknownBank."""
+        """Delete a bank with all its templates. Raises UnknownBank."""
         self._send(endpoints.delete_bank(name))
 
     def adapt(self, bank: str, seconds: float = 120.0) -> AdaptationInfo:
-        """Let the annotator learn from a bank's templates for at most `seconds`, in the background.
+        """Start to train the annotator on a bank's templates, in the background, for at most `seconds`.
 
-        Raises UnknownBank, InvalidRequest for a bank with too few templates or too long a time, QueueFull
-        while another bank is being adapted to. `adaptation` tells how it goes.
+        `adaptation` returns the progress. Raises UnknownBank, InvalidRequest when the bank has too few
+        templates or the time is too long, QueueFull while the annotator adapts to another bank.
         """
         return self._send(endpoints.adapt(bank, seconds))
 
     def adaptation(self, bank: str) -> AdaptationInfo:
-        """How the adaptation of a bank goes, or went. Raises UnknownBank."""
+        """Return the progress or the result of a bank's adaptation. Raises UnknownBank."""
         return self._send(endpoints.adapt(bank))
 
     def forget_adaptation(self, bank: str) -> None:
-        """Serve a bank by the common weights again. Raises UnknownBank."""
+        """Delete a bank's adapted weights; the common weights serve it again. Raises UnknownBank."""
         self._send(endpoints.forget_adaptation(bank))
 
     def segment(
@@ -154,14 +165,16 @@ class AnnotatorClient(Connection):
         progress: Progress | None = None,
         **options: Unpack[SegmentOptions],
     ) -> list[Annotation]:
-        """Segment images, or images the service has seen, by their ids.
+        """Segment any number of images; returns one annotation per image, in their order.
 
-        images: uint8 (H, W[, 3]), sizes may differ; image_ids: of images of one size; by_id: send the ids of
-        `images` first, and pixels only of those that the service does not hold; progress(done, total): called
-        after each answer; further options: classes, groups, prompts, template_choice, seed, probabilities,
-        see `client.types.SegmentOptions`. Any number of images is split into requests; answers are in the
-        order of the images. Items that failed for the moment are sent again, alone. One that failed for good
-        has its `error` set; the others are not touched by it.
+        images: uint8 (H, W[, 3]), sizes may differ
+        image_ids: in place of `images`, ids of images of one size that the service still holds
+        by_id: send the ids of `images` first, and pixels only for ids that the service does not hold
+        progress: called as progress(done, total) after each response
+        options: classes, groups, prompts, template_choice, seed, probabilities; see
+            `client.types.SegmentOptions`
+        An item that fails with a Retryable error is sent again, alone. An item that fails for good has its
+        `error` set; it does not affect the others.
         """
         run = SegmentRun(images, bank, image_ids, by_id, self._attempts, progress, options)
         while (calls := run.calls()) is not None:
@@ -171,9 +184,9 @@ class AnnotatorClient(Connection):
         return run.annotations()
 
     def annotation(self, identity: str) -> Annotation:
-        """What was answered under an `annotation_id`, with its provenance, while the service keeps it.
+        """Return a cached annotation by its `annotation_id`, with provenance but without confidence.
 
-        Its confidence is not kept. Raises UnknownAnnotation, also for another key's.
+        Raises UnknownAnnotation when it is no longer in the cache or belongs to another key.
         """
         return self._send(endpoints.annotation(identity))
 
@@ -186,17 +199,20 @@ class AnnotatorClient(Connection):
         count: int = 10,
         progress: suggest_run.Progress | None = None,
     ) -> Suggestions:
-        """Rank unlabeled images, or patients, by what annotating them would bring to a bank.
+        """Rank unlabeled images, or patients, by how much annotating them would improve a bank.
 
-        images: uint8 (H, W[, 3]), a list or anything that reads them when they are asked for by number: each
-        is read for its id, and once more if the service has not looked at it by now; groups: the patient of
-        each, whose images are annotated together; None for one alone; count: of suggestions, at most;
-        progress(done, total): of images that were looked at. The bank may be a new one. Raises TooLarge for
-        more candidates than the service takes, before it is sent any of them.
+        bank: may be a new one
+        images: uint8 (H, W[, 3]); a list, or any sequence that reads an image when it is indexed. Each image
+            is read once for its id, and once more if the service does not have its features.
+        groups: the patient of each image; images of one patient are annotated together; None: the image is
+            ranked alone
+        count: suggestions, at most
+        progress: called as progress(done, total) with the images whose features the service has
+        Raises TooLarge when there are more candidates than the service accepts, before any image is sent.
         """
-        run = suggest_run.SuggestRun(bank, images, groups, count, progress)
+        run = in_place(suggest_run.SuggestRun, bank, images, groups, count, progress)
         while (answer := self._send(run.ranking())).unknown:
-            for call, _ in self._stream(run.looks(answer)):
+            for call, _ in self._stream(run.feature_calls(answer)):
                 run.receive(call)
         return answer
 
@@ -211,42 +227,30 @@ class AnnotatorClient(Connection):
         result: str | None = None,
         progress: Callable[[JobInfo], None] = lambda info: None,
     ) -> bytes:
-        """Segment a NIfTI or DICOM file, or a folder with a DICOM series, and wait for it.
+        """Segment a NIfTI or DICOM file, or a folder with a DICOM series, and wait for the result.
 
-        axis: auto, axial, coronal or sagittal; result: nifti or dicom-seg, None for what fits the input.
-        Returns the .nii.gz or DICOM SEG file. Ctrl-C cancels the job.
+        axis: auto, axial, coronal or sagittal
+        result: nifti or dicom-seg; None: the format of the input
+        progress: called with the job's state about once a second
+        Returns the bytes of the .nii.gz or DICOM SEG file. Ctrl-C cancels the job.
         """
-        info = self._send(
-            job_endpoints.create(path, bank=bank, classes=classes, group=group, axis=axis, result=result)
+        create = partial(
+            job_endpoints.create, path, bank=bank, classes=classes, group=group, axis=axis, result=result
         )
-        heard = time.monotonic()
+        info = self._send(in_place(create))
+        answered = time.monotonic()
         try:
             while info.state in ("queued", "running"):
                 progress(info)
                 time.sleep(job_endpoints.POLL_S)
                 try:
-                    info, heard = self._send(job_endpoints.info(info.id)), time.monotonic()
+                    info, answered = self._send(job_endpoints.info(info.id)), time.monotonic()
                 except Retryable as error:
-                    job_endpoints.bear(error, info.id, heard)
+                    job_endpoints.check_patience(error, info.id, answered)
             progress(info)
             data = self._send(job_endpoints.result(info.id))
         finally:
-            with contextlib.suppress(VessaError):  # what came, or why nothing did, matters more
-                self._send(job_endpoints.cancel(info.id))  # it is needed there no more
+            # The result, or the error on its way, matters more than a failure to delete the job.
+            with contextlib.suppress(VessaError):
+                self._send(job_endpoints.cancel(info.id))
         return data
-
-    def _stream(self, calls: Iterable[Call[_T]]) -> Iterator[tuple[Call[_T], _T]]:
-        """Send with `in_flight` requests under way; a body is made when its turn comes."""
-        calls = iter(calls)
-        first = list(itertools.islice(calls, self._in_flight))
-        if len(first) == 1:  # needs no thread of its own
-            for call in itertools.chain(first, calls):
-                yield call, self._send(call)
-            return
-        with ThreadPoolExecutor(self._in_flight, "vessa-client") as pool:
-            running = {pool.submit(self._send, call): call for call in first}
-            while running:
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    call, answer = running.pop(done), done.result()
-                    running |= {pool.submit(self._send, more): more for more in itertools.islice(calls, 1)}
-                    yield call, answer

@@ -1,4 +1,4 @@
-"""How the clients reach a service: address and key, what is worth another try, which error comes of what."""
+"""Find the service's address and key, decide which failures to retry, and map them to errors."""
 
 import logging
 import os
@@ -15,15 +15,16 @@ from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
 log = logging.getLogger(__name__)
 
 DEFAULT_URL = "http://127.0.0.1:8700"
+# HTTP statuses, not errors, because a proxy in front of the annotator returns them as well.
 _REPEATABLE_STATUS = {429, 502, 503, 504}
-_NO_EFFECT_STATUS = {429}  # refused before anything was done
-_LONGEST_WAIT = 60.0  # seconds; who is told to come back later than that is told so, and not kept waiting
+_NO_EFFECT_STATUS = {429}  # the service refused the request before it did anything
+_LONGEST_WAIT = 60.0  # seconds; Retry-After values longer than this are raised to the caller
 
 _T = TypeVar("_T")
 
 
 class RepeatableError(Exception):
-    """A failure worth another try; carries what to raise when there is none left."""
+    """A failure after which the request is sent again; carries the error to raise after the last attempt."""
 
     def __init__(self, error: VessaError) -> None:
         super().__init__(str(error))
@@ -31,7 +32,7 @@ class RepeatableError(Exception):
 
 
 def default_key_file() -> Path:
-    """Where the annotator keeps the key it made at its first start, on this machine."""
+    """Return the file with the key that the annotator made at its first start on this machine."""
     config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(config) / "vessa" / "api-key"
 
@@ -42,17 +43,17 @@ def find_key() -> str | None:
     if key:
         return key
     try:
-        # Bytes that are no text become characters that no key has, and the client says so.
+        # Bytes that are not text become characters that no key has, and the client raises Unauthorized.
         return default_key_file().read_text(encoding="utf-8", errors="replace").strip() or None
     except OSError:
         return None
 
 
 def _wait(error: Exception) -> bool | timedelta:
-    """Tell stamina whether and when to try again."""
+    """Return, for stamina, whether to retry or after which time."""
     if not isinstance(error, RepeatableError):
         return False
-    log.info("worth another try: %s", error)
+    log.info("request will be retried: %s", error)
     after = error.error.retry_after
     if after is None:
         return True
@@ -60,34 +61,35 @@ def _wait(error: Exception) -> bool | timedelta:
 
 
 def result_of(call: Call[_T], response: httpx.Response) -> _T:
-    """Read an answer, or raise the service's error as the class it was there."""
+    """Read a response, or raise the error of the class that the service raised."""
     if response.is_success:
         return call.read(response)
     error = endpoints.read_error(response)
     if error.item is not None and error.item in range(len(call.rows)):
-        error.item = call.rows[error.item]  # counted within the request; the caller counts within its list
+        error.item = call.rows[error.item]  # from the index in the request to that in the caller's list
     repeatable = {"always": _REPEATABLE_STATUS, "unsent": _NO_EFFECT_STATUS, "never": set[int]()}[call.repeat]
-    # A 500 in another form than the annotator's is a proxy's (Ray Serve's): the annotator died at work on it.
+    # A status 500 without the annotator's error message comes from a proxy, such as Ray Serve: the annotator
+    # died while it worked on the request.
     died = call.repeat == "always" and response.status_code == 500 and isinstance(error, BadResponse)
     raise RepeatableError(error) if died or response.status_code in repeatable else error
 
 
 def failure_of(url: str, timeout: float, call: Call[Any], error: httpx.RequestError) -> Exception:
-    """Turn httpx's error into ours, repeatable where that is safe and promises something."""
+    """Turn an error of httpx into ours, as a RepeatableError where a retry is safe and may help."""
     kind = type(error).__name__
     if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
-        return Unreachable(f"'{url}' or the key is not usable ({kind}): expected http://host:port")
+        return Unreachable(f"the address '{url}' or the key is invalid ({kind}): expected http://host:port")
     if isinstance(error, httpx.DecodingError | httpx.TooManyRedirects):
-        return BadResponse(f"{url} answered something that is not HTTP as agreed ({kind})")
+        return BadResponse(f"the response of {url} cannot be read ({kind}): check the address")
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-        # Not repeated: the service may still be at work on it, and would then do it twice.
+        # Not repeated: the service may still be working on it and would do the work twice.
         return Unreachable(
-            f"the annotator at {url} took longer than {timeout:g} s ({kind}): "
-            "send fewer images at once, or allow more by `timeout`"
+            f"the annotator at {url} took longer than the limit of {timeout:g} s ({kind}): "
+            "send fewer images at once, or raise `timeout`"
         )
     failure = Unreachable(
-        f"no answer from the annotator at {url} ({kind}): "
-        "start it with `vessa-server serve`, or give its address (`--url`, VESSA_URL)"
+        f"no response from the annotator at {url} ({kind}): "
+        "start it with `vessa-server serve`, or set its address (`--url`, VESSA_URL)"
     )
     unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
     again = call.repeat == "always" or (call.repeat == "unsent" and unsent)
@@ -95,7 +97,7 @@ def failure_of(url: str, timeout: float, call: Call[Any], error: httpx.RequestEr
 
 
 class Connection:
-    """What both clients are made with; see AnnotatorClient."""
+    """Settings that both clients share; see AnnotatorClient for the arguments."""
 
     def __init__(
         self,
@@ -117,10 +119,10 @@ class Connection:
         try:
             httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise Unreachable(f"'{self.url}' is not an address: expected http://host:port") from error
+            raise Unreachable(f"the address '{self.url}' is invalid: expected http://host:port") from error
         key = api_key or find_key()
         if key and not (key.isascii() and key.isprintable()):
-            raise Unauthorized("the API key holds characters that no key has; copy it again")
+            raise Unauthorized("the API key contains characters that no key has: copy it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {
             "base_url": self.url,

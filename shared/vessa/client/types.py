@@ -1,4 +1,4 @@
-"""What a caller gives to `segment` and gets from it."""
+"""The types of `segment`: prompts, options and annotations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,13 @@ TemplateChoice = Literal["top1", "top3", "sample"]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one image for K classes, in px of the image as it is sent.
+    """Prompts of one image for K classes, in px of the image that is sent.
 
-    boxes: (K, 4) XYXY, a row of -1 means none; points: (K, P, 2) (x, y) with point_labels (K, P)
-    1 inside, 0 outside, -1 padding; mask_logits: (K, h, w) over the whole image, any h and w, with
-    mask_present (K,) bool, absent = all present
+    boxes: (K, 4) XYXY; a row of -1: the class has no box
+    points: (K, P, 2) (x, y)
+    point_labels: (K, P), 1 inside, 0 outside, -1 padding
+    mask_logits: (K, h, w) over the whole image, any h and w
+    mask_present: (K,) bool, whether the class has mask logits; None: all have
     """
 
     boxes: Floats | None = None
@@ -32,13 +34,17 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Annotation:
-    """The annotator's answer for one image.
+    """The annotator's result for one image.
 
-    labels: uint8 (H, W) with the bank's class ids; confidence: uint8 (H, W), 255 is certain;
-    probabilities: float16 (K + 1, H, W), background first, when asked for; classes: id to name in
-    the order of the request; scores: predicted IoU of each class; error: set when this item failed,
-    its arrays are None then; annotation_id: to ask for it again, then with `provenance` but without
-    confidence; adaptation: digest of the bank's own weights, None where the common ones served
+    labels: uint8 (H, W) with the bank's class ids, 0 is background
+    confidence: uint8 (H, W), 0 to 255 for a highest class probability of 0 to 1
+    probabilities: float16 (K + 1, H, W), background first; only on request
+    classes: id to name, in the order of the request
+    templates: class name to the templates that were used
+    scores: class name to predicted IoU
+    error: set when this item failed; its arrays are None
+    annotation_id: id in the service's cache; `annotation` returns it with `provenance`, without confidence
+    adaptation: digest of the bank's adapted weights, None when the common weights were used
     """
 
     image_id: str
@@ -58,11 +64,13 @@ class Annotation:
 
 
 class SegmentOptions(TypedDict, total=False):
-    """What `segment` takes besides images and bank; each list has one entry an image.
+    """Options of `segment` besides images and bank. Lists have one entry per image.
 
-    classes: names, absent = all of the bank; groups: the patient of each image, whose templates are
-    not used; prompts: see Prompts; template_choice: "top1", "top3" or "sample" with `seed`;
-    probabilities: ask for them
+    classes: names to segment; None: all classes of the bank (one list for all images)
+    groups: the patient of each image; templates of the same patient are not used
+    prompts: see Prompts
+    template_choice: "top1", "top3" or "sample", which draws a template with `seed`
+    probabilities: whether annotations contain probabilities
     """
 
     classes: Sequence[str] | None

@@ -1,4 +1,4 @@
-"""The protocol's plain functions: what is checked before anything is sent, and what an answer must hold."""
+"""The protocol's plain functions: checks before a request is sent, and checks of responses."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def first(images, **options):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, InvalidRequest, "either images or image_ids"),
-        ({"images": [IMAGE], "image_ids": ["x"]}, InvalidRequest, "either images or image_ids"),
+        ({}, InvalidRequest, "expected either images or image_ids"),
+        ({"images": [IMAGE], "image_ids": ["x"]}, InvalidRequest, "expected either images or image_ids"),
         ({"images": [IMAGE], "prompts": [None, None]}, InvalidRequest, "1 items with 2 prompts"),
         ({"images": [IMAGE], "groups": ["a", "b"]}, InvalidRequest, "1 prompts and 2 groups"),
         ({"images": [IMAGE] * 2, "groups": "p1"}, InvalidRequest, "groups must be a list .* string 'p1'"),
@@ -89,18 +89,18 @@ def test_bad_templates_are_named_before_anything_is_sent(images, masks, groups, 
 @pytest.mark.parametrize("name", ["", ".", ".."])
 def test_a_name_cannot_lead_to_another_route(name):
     for make in (endpoints.bank, endpoints.delete_bank, lambda n: endpoints.delete_template("b", n)):
-        with pytest.raises(InvalidRequest, match="is not a name"):
+        with pytest.raises(InvalidRequest, match="is not a valid name"):
             make(name)
 
 
-def test_a_stack_of_images_is_taken_like_a_list(sent):
+def test_a_stack_of_images_works_like_a_list(sent):
     stack = np.stack([IMAGE, IMAGE + 1])
     count, calls = endpoints.segment(stack, bank="b")
     assert count == 2
     assert np.array_equal(sent(request_of(next(calls)))[0]["images"], stack)
 
 
-def test_prompts_travel_in_the_wires_types(sent):
+def test_prompts_are_sent_in_the_protocols_types(sent):
     prompts = Prompts(
         boxes=[[0, 1, 2, 3]],
         points=[[[1, 2]]],
@@ -122,7 +122,7 @@ def test_prompts_travel_in_the_wires_types(sent):
     }  # fmt: skip
 
 
-def test_prompts_of_other_kinds_or_sizes_go_in_other_requests(sent):
+def test_prompts_of_other_kinds_or_sizes_need_other_requests(sent):
     boxes = np.zeros((1, 4))
     prompts = [None, Prompts(boxes=boxes), Prompts(mask_logits=np.zeros((1, 2, 2))), Prompts(boxes=boxes + 1)]
     _, calls = endpoints.segment([IMAGE] * 4, bank="b", prompts=prompts)
@@ -137,17 +137,17 @@ def test_a_request_stays_within_its_bytes():
     assert [len(call.rows) for call in calls] == [1, 1, 1]
     huge = np.zeros((5000, 5000), np.uint8)
     _, calls = endpoints.segment([huge, huge], bank="b")
-    assert [len(call.rows) for call in calls] == [1, 1]  # one that is larger by itself is still sent
+    assert [len(call.rows) for call in calls] == [1, 1]  # a single larger image is still sent
 
 
-def test_an_answer_is_read_with_all_it_says(segmented):
+def test_a_response_is_read_with_all_its_fields(segmented):
     answer = answered(first([IMAGE + 1], probabilities=True), segmented)[0]
     assert (answer.classes, answer.scores, answer.model) == ({1: "liver"}, {"liver": 0.5}, "m")
     assert (answer.bank_version, answer.labels_version, answer.error) == (3, "1", None)
     assert answer.labels.tolist() == (IMAGE + 1).tolist()
     assert (answer.confidence == 200).all()
     assert answer.probabilities.shape == (2, 4, 5)
-    answer.labels[:] = 0  # a copy that may be changed
+    answer.labels[:] = 0  # a writable copy
     assert answered(first([IMAGE]), segmented)[0].probabilities is None
 
 
@@ -172,12 +172,12 @@ def test_an_answer_is_read_with_all_it_says(segmented):
         {"labels_version": None},
     ],
 )
-def test_an_answer_that_does_not_fit_is_a_bad_response(segmented, changes):
-    with pytest.raises(BadResponse, match="POST /segment is not the annotator's protocol"):
+def test_a_response_that_contradicts_the_request_is_a_bad_response(segmented, changes):
+    with pytest.raises(BadResponse, match="POST /segment does not follow the annotator's protocol"):
         answered(first([IMAGE]), segmented, **changes)
 
 
-def test_an_answer_that_is_no_safetensors_is_a_bad_response():
+def test_a_response_without_safetensors_is_a_bad_response():
     for content in (b"", b"<html>", b"\xff" * 100):
         with pytest.raises(BadResponse):
             first([IMAGE]).read(httpx.Response(200, content=content))
@@ -199,7 +199,7 @@ def test_retry_after_is_seconds_or_a_date():
         assert wait(nonsense) is None, nonsense
 
 
-def test_a_queue_position_that_is_no_number_is_ignored():
+def test_an_invalid_queue_position_is_ignored():
     body = json.dumps({"error": {"code": "unknown_template", "message": "none", "item": 2}})
     for position, expected in (("12", 12), ("-1", None), ("many", None), ("", None)):
         response = httpx.Response(404, content=body, headers={"X-Queue-Position": position})

@@ -80,7 +80,7 @@ def test_a_service_that_is_away_for_a_while_does_not_lose_the_job(
     assert ask(handler, "segment_volume", volume, bank="b") == b"labels"
     requests.clear()
     monkeypatch.setattr(job_endpoints, "PATIENCE_S", 0.0)
-    with pytest.raises(Unreachable, match="nothing was heard of job j"):
+    with pytest.raises(Unreachable, match="no response about job j"):
         ask(handler, "segment_volume", volume, bank="b")
 
 

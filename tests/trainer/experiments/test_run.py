@@ -114,7 +114,7 @@ def test_an_annotator_that_is_not_there_is_said_before_training(tiny, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(Unreachable, match="no answer from the annotator"):
+    with pytest.raises(Unreachable, match="no response from the annotator"):
         fit(tiny("semi.method=vessa", f"annotator.url={url}"), resume_line=RESUME)
     assert not (tmp_path / "run").exists()
 

@@ -62,7 +62,7 @@ def test_the_first_address_that_serves_what_is_named_is_taken(annotator):
     config = load_config(None, [key, "annotator.serves=vessa"]).annotator
     url, info = choose([NOBODY, annotator.url], config)
     assert (url, info.preset) == (annotator.url, "nano")
-    with pytest.raises(InvalidConfig, match=r"no answer from .*; .* means prompts alone: start one with"):
+    with pytest.raises(InvalidConfig, match=r"no response from .*; .* means prompts alone: start one with"):
         choose([NOBODY, annotator.url], load_config(None, [key, "annotator.serves=prompts_only"]).annotator)
     with pytest.raises(Unreachable):
         choose([NOBODY], config)
