@@ -1,6 +1,6 @@
-"""`vessa-server serve` with a device that hangs or dies when told to: `sick.py FILE`.
+"""`vessa-server serve` with a worker that hangs or dies when told to: `sick.py FILE`.
 
-FILE is read before each batch: `hang` waits until it is gone, `die` ends the device process.
+FILE is read before each batch: `hang` waits until it is gone, `die` ends the worker process.
 """
 
 import sys
@@ -25,5 +25,5 @@ def sick_segment(self: Annotator, items: Any) -> Any:
 
 
 Annotator.segment = sick_segment  # type: ignore[method-assign]
-if __name__ == "__main__":  # the device process imports this too, and is as sick
+if __name__ == "__main__":  # the worker process imports this too, and is as sick
     serve(Settings())

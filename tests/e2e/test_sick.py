@@ -71,7 +71,9 @@ def test_a_hanging_device_is_told_by_readyz_and_a_restart_recovers(
         before = client.segment([example(1)[0]], bank="b")[0].labels
         told.write_text("hang")
         waiting = pool.submit(client.segment, [example(2)[0]], bank="b")
-        assert wait_until_not_ready(service) == "the device hangs; the service must be restarted"
+        assert wait_until_not_ready(service) == (
+            "the worker hangs: no batch ended within 1.5 s; restart the service"
+        )
         assert client.bank("b").templates == 1  # what needs no device still answers
         with pytest.raises(VessaError) as caught:
             waiting.result(60)
@@ -83,7 +85,7 @@ def test_a_hanging_device_is_told_by_readyz_and_a_restart_recovers(
         assert np.array_equal(client.segment([example(1)[0]], bank="b")[0].labels, before)
 
 
-def test_a_device_process_that_dies_harms_only_what_it_died_of(start_annotator: Any, tmp_path: Path) -> None:
+def test_a_worker_process_that_dies_harms_only_what_it_died_of(start_annotator: Any, tmp_path: Path) -> None:
     told = tmp_path / "told"
     service = start_annotator(tmp_path, program=[str(SICK), str(told)])
     with AnnotatorClient(service.url, service.api_key, attempts=1) as client, ThreadPoolExecutor(1) as pool:
@@ -98,21 +100,21 @@ def test_a_device_process_that_dies_harms_only_what_it_died_of(start_annotator: 
         assert np.array_equal(later.result(120)[0].labels, before)
     assert ready(service) == 200
     log = (service.folder / "log").read_text()
-    assert "the device process ended with exit code" in log
-    assert "the device process is back" in log
+    assert "the worker process ended with exit code" in log
+    assert "the worker process is back" in log
 
 
-def test_a_killed_service_leaves_no_device_process(start_annotator: Any, tmp_path: Path) -> None:
+def test_a_killed_service_leaves_no_worker_process(start_annotator: Any, tmp_path: Path) -> None:
     service = start_annotator(tmp_path)
     pid = service.process.pid
     tasks = [file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children")]
     started = [int(child) for children in tasks for child in children]
-    device = [p for p in started if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    assert len(device) == 1
+    workers = [p for p in started if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(workers) == 1
     service.process.kill()
     service.process.wait(10)
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{device[0]}").exists():
+    while Path(f"/proc/{workers[0]}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -114,7 +114,7 @@ def server_of() -> Iterator[Callable[..., Server]]:
     opened: list[TestClient] = []
 
     def make(settings: Settings, *, wait: bool = True, **options: Any) -> Server:
-        app = create_app(settings, **({"device_factory": load} | options))
+        app = create_app(settings, **({"worker_factory": load} | options))
         # A failure must come back as the answer a caller would see, not as the exception.
         http = TestClient(
             app, raise_server_exceptions=False, headers={"Authorization": f"Bearer {settings.key}"}

@@ -26,9 +26,9 @@ from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.observability.logs import log_to_stderr
 from vessa_server.observability.metrics import Observe
 from vessa_server.observability.trace_export import export_traces
-from vessa_server.serving.lifecycle import Factory, Service
-from vessa_server.serving.worker import Device
-from vessa_server.serving.worker_process import DeviceProcess
+from vessa_server.serving.lifecycle import Service, WorkerFactory
+from vessa_server.serving.worker import Worker
+from vessa_server.serving.worker_process import WorkerProcess
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.volume_jobs.runner import Jobs
@@ -44,19 +44,19 @@ curate (may change template banks too) or admin. A failure is {"error": {"code",
 _SWITCH_S = 0.0005
 
 
-def in_own_process(settings: Settings, banks: TemplateBanks) -> Device:
+def in_own_process(settings: Settings, banks: TemplateBanks) -> Worker:
     """Load the annotator into a process of its own, which opens the banks' store itself."""
-    return DeviceProcess(settings)
+    return WorkerProcess(settings)
 
 
-def create_app(settings: Settings | None = None, device_factory: Factory = in_own_process) -> FastAPI:
+def create_app(settings: Settings | None = None, worker_factory: WorkerFactory = in_own_process) -> FastAPI:
     """Return the app. It loads when its lifespan starts; until then all but /livez answer 503 not_ready.
 
-    device_factory: loads the annotator, in the loading thread; `serving.worker.load` keeps it in this
+    worker_factory: loads the annotator, in the loading thread; `serving.worker.load` keeps it in this
     process.
     """
     settings = settings or Settings()
-    service = Service(settings, device_factory)
+    service = Service(settings, worker_factory)
     jobs = Jobs(settings, service)
 
     @asynccontextmanager
@@ -103,7 +103,7 @@ def prepare_process(settings: Settings) -> None:
         log.warning("%d environment variables are not settings: %s", len(unknown), ", ".join(unknown))
     if settings.traces:
         export_traces()
-    # While a batch changes, the device waits for this process: its thread must not wait for a whole 5 ms.
+    # While a batch changes, the worker waits for this process: its thread must not wait for a whole 5 ms.
     sys.setswitchinterval(_SWITCH_S)
 
 

@@ -75,7 +75,7 @@ class Replica:
         """
         while True:
             try:
-                self._service.loaded()
+                self._service.engine()
                 break
             except NotReady:
                 if self._service.failure is not None:

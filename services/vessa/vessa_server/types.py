@@ -1,19 +1,44 @@
-"""What goes through the annotator: templates and images in, labels out."""
+"""Inputs and results of the annotator: templates and images in, labels out."""
 
 import hashlib
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vessa.schemas import Provenance, TemplateUse
 
-LABELS_VERSION = "4"  # of pre- and post-processing: raise it when the same weights would answer differently
+# Version of pre- and post-processing: raise it when the same weights would give other labels.
+LABELS_VERSION = "4"
+
+Method = Literal["encode_templates", "describe", "segment"]  # methods of the annotator
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The loaded model.
+
+    model: digest of the weights; device: name of the device that holds them
+    language: whether there is a language model
+    trained_on: names of the data sets of Stage 1, None where the weights do not state them
+    """
+
+    model: str
+    preset: str
+    device: str
+    language: bool
+    trained_on: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class TemplateItem:
-    """An annotated image. image: uint8 (H, W[, 3]); mask: uint8 (H, W) class ids; classes: id to name."""
+    """An annotated image to encode.
+
+    image: uint8 (H, W[, 3]); mask: uint8 (H, W) class ids; classes: name by id; group: its patient
+    """
+
+    method: ClassVar[Method] = "encode_templates"
 
     image: np.ndarray
     mask: np.ndarray
@@ -23,7 +48,9 @@ class TemplateItem:
 
 @dataclass(frozen=True)
 class DescribeItem:
-    """An image of which only the feature is asked. image: uint8 (H, W[, 3])."""
+    """An image whose retrieval feature is requested. image: uint8 (H, W[, 3])."""
+
+    method: ClassVar[Method] = "describe"
 
     image_id: str
     image: np.ndarray
@@ -31,7 +58,9 @@ class DescribeItem:
 
 @dataclass(frozen=True)
 class SegmentItem:
-    """One query image, or the id of one seen before, with its prompts in native px (see `vessa.codec`)."""
+    """One query image, or the id of a cached one, with its prompts in native px (see `vessa.codec`)."""
+
+    method: ClassVar[Method] = "segment"
 
     image_id: str
     image: np.ndarray | None
@@ -48,7 +77,7 @@ class SegmentItem:
     probabilities: bool = False
 
     def key(self, bank_version: int) -> str:
-        """Return a digest of all that the result depends on, besides the weights."""
+        """Return a digest of everything that the result depends on, besides the weights."""
         plain = (self.image_id, self.image is None, self.bank, bank_version, self.classes, self.group)
         digest = hashlib.sha256(repr((*plain, self.template_choice, self.seed, self.probabilities)).encode())
         for name in ("boxes", "points", "point_labels", "mask_logits", "mask_present"):
@@ -59,11 +88,16 @@ class SegmentItem:
         return digest.hexdigest()
 
 
+Item = TemplateItem | DescribeItem | SegmentItem
+
+
 @dataclass(frozen=True)
 class SegmentResult:
-    """labels, confidence: uint8 (H, W); probabilities: float16 (K + 1, H, W) or None, background first.
+    """The segmentation of one image.
 
-    adaptation: digest of the bank's own weights, None where the common ones served
+    labels: uint8 (H, W) class ids; confidence: uint8 (H, W), 0..255
+    probabilities: float16 (K + 1, H, W), background first, or None
+    adaptation: digest of the bank's own weights, None where the common weights served
     """
 
     image_id: str
@@ -80,9 +114,10 @@ class SegmentResult:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """The answer for one image. labels: uint8 (H, W); confidence, probabilities: None once it was kept.
+    """The answer for one image, with its provenance.
 
-    id: SHA-256 of what made it and of its labels, hex: it never names other labels
+    id: hex SHA-256 of the provenance and the labels, so that an id never names other labels
+    labels: uint8 (H, W); confidence, probabilities: None when the answer comes from the cache
     """
 
     id: str

@@ -279,7 +279,7 @@ def test_an_answer_over_the_limit_is_refused_before_the_work(
     server: Any, bank: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(server.app.state.service.loaded().settings.limits, "max_answer_bytes", 30_000)
+        patch.setattr(server.app.state.service.engine().settings.limits, "max_answer_bytes", 30_000)
         images = np.zeros((4, 48, 64), np.uint8)
         assert server.segment({"images": images}, bank=bank).status_code == 200
         answer = server.segment({"images": images}, bank=bank, probabilities="1")
@@ -355,7 +355,7 @@ def test_a_body_over_the_limit_is_refused_by_what_it_announces_and_by_what_comes
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(server.app.state.service.loaded().settings.limits, "max_body_bytes", 1000)
+        patch.setattr(server.app.state.service.engine().settings.limits, "max_body_bytes", 1000)
         refused(server.send("/segment", bytes(1001)), 413, "too_large", "more than 1000 bytes")
         chunks = iter([bytes(600), bytes(600)])  # chunked: nothing is announced
         refused(server.send("/segment", chunks), 413, "too_large", "more than 1000 bytes")

@@ -119,7 +119,7 @@ def test_info_says_what_runs(server: Any) -> None:
     assert info["device"] == "cpu"
     assert info["labels_version"]
     assert info["limits"]["max_body_bytes"] == server.settings.limits.max_body_bytes
-    assert info["model"] == server.app.state.service.loaded().about.model
+    assert info["model"] == server.app.state.service.engine().info.model
 
 
 def test_info_tells_an_annotator_without_a_part_from_a_whole_one(
@@ -181,7 +181,7 @@ def test_while_weights_load_only_livez_answers(server_of: Any, nano_weights: Pat
         return load(settings, banks)
 
     settings = Settings(api_key="k" * 20, weights=str(nano_weights), device="cpu", store=f"folder:{tmp_path}")
-    server = server_of(settings, wait=False, device_factory=slow)
+    server = server_of(settings, wait=False, worker_factory=slow)
     try:
         assert server.http.get("/livez").status_code == 200
         for method, path in (("GET", "/readyz"), ("GET", "/info"), ("POST", "/segment"), ("GET", "/banks")):
@@ -210,7 +210,7 @@ def test_weights_that_do_not_load_leave_a_service_that_says_so(server_of: Any, t
     assert str(tmp_path) not in answer.text
 
 
-def test_a_hung_device_thread_fails_readyz_and_requests_meet_their_deadline(
+def test_a_hung_worker_fails_readyz_and_requests_meet_their_deadline(
     server_of: Any, nano_weights: Path, tmp_path: Path, example: Any
 ) -> None:
     settings = Settings(
@@ -226,14 +226,14 @@ def test_a_hung_device_thread_fails_readyz_and_requests_meet_their_deadline(
     )
     server = server_of(settings)
     go = threading.Event()
-    device = server.app.state.service.loaded().device
-    original = device.encode_templates
+    worker = server.app.state.service.engine().worker
+    original = worker.encode_templates
 
     def hang(items: Any) -> Any:
         assert go.wait(30)
         return original(items)
 
-    device.encode_templates = hang
+    worker.encode_templates = hang
     image, mask = example()
     body = encode(
         {"images": image[None], "masks": mask[None]},
@@ -257,7 +257,8 @@ def test_a_hung_device_thread_fails_readyz_and_requests_meet_their_deadline(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert server.http.get("/banks").json() == []  # what was too late was not half done
-    device.encode_templates = original
+    worker.encode_templates = original
+    server.app.state.service.engine().settings.limits.request_timeout_s = 60.0  # for a busy machine
     assert server.send("/templates", body).status_code == 201
 
 
@@ -272,14 +273,14 @@ def test_a_restart_keeps_the_banks_and_other_weights_encode_them_anew(
     assert second.http.get("/banks/b").json() == info
 
     def other_weights(settings: Settings, banks: Any) -> Any:
-        device = load(settings, banks)
-        device.annotator.model_digest = "other"
-        return device
+        worker: Any = load(settings, banks)
+        worker.model_digest = "other"
+        return worker
 
-    third = server_of(settings, device_factory=other_weights)
+    third = server_of(settings, worker_factory=other_weights)
     assert [t["id"] for t in third.http.get("/templates", params={"bank": "b"}).json()] == ids
     assert third.http.get("/banks/b").json()["version"] > info["version"]
-    bank = third.app.state.service.loaded().banks.get("b")
+    bank = third.app.state.service.engine().banks.get("b")
     assert {t.model for t in bank.templates} == {"other"}
 
 
@@ -322,7 +323,7 @@ def test_template_ids_are_looked_up_and_never_opened(server: Any, bank: str, ide
 def test_an_unexpected_failure_tells_nothing_but_its_id(
     server: Any, bank: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    banks = server.app.state.service.loaded().banks
+    banks = server.app.state.service.engine().banks
 
     def fail(name: str) -> None:
         raise RuntimeError("secret at 0xdeadbeef in /some/path.py")

@@ -366,7 +366,7 @@ def test_the_service_answers_503_and_is_not_ready_while_the_language_model_is_aw
     assert server.http.get("/readyz").json()["error"]["code"] == "language_unavailable"
     assert server.segment({"images": image}, bank="b").status_code == 200  # it was looked at before
     speaker.fault = ""
-    wait_for(server.app.state.service.loaded().device.annotator.model.reader)
+    wait_for(server.app.state.service.engine().worker.model.reader)
     assert server.http.get("/readyz").status_code == 200
     assert server.segment({"images": image + 1}, bank="b").status_code == 200
     server.app.state.service.stop()

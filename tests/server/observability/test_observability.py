@@ -144,7 +144,7 @@ def test_readyz_tells_how_far_loading_is(server_of: Any) -> None:
         go_on.wait(60)
         raise InvalidConfig("enough")
 
-    server = server_of(Settings(insecure=True), wait=False, device_factory=slow)
+    server = server_of(Settings(insecure=True), wait=False, worker_factory=slow)
     try:
         for _ in range(200):
             error = server.http.get("/readyz").json()["error"]

@@ -1,4 +1,4 @@
-"""The device queue: batches, limits, isolation of items, callers that leave, a thread that hangs or dies."""
+"""The worker queue: batches, limits, isolation of items, callers that leave, a thread that hangs or dies."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from vessa.errors import InternalError, InvalidPrompt, NotReady, QueueFull
-from vessa_server.serving.batch_queue import DeviceQueue
+from vessa_server.serving.batch_queue import BatchQueue
 
 
-class Device:
+class Worker:
     """A stand-in for the annotator: doubles numbers, records its batches, waits while `go` is not set."""
 
     def __init__(self) -> None:
@@ -32,20 +32,20 @@ class Device:
 
 
 @pytest.fixture
-def device() -> Device:
-    return Device()
+def worker() -> Worker:
+    return Worker()
 
 
 @pytest.fixture
-def queue_of(device: Device) -> Iterator[Callable[..., DeviceQueue]]:
-    queues: list[DeviceQueue] = []
+def queue_of(worker: Worker) -> Iterator[Callable[..., BatchQueue]]:
+    queues: list[BatchQueue] = []
 
-    def make(max_items: int = 16, max_batch: int = 4, wait_s: float = 0.0, **options: Any) -> DeviceQueue:
-        queues.append(DeviceQueue(device, max_items, max_batch, wait_s, **options))
+    def make(max_items: int = 16, max_batch: int = 4, wait_s: float = 0.0, **options: Any) -> BatchQueue:
+        queues.append(BatchQueue(worker, max_items, max_batch, wait_s, **options))
         return queues[-1]
 
     yield make
-    device.go.set()
+    worker.go.set()
     for queue in queues:
         assert queue.drain(5)
 
@@ -61,23 +61,23 @@ def test_an_item_gets_its_result(queue_of: Any) -> None:
     assert asyncio.run(queue_of().submit(3)) == 6
 
 
-def test_waiting_items_are_processed_together_up_to_the_limit(queue_of: Any, device: Device) -> None:
+def test_waiting_items_are_processed_together_up_to_the_limit(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4)
 
     async def scenario() -> list[Any]:
-        device.go.clear()
+        worker.go.clear()
         first = asyncio.create_task(queue.submit(0))
-        await until(lambda: len(device.batches) == 1)
+        await until(lambda: len(worker.batches) == 1)
         rest = [asyncio.create_task(queue.submit(i)) for i in range(1, 7)]
         await until(lambda: queue.depth == 6)
-        device.go.set()
+        worker.go.set()
         return list(await asyncio.gather(first, *rest))
 
     assert asyncio.run(scenario()) == [0, 2, 4, 6, 8, 10, 12]
-    assert device.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    assert worker.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
-def test_one_client_alone_waits_for_nobody(queue_of: Any, device: Device) -> None:
+def test_one_client_alone_waits_for_nobody(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4, wait_s=60)
 
     async def scenario() -> None:
@@ -88,31 +88,31 @@ def test_one_client_alone_waits_for_nobody(queue_of: Any, device: Device) -> Non
             await queue.submit_all([5, 6])
 
     asyncio.run(scenario())
-    assert device.batches == [[1], [2], [3, 4], [5, 6]]
+    assert worker.batches == [[1], [2], [3, 4], [5, 6]]
 
 
-def test_clients_that_came_at_once_are_waited_for(queue_of: Any, device: Device) -> None:
+def test_clients_that_came_at_once_are_waited_for(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4, wait_s=60)
 
     async def scenario() -> None:
         async with asyncio.timeout(20):
-            device.go.clear()
+            worker.go.clear()
             first = asyncio.create_task(queue.submit(1))
-            await until(lambda: len(device.batches) == 1)
+            await until(lambda: len(worker.batches) == 1)
             second = asyncio.create_task(queue.submit(2))
             await until(lambda: queue.depth == 1)
-            device.go.set()
+            worker.go.set()
             await first
             await asyncio.sleep(0.1)
-            assert len(device.batches) == 1
+            assert len(worker.batches) == 1
             await asyncio.gather(second, queue.submit(3))
             await asyncio.gather(queue.submit(4), queue.submit(5))
 
     asyncio.run(scenario())
-    assert device.batches == [[1], [2, 3], [4, 5]]
+    assert worker.batches == [[1], [2, 3], [4, 5]]
 
 
-def test_who_does_not_come_again_is_waited_for_but_once(queue_of: Any, device: Device) -> None:
+def test_who_does_not_come_again_is_waited_for_but_once(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4, wait_s=0.2)
 
     async def scenario() -> None:
@@ -123,7 +123,7 @@ def test_who_does_not_come_again_is_waited_for_but_once(queue_of: Any, device: D
             await queue.submit(5)
 
     asyncio.run(scenario())
-    assert device.batches == [[1, 2, 3], [4], [5]]
+    assert worker.batches == [[1, 2, 3], [4], [5]]
 
 
 def test_an_error_of_one_item_is_its_own(queue_of: Any) -> None:
@@ -136,7 +136,7 @@ def test_an_error_of_one_item_is_its_own(queue_of: Any) -> None:
 
 
 def test_an_item_that_breaks_the_batch_does_not_harm_its_neighbors(
-    queue_of: Any, device: Device, caplog: pytest.LogCaptureFixture
+    queue_of: Any, worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue = queue_of(max_batch=8)
     with caplog.at_level(logging.WARNING):
@@ -149,29 +149,29 @@ def test_an_item_that_breaks_the_batch_does_not_harm_its_neighbors(
 
 
 def test_a_wrong_number_of_results_is_an_internal_error() -> None:
-    queue = DeviceQueue(lambda items: [], 4, 4)
+    queue = BatchQueue(lambda items: [], 4, 4)
     with pytest.raises(InternalError):
         asyncio.run(queue.submit(1))
     assert queue.drain(5)
 
 
 def test_a_full_queue_says_when_to_come_back_and_takes_requests_whole_or_not(
-    queue_of: Any, device: Device
+    queue_of: Any, worker: Worker
 ) -> None:
     queue = queue_of(max_items=3, max_batch=1)
 
     async def scenario() -> QueueFull:
-        device.go.clear()
+        worker.go.clear()
         tasks = [asyncio.create_task(queue.submit(0))]
-        await until(lambda: len(device.batches) == 1)
+        await until(lambda: len(worker.batches) == 1)
         tasks.append(asyncio.create_task(queue.submit_all([1, 2])))
         await until(lambda: queue.depth == 2)
-        with pytest.raises(QueueFull, match="2 items wait, at most 3 may") as caught:
+        with pytest.raises(QueueFull, match="2 items wait, the limit is 3") as caught:
             await queue.submit_all([3, 4])
         assert queue.depth == 2
         tasks.append(asyncio.create_task(queue.submit(5)))
         await until(lambda: queue.depth == 3)
-        device.go.set()
+        worker.go.set()
         assert await asyncio.gather(*tasks) == [0, [2, 4], 10]
         return caught.value
 
@@ -181,13 +181,13 @@ def test_a_full_queue_says_when_to_come_back_and_takes_requests_whole_or_not(
     assert error.retry_after >= 1
 
 
-def test_what_nobody_waits_for_costs_nothing_and_frees_its_place(queue_of: Any, device: Device) -> None:
+def test_what_nobody_waits_for_costs_nothing_and_frees_its_place(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_items=2, max_batch=1)
 
     async def scenario() -> None:
-        device.go.clear()
+        worker.go.clear()
         first = asyncio.create_task(queue.submit("first"))
-        await until(lambda: len(device.batches) == 1)
+        await until(lambda: len(worker.batches) == 1)
         left = asyncio.create_task(queue.submit_all(["left", "left"]))
         await until(lambda: queue.depth == 2)
         left.cancel()
@@ -196,14 +196,14 @@ def test_what_nobody_waits_for_costs_nothing_and_frees_its_place(queue_of: Any, 
         await asyncio.sleep(0.01)
         first.cancel()  # it is being processed: its result is thrown away
         await asyncio.gather(first, return_exceptions=True)
-        device.go.set()
+        worker.go.set()
         assert await stays == "staysstays"
 
     asyncio.run(scenario())
-    assert device.batches == [["first"], ["stays"]]
+    assert worker.batches == [["first"], ["stays"]]
 
 
-def test_three_times_the_capacity_loses_and_doubles_nothing(queue_of: Any, device: Device) -> None:
+def test_three_times_the_capacity_loses_and_doubles_nothing(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_items=20, max_batch=4, wait_s=0.001)
 
     async def call(number: int) -> int:
@@ -217,62 +217,62 @@ def test_three_times_the_capacity_loses_and_doubles_nothing(queue_of: Any, devic
         return list(await asyncio.gather(*(call(number) for number in range(60))))
 
     assert asyncio.run(scenario()) == [2 * number for number in range(60)]
-    assert sorted(item for batch in device.batches for item in batch) == list(range(60))
+    assert sorted(item for batch in worker.batches for item in batch) == list(range(60))
 
 
-def test_draining_finishes_what_waits_and_takes_no_more(queue_of: Any, device: Device) -> None:
+def test_draining_finishes_what_waits_and_takes_no_more(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=1)
 
     async def scenario() -> None:
-        device.go.clear()
+        worker.go.clear()
         tasks = [asyncio.create_task(queue.submit(i)) for i in range(3)]
         await until(lambda: queue.depth == 2)
         drained = asyncio.create_task(asyncio.to_thread(queue.drain, 5))
         await asyncio.sleep(0.05)
         with pytest.raises(NotReady, match="shutting down"):
             await queue.submit(9)
-        device.go.set()
+        worker.go.set()
         assert await asyncio.gather(*tasks) == [0, 2, 4]
         assert await drained
 
     asyncio.run(scenario())
 
 
-def test_a_drain_that_takes_too_long_fails_what_still_waits(queue_of: Any, device: Device) -> None:
+def test_a_drain_that_takes_too_long_fails_what_still_waits(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=1)
 
     async def scenario() -> None:
-        device.go.clear()
+        worker.go.clear()
         tasks = [asyncio.create_task(queue.submit(i)) for i in range(2)]
         await until(lambda: queue.depth == 1)
         assert not await asyncio.to_thread(queue.drain, 0.05)
         with pytest.raises(NotReady):
             await tasks[1]
-        device.go.set()
+        worker.go.set()
         assert await tasks[0] == 0
 
     asyncio.run(scenario())
 
 
-def test_a_hanging_device_falls_silent_and_an_idle_one_does_not(queue_of: Any, device: Device) -> None:
+def test_a_hanging_worker_falls_silent_and_an_idle_one_does_not(queue_of: Any, worker: Worker) -> None:
     queue = queue_of()
 
     async def scenario() -> None:
         await asyncio.sleep(1.5)
         assert queue.silence() < 1.4  # idle: it beats once a second
-        device.go.clear()
+        worker.go.clear()
         task = asyncio.create_task(queue.submit(1))
-        await until(lambda: len(device.batches) == 1)
+        await until(lambda: len(worker.batches) == 1)
         await asyncio.sleep(0.3)
         assert queue.silence() >= 0.3
-        device.go.set()
+        worker.go.set()
         await task
         await until(lambda: queue.silence() < 0.2)
 
     asyncio.run(scenario())
 
 
-def test_a_dead_device_thread_is_noticed() -> None:
+def test_a_dead_batch_thread_is_noticed() -> None:
     class Fatal(BaseException):
         pass
 
@@ -281,7 +281,7 @@ def test_a_dead_device_thread_is_noticed() -> None:
 
     hook, threading.excepthook = threading.excepthook, lambda args: None
     try:
-        queue = DeviceQueue(die, 4, 4)
+        queue = BatchQueue(die, 4, 4)
 
         async def scenario() -> None:
             task = asyncio.create_task(queue.submit(1))
@@ -312,4 +312,4 @@ def test_batches_are_observed(queue_of: Any) -> None:
 @pytest.mark.parametrize("limits", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
 def test_limits_must_be_positive(limits: tuple[int, int, float]) -> None:
     with pytest.raises(ValueError, match="expected limits"):
-        DeviceQueue(lambda items: items, *limits)
+        BatchQueue(lambda items: items, *limits)

@@ -1,4 +1,4 @@
-"""The device queue between clients: turns, pixels, what is the same, and memory that does not suffice."""
+"""The worker queue between clients: turns, pixels, what is the same, and memory that does not suffice."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from vessa.errors import QueueFull, TooLarge
-from vessa_server.serving.batch_queue import DeviceQueue
-from vessa_server.serving.fair_queue import Turns
+from vessa_server.serving.batch_queue import BatchQueue
+from vessa_server.serving.fair_queue import FairQueue
 from vessa_server.types import SegmentItem
 
 
-class Device:
+class Worker:
     """Doubles numbers, at most `room` of them at once; waits while `go` is not set."""
 
     def __init__(self) -> None:
@@ -47,20 +47,20 @@ class Device:
 
 
 @pytest.fixture
-def device() -> Device:
-    return Device()
+def worker() -> Worker:
+    return Worker()
 
 
 @pytest.fixture
-def queue_of(device: Device) -> Iterator[Callable[..., DeviceQueue]]:
-    queues: list[DeviceQueue] = []
+def queue_of(worker: Worker) -> Iterator[Callable[..., BatchQueue]]:
+    queues: list[BatchQueue] = []
 
-    def make(max_items: int = 64, max_batch: int = 4, **options: Any) -> DeviceQueue:
-        queues.append(DeviceQueue(device, max_items, max_batch, 0.0, release=device.release, **options))
+    def make(max_items: int = 64, max_batch: int = 4, **options: Any) -> BatchQueue:
+        queues.append(BatchQueue(worker, max_items, max_batch, 0.0, release=worker.release, **options))
         return queues[-1]
 
     yield make
-    device.go.set()
+    worker.go.set()
     for queue in queues:
         assert queue.drain(5)
 
@@ -72,97 +72,97 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-async def occupy(queue: DeviceQueue, device: Device) -> asyncio.Task[Any]:
-    """Stop the device at an item, so that everything after it queues up."""
-    device.go.clear()
+async def occupy(queue: BatchQueue, worker: Worker) -> asyncio.Task[Any]:
+    """Stop the worker at an item, so that everything after it queues up."""
+    worker.go.clear()
     task = asyncio.create_task(queue.submit(1000))
-    await until(lambda: len(device.batches) == 1)
+    await until(lambda: len(worker.batches) == 1)
     return task
 
 
 def test_clients_and_the_requests_of_each_take_turns() -> None:
-    turns: Turns[str] = Turns()
+    queue: FairQueue[str] = FairQueue()
     for item in ("t1a", "t1b", "t1c"):
-        turns.add(item, "trainer", 1)
-    turns.add("t2a", "trainer", 2)
-    turns.add("c", "curl", 3)
-    assert turns.first() == "t1a"
-    assert turns.holds("curl")
-    assert [turns.take() for _ in range(5)] == ["t1a", "c", "t2a", "t1b", "t1c"]
-    assert not len(turns)
-    assert not turns.holds("curl")
+        queue.add(item, "trainer", 1)
+    queue.add("t2a", "trainer", 2)
+    queue.add("c", "curl", 3)
+    assert queue.first() == "t1a"
+    assert queue.holds("curl")
+    assert [queue.take() for _ in range(5)] == ["t1a", "c", "t2a", "t1b", "t1c"]
+    assert not len(queue)
+    assert not queue.holds("curl")
     with pytest.raises(IndexError):
-        turns.take()
+        queue.take()
 
 
 def test_dropping_keeps_the_order_of_the_others() -> None:
-    turns: Turns[int] = Turns()
+    queue: FairQueue[int] = FairQueue()
     for number in range(4):
-        turns.add(number, "a", 0)
-    turns.add(9, "b", 1)
-    assert turns.drop(lambda number: number in {1, 9}) == [1, 9]
-    assert [turns.take() for _ in range(len(turns))] == [0, 2, 3]
-    turns.add(5, "a", 0)
-    assert turns.clear() == [5]
-    assert not len(turns)
+        queue.add(number, "a", 0)
+    queue.add(9, "b", 1)
+    assert queue.drop(lambda number: number in {1, 9}) == [1, 9]
+    assert [queue.take() for _ in range(len(queue))] == [0, 2, 3]
+    queue.add(5, "a", 0)
+    assert queue.clear() == [5]
+    assert not len(queue)
 
 
-def test_one_image_does_not_wait_behind_a_trainers_many(queue_of: Any, device: Device) -> None:
+def test_one_image_does_not_wait_behind_a_trainers_many(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4)
 
     async def scenario() -> None:
-        first = await occupy(queue, device)
+        first = await occupy(queue, worker)
         many = asyncio.create_task(queue.submit_all(list(range(40)), "trainer"))
         await until(lambda: queue.depth == 40)
         other = asyncio.create_task(queue.submit(500, "curl"))
         same_key = asyncio.create_task(queue.submit(600, "trainer"))
         await until(lambda: queue.depth == 42)
-        device.go.set()
+        worker.go.set()
         await asyncio.gather(first, other, same_key)
         assert await many == [2 * number for number in range(40)]
 
     asyncio.run(scenario())
-    assert {500, 600} <= set(device.batches[1])
-    assert [i for batch in device.batches for i in batch if i < 40] == list(range(40))
+    assert {500, 600} <= set(worker.batches[1])
+    assert [i for batch in worker.batches for i in batch if i < 40] == list(range(40))
 
 
-def test_the_last_places_are_for_clients_that_have_none(queue_of: Any, device: Device) -> None:
+def test_the_last_places_are_for_clients_that_have_none(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_items=16)
 
     async def scenario() -> None:
-        first = await occupy(queue, device)
+        first = await occupy(queue, worker)
         tasks = [asyncio.create_task(queue.submit_all(list(range(14)), "trainer"))]
         await until(lambda: queue.depth == 14)
         with pytest.raises(QueueFull):
             await queue.submit(1, "trainer")
         tasks.append(asyncio.create_task(queue.submit_all([1, 2], "curl")))
         await until(lambda: queue.depth == 16)
-        device.go.set()
+        worker.go.set()
         await asyncio.gather(first, *tasks)
 
     asyncio.run(scenario())
 
 
-def test_a_batch_is_bounded_in_pixels_but_takes_one_item_always(queue_of: Any, device: Device) -> None:
+def test_a_batch_is_bounded_in_pixels_but_takes_one_item_always(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=8, max_pixels=10, pixels_of=lambda item: item)
 
     async def scenario() -> list[Any]:
-        first = await occupy(queue, device)
+        first = await occupy(queue, worker)
         task = asyncio.create_task(queue.submit_all([4, 5, 3, 50, 1, 2]))
         await until(lambda: queue.depth == 6)
-        device.go.set()
+        worker.go.set()
         await first
         return list(await task)
 
     assert asyncio.run(scenario()) == [8, 10, 6, 100, 2, 4]
-    assert device.batches[1:] == [[4, 5], [3], [50], [1, 2]]
+    assert worker.batches[1:] == [[4, 5], [3], [50], [1, 2]]
 
 
-def test_what_is_the_same_is_computed_once(queue_of: Any, device: Device) -> None:
+def test_what_is_the_same_is_computed_once(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=1)
 
     async def scenario() -> None:
-        first = await occupy(queue, device)
+        first = await occupy(queue, worker)
         one = asyncio.create_task(queue.submit_all([7, 8, 7], "a", ["x", "y", "x"]))
         await until(lambda: queue.depth == 2)
         other = asyncio.create_task(queue.submit_all([7], "b", ["x"]))
@@ -173,71 +173,71 @@ def test_what_is_the_same_is_computed_once(queue_of: Any, device: Device) -> Non
         await asyncio.gather(one, return_exceptions=True)
         leaves.cancel()  # and nobody the second
         await asyncio.gather(leaves, return_exceptions=True)
-        device.go.set()
+        worker.go.set()
         assert await other == [14]
         await first
         assert await queue.submit_all([7], "b", ["x"]) == [14]  # no longer in flight: computed anew
 
     asyncio.run(scenario())
-    assert device.batches == [[1000], [7], [7]]
+    assert worker.batches == [[1000], [7], [7]]
 
 
-def test_who_joins_what_is_being_processed_gets_its_result(queue_of: Any, device: Device) -> None:
+def test_who_joins_what_is_being_processed_gets_its_result(queue_of: Any, worker: Worker) -> None:
     queue = queue_of()
 
     async def scenario() -> None:
-        device.go.clear()
+        worker.go.clear()
         one = asyncio.create_task(queue.submit_all([3], "a", ["x"]))
-        await until(lambda: len(device.batches) == 1)
+        await until(lambda: len(worker.batches) == 1)
         other = asyncio.create_task(queue.submit_all([3], "b", ["x"]))
         await asyncio.sleep(0.05)
         one.cancel()
-        device.go.set()
+        worker.go.set()
         assert await other == [6]
 
     asyncio.run(scenario())
-    assert device.batches == [[3]]
+    assert worker.batches == [[3]]
 
 
-def test_a_refused_request_leaves_nothing_behind(queue_of: Any, device: Device) -> None:
+def test_a_refused_request_leaves_nothing_behind(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_items=1, max_batch=1)
 
     async def scenario() -> None:
-        first = await occupy(queue, device)
+        first = await occupy(queue, worker)
         waits = asyncio.create_task(queue.submit_all([1], "a", ["x"]))
         await until(lambda: queue.depth == 1)
         with pytest.raises(QueueFull):
             await queue.submit_all([1, 2], "b", ["x", "y"])
         waits.cancel()
         await asyncio.gather(waits, return_exceptions=True)
-        device.go.set()
+        worker.go.set()
         await first
         assert await queue.submit_all([2], "b", ["y"]) == [4]
 
     asyncio.run(scenario())
-    assert device.batches == [[1000], [2]]
+    assert worker.batches == [[1000], [2]]
 
 
-def test_a_batch_that_is_too_much_for_the_memory_is_split(queue_of: Any, device: Device) -> None:
-    device.room = 2
+def test_a_batch_that_is_too_much_for_the_memory_is_split(queue_of: Any, worker: Worker) -> None:
+    worker.room = 2
     queue = queue_of(max_batch=8)
     assert asyncio.run(queue.submit_all(list(range(8)))) == [2 * number for number in range(8)]
-    assert set(device.released) == {False}
+    assert set(worker.released) == {False}
     gc.collect()
-    assert device.held is not None
-    assert device.held() is None
+    assert worker.held is not None
+    assert worker.held() is None
 
 
 def test_an_item_that_is_too_much_alone_is_tried_again_with_nothing_held(
-    queue_of: Any, device: Device
+    queue_of: Any, worker: Worker
 ) -> None:
-    device.room = 0
+    worker.room = 0
     queue = queue_of()
-    with pytest.raises(TooLarge, match="memory does not suffice"):
+    with pytest.raises(TooLarge, match="does not fit into the device"):
         asyncio.run(queue.submit(1))
-    assert device.released == [True]
-    assert device.batches == [[1], [1]]
-    device.room = 99
+    assert worker.released == [True]
+    assert worker.batches == [[1], [1]]
+    worker.room = 99
     assert asyncio.run(queue.submit(2)) == 4
 
 

@@ -18,9 +18,10 @@ import torch
 
 from vessa.codec import image_digest
 from vessa.errors import InvalidWeights, NotReady, QueueFull, UnknownBank, UnknownImage
-from vessa_server.serving.batch_queue import DeviceQueue
-from vessa_server.serving.worker import LocalDevice, load
-from vessa_server.serving.worker_process import DeviceProcess, _as_sent
+from vessa_server.serving.batch_queue import BatchQueue
+from vessa_server.serving.worker import Worker, load
+from vessa_server.serving.worker_main import portable_error
+from vessa_server.serving.worker_process import WorkerProcess
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
@@ -36,9 +37,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def usable(device: DeviceProcess) -> bool:
+def usable(worker: WorkerProcess) -> bool:
     try:
-        device.check()
+        worker.check()
     except NotReady:
         return False
     return True
@@ -46,7 +47,7 @@ def usable(device: DeviceProcess) -> bool:
 
 @pytest.fixture(scope="module")
 def settings(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    folder = tmp_path_factory.mktemp("device")
+    folder = tmp_path_factory.mktemp("worker")
     shutil.copytree(nano_weights, folder / "weights")
     store, weights = f"folder:{folder / 'banks'}", str(folder / "weights")
     return Settings(
@@ -60,25 +61,25 @@ def banks(settings: Settings) -> TemplateBanks:
 
 
 @pytest.fixture(scope="module")
-def local(settings: Settings, banks: TemplateBanks) -> LocalDevice:
+def local(settings: Settings, banks: TemplateBanks) -> Worker:
     return load(settings, banks)
 
 
 @pytest.fixture(scope="module")
-def remote(settings: Settings) -> Iterator[DeviceProcess]:
-    device = DeviceProcess(settings)
-    yield device
-    device.close(5)
+def remote(settings: Settings) -> Iterator[WorkerProcess]:
+    worker = WorkerProcess(settings)
+    yield worker
+    worker.close(5)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def seeded(banks: TemplateBanks, local: LocalDevice, remote: DeviceProcess, example: Any) -> None:
+def seeded(banks: TemplateBanks, local: Worker, remote: WorkerProcess, example: Any) -> None:
     """A bank of eight patients, which the other process finds in the store."""
     items = [TemplateItem(*example(seed), CLASSES, f"p{seed}") for seed in range(8)]
-    ours, theirs = local.encode_templates(items), remote.encode_templates(items)
+    ours, theirs = local.compute(items), remote.compute(items)
     assert [t.to_blob() for t in theirs] == [t.to_blob() for t in ours]
     banks.add("b", ours)
-    banks.model = local.about.model
+    banks.model = local.info.model
 
 
 def query(example: Any, seed: int, **more: Any) -> SegmentItem:
@@ -86,14 +87,14 @@ def query(example: Any, seed: int, **more: Any) -> SegmentItem:
     return SegmentItem(image_digest(image), image, "b", **more)
 
 
-def test_both_answer_alike(local: LocalDevice, remote: DeviceProcess, example: Any) -> None:
-    assert remote.about == local.about
+def test_both_answer_alike(local: Worker, remote: WorkerProcess, example: Any) -> None:
+    assert remote.info == local.info
     items = [
         query(example, 10, probabilities=True),
         query(example, 11, classes=("nothing",)),
         query(example, 12),
     ]
-    for ours, theirs in zip(local.segment(items), remote.segment(items), strict=True):
+    for ours, theirs in zip(local.compute(items), remote.compute(items), strict=True):
         assert type(theirs) is type(ours)
         if isinstance(ours, SegmentResult):
             for name in ("labels", "confidence"):
@@ -102,32 +103,32 @@ def test_both_answer_alike(local: LocalDevice, remote: DeviceProcess, example: A
         else:
             assert str(theirs) == str(ours)
     described = DescribeItem("i", example(13)[0])
-    assert np.array_equal(remote.describe([described])[0], local.describe([described])[0])
+    assert np.array_equal(remote.compute([described])[0], local.compute([described])[0])
 
 
-def test_it_is_known_here_what_is_held_there(remote: DeviceProcess, example: Any) -> None:
+def test_it_is_known_here_what_is_held_there(remote: WorkerProcess, example: Any) -> None:
     item = query(example, 20)
     assert not remote.holds(item.image_id)
-    remote.segment([item])
+    remote.compute([item])
     assert remote.holds(item.image_id)
-    assert remote.seconds()["draw"] > 0
+    assert remote.stage_seconds()["draw"] > 0
     assert remote.bytes_held()["features"] > 0
-    assert remote.bytes_held()["device_process"] > 100 << 20
+    assert remote.bytes_held()["worker_process"] > 100 << 20
     remote.release_memory(True)
     assert not remote.holds(item.image_id)
     assert remote.bytes_held()["features"] == 0
-    (gone,) = remote.segment([SegmentItem(item.image_id, None, "b")])
+    (gone,) = remote.compute([SegmentItem(item.image_id, None, "b")])
     assert isinstance(gone, UnknownImage)
 
 
-def test_adaptations_go_on_beside_what_is_computed(remote: DeviceProcess, example: Any) -> None:
+def test_adaptations_go_on_beside_what_is_computed(remote: WorkerProcess, example: Any) -> None:
     with pytest.raises(UnknownBank):
         remote.adapt("nothing", 1.0)
     assert remote.adapt("b", 4.0).state == "running"
     with pytest.raises(QueueFull) as caught:
         remote.forget_adaptation("b")
     assert caught.value.retry_after == 30.0
-    assert isinstance(remote.segment([query(example, 30)])[0], SegmentResult)
+    assert isinstance(remote.compute([query(example, 30)])[0], SegmentResult)
     wait_until(lambda: remote.adaptation("b").state != "running")
     done = remote.adaptation("b")
     assert done.state == "done", done.error
@@ -137,20 +138,20 @@ def test_adaptations_go_on_beside_what_is_computed(remote: DeviceProcess, exampl
 
 
 def test_a_killed_process_is_started_again_and_the_batch_is_answered(
-    local: LocalDevice, remote: DeviceProcess, example: Any
+    local: Worker, remote: WorkerProcess, example: Any
 ) -> None:
     items = [query(example, seed) for seed in range(40, 43)]
-    expected = local.segment(items)
-    remote.segment([query(example, 44)])
+    expected = local.compute(items)
+    remote.compute([query(example, 44)])
     killed = []
 
     def process(some: list[Any]) -> list[Any]:
         if not killed:
             killed.append(remote.pid)
             os.kill(remote.pid or 0, signal.SIGKILL)
-        return remote.segment(some)
+        return remote.compute(some)
 
-    queue = DeviceQueue(process, 8, 8)
+    queue = BatchQueue(process, 8, 8)
     try:
         answers = asyncio.run(queue.submit_all(items))
     finally:
@@ -162,7 +163,7 @@ def test_a_killed_process_is_started_again_and_the_batch_is_answered(
 
 
 def test_while_it_is_away_it_says_so_and_damaged_weights_do_not_come_back(
-    settings: Settings, remote: DeviceProcess, example: Any
+    settings: Settings, remote: WorkerProcess, example: Any
 ) -> None:
     description = Path(settings.weights) / "vessa.json"
     kept = description.read_bytes()
@@ -175,12 +176,12 @@ def test_while_it_is_away_it_says_so_and_damaged_weights_do_not_come_back(
     finally:
         description.write_bytes(kept)
     wait_until(lambda: usable(remote))
-    assert isinstance(remote.segment([query(example, 50)])[0], SegmentResult)
+    assert isinstance(remote.compute([query(example, 50)])[0], SegmentResult)
 
 
 def test_weights_that_do_not_load_are_told_as_in_this_process(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(InvalidWeights) as caught:
-        DeviceProcess(settings.model_copy(update={"weights": str(tmp_path / "none")}))
+        WorkerProcess(settings.model_copy(update={"weights": str(tmp_path / "none")}))
     with pytest.raises(InvalidWeights) as here:
         load(settings.model_copy(update={"weights": str(tmp_path / "none")}), None)  # type: ignore[arg-type]
     assert str(caught.value) == str(here.value)
@@ -190,19 +191,19 @@ def test_errors_arrive_without_torch() -> None:
     full = QueueFull("full", retry_after=3.0, queue_position=2, item=1)
     here, there = Pipe()
     with here, there:
-        here.send(_as_sent(full, ""))
+        here.send(portable_error(full, ""))
         sent = there.recv()
     assert (type(sent), sent.retry_after, sent.queue_position, sent.item) == (QueueFull, 3.0, 2, 1)
-    assert isinstance(_as_sent(torch.OutOfMemoryError("no room"), ""), MemoryError)
-    other = _as_sent(torch.linalg.LinAlgError("singular"), "segment failed")
+    assert isinstance(portable_error(torch.OutOfMemoryError("no room"), ""), MemoryError)
+    other = portable_error(torch.linalg.LinAlgError("singular"), "segment failed")
     assert type(other) is RuntimeError
     assert "singular" in str(other)
 
 
 def test_a_closed_one_takes_nothing_more(settings: Settings, example: Any) -> None:
-    device = DeviceProcess(settings)
-    pid = device.pid
-    device.close(5)
+    worker = WorkerProcess(settings)
+    pid = worker.pid
+    worker.close(5)
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(NotReady, match="shutting down"):
-        device.segment([query(example, 60)])
+        worker.compute([query(example, 60)])

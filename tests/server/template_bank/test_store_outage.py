@@ -95,20 +95,20 @@ def test_a_redis_that_went_away_is_503_and_comes_back(
 def test_a_redis_that_goes_away_during_a_batch_fails_its_items_with_the_same_code(
     served: Any, redis: Redis, example: Any
 ) -> None:
-    """The body was read while Redis lived; the device thread meets the outage."""
+    """The body was read while Redis lived; the worker meets the outage."""
     served.seed("b", 2)
-    device = served.app.state.service.loaded().device
-    original = device.segment
+    worker = served.app.state.service.engine().worker
+    original = worker.segment
 
     def kill_first(items: Any) -> Any:
         redis.kill()
         return original(items)
 
-    device.segment = kill_first
+    worker.segment = kill_first
     try:
         answer = served.segment({"images": np.stack([example(i)[0] for i in range(2)])}, bank="b")
     finally:
-        device.segment = original
+        worker.segment = original
     assert answer.status_code == 200
     assert answer.content.count(b"store_unavailable") == 2
     redis.start()
@@ -152,7 +152,7 @@ def test_a_redis_that_takes_no_more_says_so_and_keeps_what_it_has(
 ) -> None:
     served.seed("b", 1)
     before = served.http.get("/banks/b").json()
-    store = served.app.state.service.loaded().banks.store
+    store = served.app.state.service.engine().banks.store
     store._redis.config_set("maxmemory", "1kb")
     image, mask = example(7)
     answer = served.http.post(

@@ -2,15 +2,14 @@
 
 import logging
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from vessa.errors import QueueFull, UnknownBank, VessaError
 from vessa.schemas import AdaptationInfo
+from vessa_server.adaptation.finetune import adapt
+from vessa_server.model.vessa import Vessa
 from vessa_server.template_bank.bank import Bank, TemplateBanks
-
-if TYPE_CHECKING:
-    from vessa_server.inference.annotator import Annotator
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +18,22 @@ class _Stopped(Exception):
     """The service shuts down."""
 
 
-class Adapting:
-    """Runs adaptations in a thread of their own.
+class AdaptationRunner:
+    """Runs adaptations in a thread of their own, one at a time. All methods may be called from any thread.
 
-    One that is kept speaks for itself, from its bank; how the others went is remembered here.
+    A kept adaptation is stored with its bank; the states of all others are kept here, in memory.
+
+    digest: of the model's weights; decoder_lock: held while the mask decoder is copied
     """
 
-    def __init__(self, banks: TemplateBanks, annotator: "Annotator") -> None:
-        self._banks, self._annotator = banks, annotator
+    def __init__(
+        self,
+        banks: TemplateBanks,
+        model: Vessa,
+        digest: str,
+        decoder_lock: AbstractContextManager[object],
+    ) -> None:
+        self._banks, self._model, self._digest, self._decoder_lock = banks, model, digest, decoder_lock
         self._states: dict[tuple[str, str | None], AdaptationInfo] = {}  # by bank and owner
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -70,8 +77,6 @@ class Adapting:
             self._thread.join(seconds)
 
     def _run(self, bank: Bank, seconds: float) -> None:
-        from vessa_server.adaptation.finetune import adapt
-
         def progress(share: float, step: int, dice: float) -> None:
             if self._stopping.is_set():
                 raise _Stopped
@@ -79,14 +84,13 @@ class Adapting:
                 bank=bank.name, state="running", progress=min(share, 1.0)
             )
 
-        annotator = self._annotator
         try:
             found, figures = adapt(
-                annotator.model,
+                self._model,
                 replace(bank, adaptation=None),
-                annotator.model_digest,
+                self._digest,
                 seconds=seconds,
-                lock=annotator.decoder_lock,
+                lock=self._decoder_lock,
                 progress=progress,
             )
             log.info("bank %s: adaptation %s", bank.name, figures)

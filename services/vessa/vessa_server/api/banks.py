@@ -14,7 +14,7 @@ from vessa_server.api.dependencies import (
     BankQuery,
     BanksDep,
     ChangeDep,
-    LoadedDep,
+    EngineDep,
     limits_of,
     media_type,
     read_body,
@@ -67,7 +67,7 @@ def unshare_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo
 @banks_api.post("/banks/{bank}/adapt", status_code=202, dependencies=CURATE)
 def adapt_bank(
     bank: BankPath,
-    loaded: LoadedDep,
+    engine: EngineDep,
     banks: BanksDep,
     change: ChangeDep,
     seconds: Annotated[float, Query(gt=0, description="longest time to learn, s")] = 120.0,
@@ -77,27 +77,27 @@ def adapt_bank(
     Each template is predicted from others. What does not help with held-out templates is dropped. While it
     runs it shares the device with requests. A bank has one adaptation; a new one that helps replaces it.
     """
-    longest = loaded.settings.limits.adapt_s
+    longest = engine.settings.limits.adapt_s
     if seconds > longest:
         raise InvalidRequest(f"seconds is at most {longest:g} here, got {seconds:g}")
     with change("bank.adapt", bank=bank, seconds=seconds):
         banks.get(bank)
-        return loaded.device.adapt(bank, seconds)
+        return engine.worker.adapt(bank, seconds)
 
 
 @banks_api.get("/banks/{bank}/adapt")
-def adaptation_info(bank: BankPath, loaded: LoadedDep, banks: BanksDep) -> AdaptationInfo:
+def adaptation_info(bank: BankPath, engine: EngineDep, banks: BanksDep) -> AdaptationInfo:
     """How the bank's adaptation goes, or went."""
     banks.get(bank)
-    return loaded.device.adaptation(bank)
+    return engine.worker.adaptation(bank)
 
 
 @banks_api.delete("/banks/{bank}/adapt", status_code=204, dependencies=CURATE)
-def forget_adaptation(bank: BankPath, loaded: LoadedDep, banks: BanksDep, change: ChangeDep) -> None:
+def forget_adaptation(bank: BankPath, engine: EngineDep, banks: BanksDep, change: ChangeDep) -> None:
     """Serve the bank by the common weights again."""
     with change("bank.adapt.forget", bank=bank):
         banks.get(bank)
-        loaded.device.forget_adaptation(bank)
+        engine.worker.forget_adaptation(bank)
 
 
 @banks_api.get("/templates")
@@ -139,23 +139,23 @@ async def add_templates(
     [...]}. What is there already is left as it is, so sending something twice does no harm.
     """
     limits = limits_of(request)
-    with limits.work(caller), service_of(request).permit() as loaded:
+    with limits.work(caller), service_of(request).permit() as engine:
         kind = media_type(request)
         body = await read_body(
             request,
-            limit=loaded.settings.limits.max_body_bytes,
-            seconds=loaded.settings.limits.body_timeout_s,
+            limit=engine.settings.limits.max_body_bytes,
+            seconds=engine.settings.limits.body_timeout_s,
         )
         if kind == FORM:
             header = request.headers["content-type"]
-            wanted = await run_in_threadpool(loaded.reader.template_form, header, body)
+            wanted = await run_in_threadpool(engine.reader.template_form, header, body)
         else:
-            wanted = await run_in_threadpool(loaded.reader.template_tensors, body)
+            wanted = await run_in_threadpool(engine.reader.template_tensors, body)
         limits.take(caller, len(wanted.items))
-        banks = CallersBanks(loaded.banks, caller)
+        banks = CallersBanks(engine.banks, caller)
         writing = change("template.add", bank=wanted.bank, images=len(wanted.items))
         async with contextmanager_in_threadpool(writing) as more:
-            templates = await unless_gone(request, loaded.encode(wanted, banks))
+            templates = await unless_gone(request, engine.encode(wanted, banks))
             infos = await run_in_threadpool(banks.add, wanted.bank, templates)  # once begun, it is done
             more["templates"] = [info.id for info in infos if info.created]
         return infos[0] if kind == FORM else TemplateInfos(templates=infos)

@@ -17,7 +17,7 @@ from vessa_server.api.authentication import CallerDep, actor_of
 from vessa_server.auth.audit_log import AuditLog
 from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.serialization.responses import SAFETENSORS
-from vessa_server.serving.engine import Loaded
+from vessa_server.serving.engine import Engine
 from vessa_server.serving.lifecycle import Service
 from vessa_server.template_bank.bank import BANK_NAME
 from vessa_server.template_bank.permissions import CallersBanks
@@ -40,17 +40,17 @@ def service_of(request: Request) -> Service:
     return service
 
 
-async def loaded_of(request: Request) -> Loaded:
-    """Return the loaded parts; NotReady until there are."""
-    return service_of(request).loaded()
+async def engine_of(request: Request) -> Engine:
+    """Return the engine; NotReady until it is loaded."""
+    return service_of(request).engine()
 
 
-LoadedDep = Annotated[Loaded, Depends(loaded_of)]
+EngineDep = Annotated[Engine, Depends(engine_of)]
 
 
-async def banks_of(loaded: LoadedDep, caller: CallerDep) -> CallersBanks:
+async def banks_of(engine: EngineDep, caller: CallerDep) -> CallersBanks:
     """Return the template banks as the caller sees them."""
-    return CallersBanks(loaded.banks, caller)
+    return CallersBanks(engine.banks, caller)
 
 
 BanksDep = Annotated[CallersBanks, Depends(banks_of)]

@@ -34,20 +34,20 @@ async def create_job(request: Request, response: Response, caller: CallerDep) ->
     for NIfTI. The answer's Location tells how it goes.
     """
     limits = limits_of(request)
-    with limits.work(caller), service_of(request).permit() as loaded:
+    with limits.work(caller), service_of(request).permit() as engine:
         if media_type(request) != FORM:
             raise UnsupportedMedia(f"a job needs a form: {FORM}")
         body = await read_body(
             request,
-            limit=loaded.settings.jobs.max_job_bytes,
-            seconds=loaded.settings.limits.body_timeout_s,
+            limit=engine.settings.jobs.max_job_bytes,
+            seconds=engine.settings.limits.body_timeout_s,
         )
         files, wish = await run_in_threadpool(
-            read_job, request.headers["content-type"], body, loaded.settings.jobs.max_job_slices
+            read_job, request.headers["content-type"], body, engine.settings.jobs.max_job_slices
         )
         take = partial(limits.take, caller)
         jobs = _jobs(request)
-        create = partial(jobs.create, files, wish, caller, loaded, take)
+        create = partial(jobs.create, files, wish, caller, engine, take)
         info = await run_sync(create, limiter=jobs.reading)
     response.headers["Location"] = f"/jobs/{info.id}"
     return info

@@ -12,7 +12,7 @@ from vessa.tracing import span
 from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import (
     FORM,
-    LoadedDep,
+    EngineDep,
     limits_of,
     media_type,
     read_body,
@@ -63,15 +63,15 @@ async def segment(
     others. GET /annotations/{id} tells what made an answer, by its annotation_id (header X-Annotation-Id).
     """
     limits = limits_of(request)
-    with limits.work(caller), service_of(request).permit() as loaded:
-        reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
+    with limits.work(caller), service_of(request).permit() as engine:
+        reader = replace(engine.reader, banks=CallersBanks(engine.banks, caller))
         kind = media_type(request)
         offered = [JSON, PNG, SAFETENSORS, DICOM] if kind == FORM else [SAFETENSORS]
         answer_type = choose_type(request.headers.get("accept"), offered)
         body = await read_body(
             request,
-            limit=loaded.settings.limits.max_body_bytes,
-            seconds=loaded.settings.limits.body_timeout_s,
+            limit=engine.settings.limits.max_body_bytes,
+            seconds=engine.settings.limits.body_timeout_s,
         )
         if kind == FORM:
             header = request.headers["content-type"]
@@ -80,20 +80,20 @@ async def segment(
             wanted = await run_in_threadpool(reader.segment_tensors, body)
         limits.take(caller, len(wanted.items))
         with span("device", images=len(wanted.items)):
-            results = await unless_gone(request, loaded.segment(wanted, caller.name))
+            results = await unless_gone(request, engine.annotate(wanted, caller.name))
         for failed in (r for r in results if isinstance(r, VessaError)):
-            loaded.metrics.errors.labels(failed.code).inc()
+            engine.metrics.errors.labels(failed.code).inc()
 
         def answer() -> Response:
-            answers = loaded.annotations.answer(wanted, results, caller)
+            answers = engine.annotations.answer(wanted, results, caller)
             if answer_type == SAFETENSORS:
-                model, version = loaded.about.model, loaded.labels_version
+                model, version = engine.info.model, engine.labels_version
                 return Response(tensor_answer(wanted, answers, model, version), media_type=SAFETENSORS)
             if isinstance(one := answers[0], VessaError):
                 raise one
             if answer_type == DICOM:
                 content = dicom_answer(
-                    one, request.headers["content-type"], body, loaded.settings.limits.max_pixels
+                    one, request.headers["content-type"], body, engine.settings.limits.max_pixels
                 )
             elif answer_type == JSON:
                 content = json_answer(one)
@@ -109,7 +109,7 @@ async def segment(
     response_class=Response,
     responses=answering(JSON, PNG, SAFETENSORS, model=SegmentAnswer),
 )
-def annotation(identity: str, request: Request, loaded: LoadedDep, caller: CallerDep) -> Response:
+def annotation(identity: str, request: Request, engine: EngineDep, caller: CallerDep) -> Response:
     """What POST /segment answered under this annotation_id, with what made it, while it is kept.
 
     By Accept: application/json (default; COCO compressed RLE), image/png (8-bit gray label map) or
@@ -117,7 +117,7 @@ def annotation(identity: str, request: Request, loaded: LoadedDep, caller: Calle
     answered see it, and admins; 404 unknown_annotation once it is gone.
     """
     answer_type = choose_type(request.headers.get("accept"), [JSON, PNG, SAFETENSORS])
-    found = loaded.annotations.get(identity, caller)
+    found = engine.annotations.get(identity, caller)
     if answer_type == SAFETENSORS:
         body = kept_tensor_answer(found)
     else:

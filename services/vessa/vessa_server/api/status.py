@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from vessa.schemas import ServiceInfo
 from vessa_server import __version__
 from vessa_server.api.authentication import require_admin, require_key
-from vessa_server.api.dependencies import BanksDep, LoadedDep, service_of
+from vessa_server.api.dependencies import BanksDep, EngineDep, service_of
 from vessa_server.api.openapi import FAILURES, answering, docs_page
 from vessa_server.observability.metrics import METRICS_TYPE
 
@@ -53,17 +53,17 @@ async def openapi(request: Request) -> dict[str, Any]:
 
 
 @operations.get("/info")
-def info(loaded: LoadedDep, banks: BanksDep) -> ServiceInfo:
+def info(engine: EngineDep, banks: BanksDep) -> ServiceInfo:
     """What runs here: version, weights, device, limits, banks, and the annotator's parts in use."""
-    about = loaded.about
+    about = engine.info
     return ServiceInfo(
         version=__version__,
         preset=about.preset,
         model=about.model,
         device=about.device,
-        limits=loaded.settings.public_limits(),
+        limits=engine.settings.public_limits(),
         banks=banks.list(),
-        labels_version=loaded.labels_version,
-        parts=loaded.parts,
+        labels_version=engine.labels_version,
+        parts=engine.parts,
         trained_on=None if about.trained_on is None else list(about.trained_on),
     )

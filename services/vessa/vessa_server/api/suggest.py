@@ -15,7 +15,7 @@ from vessa_server.serialization.fields import check_size
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serialization.suggest_request import Candidates, read_candidates
 from vessa_server.serving.active_learning import suggest
-from vessa_server.serving.engine import Loaded
+from vessa_server.serving.engine import Engine
 from vessa_server.template_bank.bank import Bank, check_name
 from vessa_server.template_bank.permissions import CallersBanks
 
@@ -31,18 +31,18 @@ async def suggest_images(request: Request, caller: CallerDep, bank: BankPath) ->
     are sent in several requests, and ranked by one with all their ids. A bank that is not there yet is empty.
     """
     limits = limits_of(request)
-    with limits.work(caller), service_of(request).permit() as loaded:
+    with limits.work(caller), service_of(request).permit() as engine:
         body = await read_body(
             request,
-            limit=loaded.settings.limits.max_body_bytes,
-            seconds=loaded.settings.limits.body_timeout_s,
+            limit=engine.settings.limits.max_body_bytes,
+            seconds=engine.settings.limits.body_timeout_s,
         )
-        wanted = await run_in_threadpool(read_candidates, body, loaded.settings)
-        state = await run_in_threadpool(_bank, CallersBanks(loaded.banks, caller), check_name(bank))
+        wanted = await run_in_threadpool(read_candidates, body, engine.settings)
+        state = await run_in_threadpool(_bank, CallersBanks(engine.banks, caller), check_name(bank))
         if wanted.images is not None:
             limits.take(caller, len(wanted.ids))
-            await unless_gone(request, _look(loaded, state, wanted, caller.name))
-        return await run_in_threadpool(_rank, loaded, state, wanted)
+            await unless_gone(request, _look(engine, state, wanted, caller.name))
+        return await run_in_threadpool(_rank, engine, state, wanted)
 
 
 def _bank(banks: CallersBanks, name: str) -> Bank:
@@ -52,25 +52,25 @@ def _bank(banks: CallersBanks, name: str) -> Bank:
         return Bank(name, 0, ())
 
 
-async def _look(loaded: Loaded, bank: Bank, wanted: Candidates, client: str) -> None:
+async def _look(engine: Engine, bank: Bank, wanted: Candidates, client: str) -> None:
     """Keep the features of images, and how sure the annotator is of them where the bank has templates."""
     from vessa_server.types import DescribeItem, SegmentItem
 
     assert wanted.images is not None
-    check_size(wanted.images.shape[1:3], max(len(bank.classes), 1), loaded.settings.limits.max_pixels)
+    check_size(wanted.images.shape[1:3], max(len(bank.classes), 1), engine.settings.limits.max_pixels)
     pairs = list(zip(wanted.ids, wanted.images, wanted.groups, strict=True))
-    features = await loaded.describe([DescribeItem(i, image) for i, image, _ in pairs], client)
+    features = await engine.describe([DescribeItem(i, image) for i, image, _ in pairs], client)
     sure: list[float | None] = [None] * len(pairs)
     if bank.classes:
         items: list[SegmentItem | VessaError] = [SegmentItem(i, m, bank.name, group=g) for i, m, g in pairs]
         size = (int(wanted.images.shape[1]), int(wanted.images.shape[2]))
         asked = SegmentRequest(bank, wanted.ids, items, bank.classes, size, False)
-        sure = [_confidence(i, answer) for i, answer in enumerate(await loaded.segment(asked, client))]
+        sure = [_confidence(i, answer) for i, answer in enumerate(await engine.annotate(asked, client))]
     for i, (identity, feature, confidence) in enumerate(zip(wanted.ids, features, sure, strict=True)):
         if isinstance(feature, VessaError):
             feature.item = i
             raise feature
-        loaded.looks.keep(identity, feature, bank.name, bank.version, confidence)
+        engine.looks.keep(identity, feature, bank.name, bank.version, confidence)
 
 
 def _confidence(place: int, answer: object) -> float:
@@ -86,8 +86,8 @@ def _confidence(place: int, answer: object) -> float:
     return float(answer.confidence.mean()) / 255
 
 
-def _rank(loaded: Loaded, bank: Bank, wanted: Candidates) -> Suggestions:
-    looks = loaded.looks
+def _rank(engine: Engine, bank: Bank, wanted: Candidates) -> Suggestions:
+    looks = engine.looks
     features = [looks.feature(identity) for identity in wanted.ids]
     sure = [looks.confidence(identity, bank.name, bank.version) for identity in wanted.ids]
     known = [f for f in features if f is not None]
@@ -101,14 +101,14 @@ def _rank(loaded: Loaded, bank: Bank, wanted: Candidates) -> Suggestions:
     )
     if unknown:
         return answer
-    usable = [t.whole.feature for t in bank.templates if t.model == loaded.about.model]
+    usable = [t.whole.feature for t in bank.templates if t.model == engine.info.model]
     picks = suggest(
         np.stack(known),
         wanted.count,
         covered=np.stack(usable) if usable else None,
         groups=wanted.units,
         confidence=np.array(sure, np.float32) if bank.classes else None,
-        until=time.monotonic() + loaded.settings.limits.request_timeout_s,
+        until=time.monotonic() + engine.settings.limits.request_timeout_s,
     )
     found = [
         Suggestion(group=p.group, image_ids=[wanted.ids[i] for i in p.images], gain=round(p.gain, 6))

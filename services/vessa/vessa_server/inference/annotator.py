@@ -7,9 +7,9 @@ only this module and those below it know torch.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vessa.errors import InvalidImage, NoTemplate, UnknownClass, UnknownImage, VessaError
 from vessa.mask_geometry import box_of
-from vessa.schemas import TemplateUse
+from vessa.schemas import AdaptationInfo, TemplateUse
+from vessa_server.adaptation.runner import AdaptationRunner
 from vessa_server.byte_cache import ByteCache
 from vessa_server.inference.feature_cache import Seen
 from vessa_server.inference.malloc import keep_freed_memory
@@ -31,7 +32,7 @@ from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import Bank, TemplateBanks, sample_template
 from vessa_server.template_bank.template import Template, View, template_id
-from vessa_server.types import DescribeItem, SegmentItem, SegmentResult, TemplateItem
+from vessa_server.types import DescribeItem, Item, Method, ModelInfo, SegmentItem, SegmentResult, TemplateItem
 
 _Result = TypeVar("_Result")
 
@@ -68,8 +69,8 @@ class Annotator:
         self._held = ByteCache(feature_cache_bytes)
         self._drawing = Drawing(model, self.clock, self._held)
         self.model_digest = model_digest
-        self.preset = model.preset.name
         self._size = model.preset.segmenter.image_size
+        self._adaptations = AdaptationRunner(banks, model, model_digest, self.decoder_lock)
         self.leave_out(without)
 
     def leave_out(self, parts: frozenset[str]) -> None:
@@ -83,14 +84,63 @@ class Annotator:
                 self._held.put(key, seen)
 
     @property
-    def device(self) -> str:
-        """Name of the device the weights are on."""
-        return str(self.model.device)
+    def info(self) -> ModelInfo:
+        """The loaded model."""
+        data = self.model.provenance.get("data")
+        return ModelInfo(
+            self.model_digest,
+            self.model.preset.name,
+            str(self.model.device),
+            self.model.reader is not None,
+            None if data is None else tuple(entry["name"] for entry in data),
+        )
 
     @property
     def decoder_lock(self) -> threading.Lock:
         """Held while a bank's own weights are in the mask decoder."""
         return self._drawing.decoder_lock
+
+    def compute(self, items: list[Item]) -> list[Any]:
+        """Return one result or VessaError for each item, in order; kinds of items may be mixed."""
+        methods: dict[Method, Callable[[list[Any]], Sequence[Any]]] = {
+            "encode_templates": self.encode_templates,
+            "describe": self.describe,
+            "segment": self.segment,
+        }
+        results: list[Any] = [None] * len(items)
+        for name, method in methods.items():
+            rows = [row for row, item in enumerate(items) if item.method == name]
+            answers = method([items[row] for row in rows]) if rows else []
+            for row, answer in zip(rows, answers, strict=True):
+                results[row] = answer
+        return results
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the time spent in each stage of inference since the start, s."""
+        return self.clock.seconds
+
+    def adapt(self, bank: str, seconds: float) -> AdaptationInfo:
+        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
+        return self._adaptations.start(bank, seconds)
+
+    def adaptation(self, bank: str) -> AdaptationInfo:
+        """Return the state of a bank's adaptation; UnknownBank."""
+        return self._adaptations.info(bank)
+
+    def forget_adaptation(self, bank: str) -> None:
+        """Serve a bank by the common weights again; UnknownBank, QueueFull while it is being adapted to."""
+        self._adaptations.forget(bank)
+
+    def check(self) -> None:
+        """Raise LanguageUnavailable while the language model cannot be reached."""
+        if self.model.reader is not None:
+            self.model.reader.check()
+
+    def close(self, seconds: float) -> None:
+        """Stop a running adaptation, and close the language model's connections."""
+        self._adaptations.stop(seconds)
+        if self.model.reader is not None:
+            self.model.reader.close()
 
     def holds(self, image_id: str) -> bool:
         """Whether a request by this id needs no pixels."""

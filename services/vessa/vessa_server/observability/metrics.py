@@ -94,7 +94,9 @@ class _Annotator(Collector):
             stages.add_metric([name], value)
         yield stages
         held = GaugeMetricFamily(
-            "vessa_bytes", "Memory: kept features, the device's, the device process's", labels=["where"]
+            "vessa_bytes",
+            "Memory: cached features and answers, the device's, the worker process's",
+            labels=["where"],
         )
         for name, value in self._bytes().items():
             held.add_metric([name], value)

@@ -1,4 +1,4 @@
-"""Request bodies to checked items: what reaches the device thread is what the annotator expects."""
+"""Request bodies to checked items: what reaches the worker is what the annotator expects."""
 
 import threading
 from collections import OrderedDict

@@ -1,103 +1,84 @@
-"""The loaded annotator: its queue, caches and banks."""
+"""The engine of a ready service: worker, batch queue, caches and banks."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from vessa.errors import (
-    DeadlineExceeded,
-    UnknownBank,
-    VessaError,
-)
+from vessa.errors import DeadlineExceeded, UnknownBank, VessaError
 from vessa_server.observability.metrics import Metrics
 from vessa_server.serialization.request_parser import Reader, SeenSizes, SegmentRequest, TemplateRequest
 from vessa_server.serving.active_learning import Looks
 from vessa_server.serving.annotation_cache import Annotations
-from vessa_server.serving.batch_queue import DeviceQueue
-from vessa_server.serving.worker import Device
+from vessa_server.serving.batch_queue import BatchQueue
+from vessa_server.serving.worker import Worker
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks, merge_classes
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.template_bank.template import Template, template_id
-from vessa_server.types import LABELS_VERSION, DescribeItem, SegmentItem, TemplateItem
+from vessa_server.types import LABELS_VERSION, DescribeItem, Item
 
 
-class Loaded:
-    """What exists once the weights are loaded and the banks are encoded."""
+class Engine:
+    """The parts that exist once the weights are loaded and the banks are encoded."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, banks: TemplateBanks, device: Device) -> None:
-        """Start the device thread."""
-        self.settings, self.banks, self.device, self.metrics = settings, banks, device, metrics
-        self.about = device.about
+    def __init__(self, settings: Settings, metrics: Metrics, banks: TemplateBanks, worker: Worker) -> None:
+        """Start the batch thread."""
+        self.settings, self.banks, self.worker, self.metrics = settings, banks, worker, metrics
+        self.info = worker.info
         sizes = SeenSizes()
-        self.queue = DeviceQueue(
-            self._process,
+        self.queue = BatchQueue(
+            worker.compute,
             settings.queue.queue_items,
             settings.queue.max_batch,
             settings.queue.batch_wait_s,
             metrics.batch,
             max_pixels=settings.queue.max_batch_pixels,
             pixels_of=lambda item: _pixels_of(item, sizes),
-            release=device.release_memory,
+            release=worker.release_memory,
         )
         metrics.queue_depth.set_function(lambda: self.queue.depth)
-        self.annotations = Annotations(
-            settings.caches.annotation_bytes, self.about.model, self.labels_version
-        )
+        self.annotations = Annotations(settings.caches.annotation_bytes, self.info.model, self.labels_version)
         metrics.show_annotator(
-            device.seconds, lambda: {**device.bytes_held(), "annotations": self.annotations.nbytes}
+            worker.stage_seconds, lambda: {**worker.bytes_held(), "annotations": self.annotations.nbytes}
         )
         self.looks = Looks(2 * settings.limits.max_candidates)
-        self.reader = Reader(settings, banks, sizes, device.holds)
-
-    def _process(self, items: list[Any]) -> list[Any]:
-        """Run a batch in the device thread: all kinds of items may be mixed in it."""
-        results: list[Any] = [None] * len(items)
-        kinds: dict[type, Callable[[list[Any]], Sequence[Any]]] = {
-            TemplateItem: self.device.encode_templates,
-            DescribeItem: self.device.describe,
-            SegmentItem: self.device.segment,
-        }
-        for kind, run in kinds.items():
-            places = [i for i, item in enumerate(items) if isinstance(item, kind)]
-            answers = run([items[i] for i in places]) if places else []
-            for place, answer in zip(places, answers, strict=True):
-                results[place] = answer
-        return results
+        self.reader = Reader(settings, banks, sizes, worker.holds)
 
     @property
     def parts(self) -> list[str]:
-        """What takes part in the answers, of "language" and "memory"."""
-        there = {"memory"} | ({"language"} if self.about.language else set())
+        """The parts of the model in use, of "language" and "memory"."""
+        there = {"memory"} | ({"language"} if self.info.language else set())
         return sorted(there - self.settings.without)
 
     @property
     def labels_version(self) -> str:
-        """Tell labels of the same weights apart: by pre- and post-processing, and by the parts left out."""
+        """Version of labels of the same weights: of pre- and post-processing, and of the parts left out."""
         return "-".join([LABELS_VERSION, *(f"no{part}" for part in sorted(self.settings.without))])
 
-    async def segment(self, request: SegmentRequest, client: str = "", *, deadline: bool = True) -> list[Any]:
+    async def annotate(
+        self, request: SegmentRequest, client: str = "", *, deadline: bool = True
+    ) -> list[Any]:
         """Return a SegmentResult or VessaError for each image of the request.
 
-        client: whose request it is; clients take turns on the device; deadline: False for jobs
+        client: whose request it is; clients take turns on the worker; deadline: False for jobs
         """
         places = [i for i, item in enumerate(request.items) if not isinstance(item, VessaError)]
         for i in places:
-            self.metrics.feature(self.device.holds(request.ids[i]))
+            self.metrics.feature(self.worker.holds(request.ids[i]))
         results: list[Any] = list(request.items)
-        items = [request.items[i] for i in places]
-        keys = [item.key(request.bank.version) for item in items if not isinstance(item, VessaError)]
-        for place, answer in zip(places, await self._work(items, client, keys, deadline), strict=True):
+        items = [item for item in request.items if not isinstance(item, VessaError)]
+        keys = [item.key(request.bank.version) for item in items]
+        for place, answer in zip(places, await self._submit(items, client, keys, deadline), strict=True):
             results[place] = answer
         return results
 
     async def encode(self, request: TemplateRequest, banks: CallersBanks) -> list[Template]:
-        """Return the examples as templates, those that the bank holds already as they are in it."""
-        held = await asyncio.to_thread(_held, request, banks)
-        missing = [i for i, template in enumerate(held) if template is None]
-        templates: list[Any] = list(held)
-        worked = await self._work([request.items[i] for i in missing], banks.caller.name)
-        for i, answer in zip(missing, worked, strict=True):
+        """Return the examples as templates; those that the bank holds already are returned unchanged."""
+        known = await asyncio.to_thread(_known_templates, request, banks)
+        missing = [i for i, template in enumerate(known) if template is None]
+        templates: list[Any] = list(known)
+        answers = await self._submit([request.items[i] for i in missing], banks.caller.name)
+        for i, answer in zip(missing, answers, strict=True):
             if isinstance(answer, VessaError):
                 answer.item = i
                 raise answer
@@ -106,11 +87,11 @@ class Loaded:
 
     async def describe(self, items: Sequence[DescribeItem], client: str) -> list[Any]:
         """Return the feature (D,) or a VessaError of each image."""
-        return await self._work(items, client)
+        return await self._submit(items, client)
 
-    async def _work(
+    async def _submit(
         self,
-        items: Sequence[Any],
+        items: Sequence[Item],
         client: str = "",
         keys: Sequence[Hashable] | None = None,
         deadline: bool = True,
@@ -123,23 +104,23 @@ class Loaded:
                 return await self.queue.submit_all(items, client, keys)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"no answer within {seconds:g} s; send fewer images at once or try later", retry_after=5.0
+                f"no answer within {seconds:g} s; send fewer images at once or retry later", retry_after=5.0
             ) from None
 
 
-def _held(request: TemplateRequest, banks: CallersBanks) -> list[Template | None]:
-    """Return the templates that are there already; ClassConflict early, before the device is bothered."""
+def _known_templates(request: TemplateRequest, banks: CallersBanks) -> list[Template | None]:
+    """Return the stored templates of a request; raises ClassConflict before the worker computes anything."""
     try:
         bank = banks.get(request.bank)
     except UnknownBank:
         return [None] * len(request.items)
-    there = {template.id: template for template in bank.templates}
+    stored = {template.id: template for template in bank.templates}
     for item in request.items:
         merge_classes(bank.classes, item.classes)
-    return [there.get(template_id(i.image, i.mask, i.classes, i.group)) for i in request.items]
+    return [stored.get(template_id(i.image, i.mask, i.classes, i.group)) for i in request.items]
 
 
-def _pixels_of(item: SegmentItem | TemplateItem | DescribeItem, sizes: SeenSizes) -> int:
-    """Return the pixels of the square around an item's image, also when only its id came."""
+def _pixels_of(item: Item, sizes: SeenSizes) -> int:
+    """Return the pixels of the square around an item's image, also when only the image's id was sent."""
     size = sizes.get(item.image_id) if item.image is None else item.image.shape[:2]
     return max(size or (0,)) ** 2

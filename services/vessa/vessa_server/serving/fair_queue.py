@@ -1,4 +1,4 @@
-"""Whose turn it is: clients in a circle, the requests of each in a circle of its own, items in order."""
+"""A queue in which clients take turns, and so do the requests of each client; items stay in order."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -7,8 +7,11 @@ from typing import Generic, TypeVar
 _Item = TypeVar("_Item")
 
 
-class Turns(Generic[_Item]):
-    """A queue that serves one item of each client in turn, and of each of a client's requests. No locks."""
+class FairQueue(Generic[_Item]):
+    """Serves one item of each client in turn, and of each of a client's requests in turn.
+
+    Not thread-safe: the caller holds a lock.
+    """
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, OrderedDict[int, deque[_Item]]] = OrderedDict()
@@ -18,21 +21,21 @@ class Turns(Generic[_Item]):
         return self._count
 
     def holds(self, client: str) -> bool:
-        """Whether anything of a client waits."""
+        """Whether any item of a client waits."""
         return client in self._clients
 
     def add(self, item: _Item, client: str, request: int) -> None:
-        """Queue an item at the end of its request."""
+        """Append an item to its request."""
         self._clients.setdefault(client, OrderedDict()).setdefault(request, deque()).append(item)
         self._count += 1
 
     def first(self) -> _Item:
-        """Return the item whose turn it is. IndexError when nothing waits."""
-        return self._turn()[2][0]
+        """Return the next item without removing it. Raises IndexError when no item waits."""
+        return self._next()[2][0]
 
     def take(self) -> _Item:
-        """Remove the item whose turn it is; its client and its request go to the end of their circles."""
-        client, request, items = self._turn()
+        """Remove and return the next item; its client and its request move to the end of their circles."""
+        client, request, items = self._next()
         item = items.popleft()
         self._count -= 1
         requests = self._clients[client]
@@ -47,7 +50,7 @@ class Turns(Generic[_Item]):
         return item
 
     def drop(self, unwanted: Callable[[_Item], bool]) -> list[_Item]:
-        """Remove and return all items that are unwanted; the others keep their order."""
+        """Remove and return all unwanted items; the others keep their order."""
         kept: list[tuple[_Item, str, int]] = []
         dropped: list[_Item] = []
         for client, requests in self._clients.items():
@@ -74,9 +77,9 @@ class Turns(Generic[_Item]):
             for items in requests.values():
                 yield from items
 
-    def _turn(self) -> tuple[str, int, deque[_Item]]:
+    def _next(self) -> tuple[str, int, deque[_Item]]:
         if not self._clients:
-            raise IndexError("nothing waits")
+            raise IndexError("the queue is empty")
         client, requests = next(iter(self._clients.items()))
         request, items = next(iter(requests.items()))
         return client, request, items

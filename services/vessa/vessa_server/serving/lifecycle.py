@@ -1,4 +1,4 @@
-"""The parts of a running annotator service and their life: load, work, drain. No HTTP here."""
+"""The life of a service: load, serve, drain. No HTTP here."""
 
 import contextlib
 import logging
@@ -15,8 +15,8 @@ from vessa.errors import (
     VessaError,
 )
 from vessa_server.observability.metrics import Metrics
-from vessa_server.serving.engine import Loaded
-from vessa_server.serving.worker import Device
+from vessa_server.serving.engine import Engine
+from vessa_server.serving.worker import Worker
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.store import open_store
@@ -28,65 +28,70 @@ log = logging.getLogger(__name__)
 STORE_RETRY_S = 2.0
 _CLOSE_S = 5.0
 
-Factory = Callable[[Settings, TemplateBanks], Device]
+WorkerFactory = Callable[[Settings, TemplateBanks], Worker]
 
 
 class Service:
-    """Loads in a thread of its own, so that /livez answers from the first moment."""
+    """Loads an engine in a thread of its own, so that /livez answers from the start."""
 
-    def __init__(self, settings: Settings, factory: Factory) -> None:
-        """Remember how to load; `start` begins. on_failure is called when loading has failed for good."""
+    def __init__(self, settings: Settings, factory: WorkerFactory) -> None:
+        """Store how to load; `start` begins. `on_failure` is called when loading has failed for good."""
         self.settings, self._factory = settings, factory
         self.metrics = Metrics()
         self.failure: VessaError | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self._loaded: Loaded | None = None
+        self._engine: Engine | None = None
         self._progress = "starting"
         self._stopping = threading.Event()
         self._requests = 0
 
     def start(self) -> None:
-        """Begin to load."""
+        """Start to load."""
         threading.Thread(target=self._load, name="vessa-load", daemon=True).start()
 
     def stop(self) -> None:
-        """Take no more work and finish what waits, for at most `drain_s` seconds."""
+        """Accept no more requests and finish the waiting ones, for at most `drain_s` seconds."""
         self._stopping.set()
-        if (loaded := self._loaded) is None:
+        if (engine := self._engine) is None:
             return
-        drained = loaded.queue.drain(self.settings.queue.drain_s)
+        drained = engine.queue.drain(self.settings.queue.drain_s)
         if not drained:
-            log.warning("the device was still busy after %g s", self.settings.queue.drain_s)
-        loaded.device.close(_CLOSE_S if drained else 0.0)
+            log.warning("the worker was still busy after %g s", self.settings.queue.drain_s)
+        engine.worker.close(_CLOSE_S if drained else 0.0)
 
-    def loaded(self) -> Loaded:
-        """Return the loaded parts; NotReady until then."""
-        if self._loaded is None:
+    def engine(self) -> Engine:
+        """Return the engine; NotReady until it is loaded."""
+        if self._engine is None:
             raise NotReady(f"the service is not ready: {self._progress}", retry_after=5.0)
-        return self._loaded
+        return self._engine
 
     def check_ready(self) -> None:
-        """NotReady unless weights are loaded and the device gives signs of life, which may take a moment."""
-        loaded = self.loaded()
-        loaded.device.check()
-        if loaded.queue.silence() > self.settings.queue.hang_s:
-            raise NotReady("the device hangs; the service must be restarted", retry_after=30.0)
+        """Raise NotReady unless the weights are loaded and the worker responds; this may take seconds."""
+        engine = self.engine()
+        engine.worker.check()
+        if engine.queue.silence() > self.settings.queue.hang_s:
+            seconds = self.settings.queue.hang_s
+            raise NotReady(
+                f"the worker hangs: no batch ended within {seconds:g} s; restart the service",
+                retry_after=30.0,
+            )
         if self._stopping.is_set():
             raise NotReady("the service is shutting down", retry_after=5.0)
 
     @contextlib.contextmanager
-    def permit(self) -> Iterator[Loaded]:
-        """Let a request in before its body is read, to bound what bodies take; QueueFull, NotReady."""
-        loaded = self.loaded()
-        if self._requests >= self.settings.limits.max_requests:
+    def permit(self) -> Iterator[Engine]:
+        """Admit a request before its body is read, which bounds the memory of bodies; QueueFull, NotReady."""
+        engine = self.engine()
+        limit = self.settings.limits.max_requests
+        if self._requests >= limit:
             raise QueueFull(
-                f"{self._requests} requests are in work, at most {self.settings.limits.max_requests} may be",
-                retry_after=loaded.queue.full_error().retry_after,
-                queue_position=loaded.queue.depth,
+                f"{self._requests} requests are in progress, the limit is {limit}; retry later",
+                retry_after=engine.queue.full_error().retry_after,
+                queue_position=engine.queue.depth,
             )
         self._requests += 1
         try:
-            yield loaded
+            yield engine
         finally:
             self._requests -= 1
 
@@ -95,46 +100,45 @@ class Service:
         try:
             while not self._stopping.is_set():
                 try:
-                    loaded = self._load_once()
+                    engine = self._load_once()
                 except (StoreUnavailable, LanguageUnavailable) as error:
-                    # A Redis or a vLLM that starts at the same time may need longer.
-                    self._say(f"waiting: {error}")
+                    # A Redis or a vLLM that was started at the same time may need longer.
+                    self._report(f"waiting: {error}")
                     self._stopping.wait(STORE_RETRY_S)
                     continue
                 log.info("ready after %.1f s", time.monotonic() - start)
-                self._loaded = loaded
+                self._engine = engine
                 return
         except VessaError as error:
             self._fail(error)
         except Exception:
             log.exception("loading failed")
-            self._fail(InternalError("loading failed; the log says why"))
+            self._fail(InternalError("loading failed; see the log"))
 
-    def _load_once(self) -> Loaded:
+    def _load_once(self) -> Engine:
         banks = TemplateBanks(open_store(self.settings.storage.store), self.settings.storage.max_templates)
         names = banks.store.names()
-        self._say(f"loading weights {self.settings.weights!r}")
-        device = self._factory(self.settings, banks)
-        about = device.about
-        self._say(f"weights {about.model[:16]} are on {about.device}; {len(names)} template banks")
-        self._refresh(banks, device)
-        return Loaded(self.settings, self.metrics, banks, device)
+        self._report(f"loading weights {self.settings.weights!r}")
+        worker = self._factory(self.settings, banks)
+        info = worker.info
+        self._report(f"weights {info.model[:16]} are on {info.device}; {len(names)} template banks")
+        self._refresh(banks, worker)
+        return Engine(self.settings, self.metrics, banks, worker)
 
-    def _refresh(self, banks: TemplateBanks, device: Device) -> None:
+    def _refresh(self, banks: TemplateBanks, worker: Worker) -> None:
         def encode(templates: list[Template]) -> Sequence[Template | VessaError]:
-            items = [TemplateItem(t.image, t.mask, t.classes, t.group) for t in templates]
-            return device.encode_templates(items)
+            return worker.compute([TemplateItem(t.image, t.mask, t.classes, t.group) for t in templates])
 
         def progress(done: int, total: int) -> None:
-            self._say(f"encoding templates for these weights: {done} of {total}")
+            self._report(f"encoding templates for these weights: {done} of {total}")
 
-        banks.refresh(encode, device.about.model, progress)
+        banks.refresh(encode, worker.info.model, progress)
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self._progress = text
         log.info("%s", text)
 
     def _fail(self, error: VessaError) -> None:
         log.error("the service cannot start: %s", error)
-        self.failure, self._progress = error, "it failed to start; its log says why"
+        self.failure, self._progress = error, "it failed to start; see its log"
         self.on_failure()

@@ -45,7 +45,7 @@ from vessa_server.serialization.image_files import decode_mask, label_png
 from vessa_server.serialization.job_request import JobRequest, ResultKind
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serving.annotation_cache import Annotations
-from vessa_server.serving.engine import Loaded
+from vessa_server.serving.engine import Engine
 from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.permissions import CallersBanks
@@ -86,7 +86,7 @@ class Jobs:
         files: Sequence[bytes],
         request: JobRequest,
         caller: Caller,
-        loaded: Loaded,
+        engine: Engine,
         take: Callable[[int], None],
     ) -> JobInfo:
         """Check a volume and keep it as a job; InvalidImage, TooLarge, QueueFull, what the bank refuses.
@@ -98,7 +98,7 @@ class Jobs:
         most = self._settings.jobs.max_job_slices
         if volume.shape[axis] > most:
             raise TooLarge(f"the volume has {volume.shape[axis]} slices along this axis, more than {most}")
-        reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
+        reader = replace(engine.reader, banks=CallersBanks(engine.banks, caller))
         asked = reader.segment_slices(
             request.bank, request.classes, volume.image(axis, 0)[None], request.group
         )
@@ -270,13 +270,13 @@ class Jobs:
             self._end(job, state="failed", error=(InternalError.code, "the service's log says why"))
 
     def _work(self, job: Job) -> None:
-        loaded = self._service.loaded()
+        engine = self._service.engine()
         folder = self._path(job)
         # the bytes first: what goes wrong then is the disk's fault and not the file's
         files = [(folder / f"{i:05d}.input").read_bytes() for i in range(job.files)]
         volume = read_volume(files, self._bounds)
         caller = Caller(job.owner, Role(job.role))
-        reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
+        reader = replace(engine.reader, banks=CallersBanks(engine.banks, caller))
         missing = [i for i in range(job.slices) if not (folder / f"{i:05d}.png").exists()]
         height, width = volume.image(job.axis, 0).shape
         step = max(1, self._settings.limits.max_answer_bytes // (2 * height * width))
@@ -289,10 +289,10 @@ class Jobs:
             request = reader.segment_slices(job.bank, list(job.classes.values()), images, job.group)
             if request.classes != job.classes:
                 raise ClassConflict(f"the classes of bank {job.bank!r} were changed while the job ran")
-            answers = asyncio.run(loaded.segment(request, f"job of {job.owner}", deadline=False))
-            _keep(folder, places, request, answers, loaded.annotations)
+            answers = asyncio.run(engine.annotate(request, f"job of {job.owner}", deadline=False))
+            _keep(folder, places, request, answers, engine.annotations)
         labels = _assemble(volume, job, folder)
-        source = f"{loaded.about.model[:16]}"
+        source = f"{engine.info.model[:16]}"
         self._finish(job, write_labels(volume, labels, job.classes, source, job.kind))
 
     def _finish(self, job: Job, data: bytes) -> None:
