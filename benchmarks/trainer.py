@@ -35,9 +35,9 @@ from vessa.datasets import Dataset, open_dataset
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.config import Config, load_config
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import FolderCache, RedisCache, pack
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
+from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 from vessa_trainer.pseudo_labels.types import PseudoLabel
 from vessa_trainer.semi_supervised.trainer import Run
 from vessa_trainer.students.networks import build_student

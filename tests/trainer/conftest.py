@@ -22,7 +22,7 @@ from vessa.datasets import Dataset, open_dataset
 from vessa.schemas import BankInfo
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.config import Config, load_config
-from vessa_trainer.experiments.run import seed_labeled
+from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 
 SIZE = 32  # px, of the phantoms and of the tiny students' squares
 

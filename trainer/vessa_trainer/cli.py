@@ -6,15 +6,14 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from vessa.datasets import open_dataset
-from vessa.datasets import verify as find_faults
-from vessa.errors import InvalidDataset, VessaError
+from vessa.errors import VessaError
+from vessa.redaction import redact
 from vessa_trainer.config import DEFAULT_METHODS, Config, load_config, shipped
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -54,6 +53,11 @@ def _config(file: Path | None, overrides: list[str] | None, **given: object) -> 
         if v is not None
     ]
     return load_config(file, [*named, *(overrides or [])])
+
+
+def _say(text: str, style: str | None = None) -> None:
+    """Print a text as it is: nothing in it is markup, and a long line is not broken."""
+    _console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
@@ -96,10 +100,10 @@ def fit(
         url=url,
         **{"semi.method": method},
     )
-    summary = train(resolved, resume_line=_command("--resume"), resume=resume)
+    summary = train(resolved, resume_line=_command("--resume"), resume=resume, console=_console)
     dice = summary["test"]["mean"]["dice"]
     shown = "not scored: no test mask shows a class" if dice is None else f"{dice:.3f}"
-    _console.print(f"test Dice {shown}; run in {resolved.out}", highlight=False)
+    _say(f"test Dice {shown}; run in {resolved.out}")
     _finish(
         {"dice": dice, "test": summary["test"], "out": resolved.out, "wait_share": summary["wait_share"]},
         as_json,
@@ -139,7 +143,7 @@ def compare(
         urls=urls or [],
     )
     for name, budget in result.get("budgets", {"report": result}).items():
-        _console.print(f"{name}: {budget['report']}", highlight=False)
+        _say(f"{name}: {budget['report']}")
     _finish(result, as_json)
 
 
@@ -182,7 +186,7 @@ def _table_command(name: str, what: str) -> None:
             methods=_names(methods),
             percents=percent or [],
         )
-        _console.print(f"written: {result['table']}, .csv and .png beside it", highlight=False)
+        _say(f"written: {result['table']}, .csv and .png beside it")
         _finish(result, as_json)
 
     app.command(name, help=f"{what} What is finished is not repeated; Markdown, CSV and a figure.")(command)
@@ -200,27 +204,22 @@ for _name, _what in {
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    split: Annotated[str, typer.Option(help="Split file of the patients to score.")] = "splits/test.txt",
+    split: Annotated[
+        str, typer.Option(help="Patients to score: a split file, or test or val of the run's own splits.")
+    ] = "test",
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run's best teacher on the patients of a split."""
+    """Score the teacher that a run delivered on the patients of a split."""
     from vessa.report.tables import Row, table
-    from vessa_trainer.data.splits import cases_of
-    from vessa_trainer.semi_supervised.trainer import evaluate as score
-    from vessa_trainer.students.inference import load_best
+    from vessa_trainer.experiments.evaluate_run import evaluate_run
 
-    config = _config(run / "config.yaml", None, data=data)
-    dataset = open_dataset(config.data.root)
-    model, channels, classes = load_best(run, config)
-    if classes != dataset.classes:
-        raise InvalidDataset(
-            f"the run knows the classes {classes}, the data set has {dataset.classes}: scores would mislead"
-        )
-    scores = score(model, dataset, cases_of(dataset, dataset.split(split)), config, channels)
-    shown = table([Row(config.semi.method, [scores])])
+    method, scores = evaluate_run(run, split, data)
+    shown = table([Row(method, [scores])])
     for line in [shown.header, *shown.lines]:
-        _console.print("  ".join(f"{c:<24}" for c in line), highlight=False)
+        _say("  ".join(f"{c:<24}" for c in line))
+    if scores.mean["dice"] is None:
+        _say(f"not scored: no patient of {split} has a mask that shows a class", style="yellow")
     _finish(scores.to_dict(), as_json)
 
 
@@ -253,7 +252,7 @@ def predict(
     from vessa_trainer.prediction.predict import predict as run_on
 
     result = run_on(run, source, out, _console, flips=flips, axis=axis, nifti=nifti)
-    _console.print(f"{result['masks']} masks in {out}, {result['skipped']} were there", highlight=False)
+    _say(f"{result['masks']} masks in {out}, {result['skipped']} were there")
     _finish(result, as_json)
 
 
@@ -267,7 +266,7 @@ def export(
     from vessa_trainer.prediction.onnx_export import export as write
 
     result = write(run, out)
-    _console.print(f"{out}: differs by at most {result['difference']:.1e}", highlight=False)
+    _say(f"{out}: differs by at most {result['difference']:.1e}")
     _finish(result, as_json)
 
 
@@ -279,31 +278,40 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find what would spoil training: sizes, class ids, empty masks, duplicates, patients in two splits."""
-    dataset = open_dataset(data)
-    names = splits or [
-        n for n in ("splits/train.txt", "splits/val.txt", "splits/test.txt") if (data / n).is_file()
-    ]
-    findings = find_faults(dataset, {n: dataset.split(n) for n in names})
-    for finding in findings:
-        color = "red" if finding.severity == "error" else "yellow"
-        _console.print(f"{finding.severity}: {finding.kind}: {finding.where}: {finding.message}", style=color)
-    errors = sum(f.severity == "error" for f in findings)
-    _console.print(f"{len(dataset.slices())} images, {errors} errors, {len(findings) - errors} warnings")
-    _finish(
-        {"images": len(dataset.slices()), "errors": errors, "findings": [vars(f) for f in findings]}, as_json
-    )
-    if errors:
+    """Find what would spoil training: sizes, class ids, empty masks, duplicates, patients in two splits.
+
+    Prints how images are grouped into patients, which splits are read or drawn, and what each of them holds.
+    """
+    from vessa_trainer.experiments.verify_data import verify_data
+
+    result = verify_data(data, splits or [])
+    for line in result.lines:
+        _say(line)
+    for severity, line in result.findings_by_kind():
+        _say(line, style="red" if severity == "error" else "yellow")
+    _say(f"{result.images} images, {result.errors} errors, {len(result.findings) - result.errors} warnings")
+    findings = [vars(f) for f in result.findings]
+    _finish({"images": result.images, "errors": result.errors, "findings": findings}, as_json)
+    if result.errors:
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """Run the command line; a VessaError becomes one clear line and exit code 1."""
+    """Run the command line; what a user can mend becomes one clear line and exit code 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` saves the run as Ctrl-C does
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_console)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_console, markup=False)]
+    )
     logging.getLogger("stamina").setLevel(logging.ERROR)  # it says that it tries again, but not why
     try:
         app()
     except VessaError as error:
-        _console.print(f"vessa-trainer: {error.code}: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from error
+        _fail(error.code, redact(str(error)))
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        _fail("cannot_read_or_write", f"{error.strerror or error}:{where}. Mend that, and start again")
+
+
+def _fail(code: str, text: str) -> NoReturn:
+    _say(f"vessa-trainer: {code}: {text}", style="red")
+    raise SystemExit(1)

@@ -18,6 +18,7 @@ import yaml
 
 from vessa import atomic_write
 from vessa.errors import InvalidConfig
+from vessa.redaction import redacted
 from vessa_trainer.config_parsing import build, merge, put
 
 DEFAULT_METHODS = ("unimatch_v2", "vessa", "vessa_alone")  # of a comparison: names of configs
@@ -28,7 +29,7 @@ class DataConfig:
     """Data folder and splits. A split file holds one group (patient) per line.
 
     Split files are searched in the data folder first, then in the working directory. Where none of the four
-    exists, groups are drawn by `split_seed`.
+    exists, the data set's own lists are read, else annotated groups are drawn by `split_seed`.
 
     root: data folder
     labeled: split file of the labeled patients
@@ -36,9 +37,10 @@ class DataConfig:
     val: split file of the validation patients, which choose the checkpoint
     test: split file of the test patients, which are scored once
     split_seed: seed of the drawn splits
-    labeled_groups: labeled patients of drawn splits
-    val_share: share of the patients for validation in drawn splits
-    test_share: share of the patients for the test in drawn splits
+    labeled_groups: labeled patients of drawn splits; null takes all annotated ones where others are not
+    annotated, else 1
+    val_share: share of the annotated patients for validation in drawn splits
+    test_share: share of the annotated patients for the test in drawn splits
     prepared: folder of decoded and resized images, for sets larger than memory; null keeps them in memory
     prepared_gb: size limit of that folder, GB
     """
@@ -49,7 +51,7 @@ class DataConfig:
     val: str = "splits/val.txt"
     test: str = "splits/test.txt"
     split_seed: int = 0
-    labeled_groups: int = 1
+    labeled_groups: int | None = None
     val_share: float = 0.1
     test_share: float = 0.2
     prepared: str | None = None
@@ -196,13 +198,17 @@ class AnnotatorConfig:
     batch: images per request
     lookahead_batches: batches whose labels are requested ahead of the training step
     template_choice: top1 takes the most similar template, top3 puts three in memory, sample draws one (Eq. 1)
-    serves: what the annotator must be,
-    by its own word; None takes any. vessa: language model and memory; no_language, no_memory: Stage 1's
-    annotator without one of them; sam2: SAM 2.1's memory with official weights, no language model and no
-    Stage 1; prompts_only: neither, so that it draws what it gets prompts for. patience_s: how long the
-    annotator may be away before the run stops. max_wait_s: how long a step waits for labels that are late; it
-    goes on without them, and they count from when they come. None waits for the first label of each image:
-    with it, and without feedback, a seed gives the same run again; with feedback `deterministic` does.
+    serves: what the annotator must be; null takes any. vessa: language model and memory; no_language,
+    no_memory:
+        Stage 1's annotator without one of them; sam2: SAM 2.1's memory with official weights, no language
+        model and no Stage 1; prompts_only: neither, it segments only classes that have a prompt
+    patience_s: how long the annotator may be unreachable before the run stops, s
+    max_wait_s: how long a step waits for late labels, s; it continues without them, and later steps use them.
+    Null
+        waits for the first label of each image: then, without feedback, a seed gives the same run again; with
+        feedback `deterministic` does
+    allow_change: continue when the annotator's weights, parts, label version or bank change during a run; the
+        report lists the changes
     """
 
     url: str | None = None
@@ -214,6 +220,7 @@ class AnnotatorConfig:
     template_choice: Literal["top1", "top3", "sample"] = "top1"
     patience_s: float = 300.0
     max_wait_s: float | None = None
+    allow_change: bool = False
 
 
 @dataclass(frozen=True)
@@ -376,10 +383,16 @@ def overlaid(config: Config, *trees: Mapping[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config, whole or not at all, as YAML that `load_config` reads back equal."""
-    tree = to_dict(config)
-    tree["annotator"]["api_key"] = None  # a secret has no place in a run directory that people share
+    """Write the resolved config without its secrets, as YAML that `load_config` reads."""
+    tree = shareable(config)
     atomic_write.write_text(Path(path), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def shareable(config: Config) -> dict[str, Any]:
+    """Return the config as plain data without keys and passwords, for files that people share."""
+    tree: dict[str, Any] = redacted(to_dict(config))
+    tree["annotator"]["api_key"] = None
+    return tree
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -410,7 +423,7 @@ def _check(config: Config) -> None:
         "feedback.every": feedback.every,
         "annotator.batch": config.annotator.batch,
         "annotator.patience_s": config.annotator.patience_s,
-        "data.labeled_groups": config.data.labeled_groups,
+        "data.labeled_groups": 1 if config.data.labeled_groups is None else config.data.labeled_groups,
         "optim.lr": config.optim.lr,
         "data.prepared_gb": config.data.prepared_gb,
     }

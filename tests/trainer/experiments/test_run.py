@@ -10,7 +10,8 @@ from PIL import Image
 
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset, Unreachable
-from vessa_trainer.experiments.run import fit, labels_of
+from vessa_trainer.experiments.annotator_labels import labels_of
+from vessa_trainer.experiments.run import fit
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.semi_supervised.trainer import Interrupted, Run
@@ -43,6 +44,7 @@ def test_a_run_leaves_its_scores_curves_and_report(tiny, tmp_path):
     summary = fit(config, resume_line=RESUME)
     out = tmp_path / "run"
     expected = {"config.yaml", "metrics.jsonl", "progress.png", "summary.json", "report.html", "tensorboard"}
+    expected |= {"data.json"}
     assert expected | {checkpoint.LAST, checkpoint.BEST} == {p.name for p in out.iterdir()}
     assert json.loads((out / "summary.json").read_text()) == summary
     assert summary["groups"] == {"labeled": 1, "unlabeled": 3, "val": 1, "test": 1}
@@ -106,7 +108,7 @@ def test_what_vessa_would_do_does_not_tell_two_unimatch_runs_apart(tiny):
 
 def test_without_resume_a_folder_with_a_run_is_refused(tiny, interrupted):
     interrupted(tiny(), 2)
-    with pytest.raises(InvalidConfig, match="holds a run: --resume goes on with it, another --out starts"):
+    with pytest.raises(InvalidConfig, match="holds a run. Use --resume to continue it"):
         fit(tiny(), resume_line=RESUME, resume=False)
 
 

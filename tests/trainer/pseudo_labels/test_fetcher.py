@@ -10,9 +10,9 @@ from vessa.datasets import open_dataset
 from vessa.errors import NoTemplate, Unauthorized, UnknownBank, VessaError
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import FolderCache
 from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
+from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 
 BOX = Prompts(boxes=np.array([[4, 4, 20, 20], [4, 4, 20, 20], [-1, -1, -1, -1]], np.float32))
 

@@ -10,8 +10,7 @@ from PIL import Image
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, UnknownBank
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.experiments.run import seed_labeled
-from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_bank
+from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_bank, seed_labeled
 
 LABELED = "splits/labeled_1.txt"
 

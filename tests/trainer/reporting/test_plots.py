@@ -43,15 +43,15 @@ def test_a_line_cut_by_a_kill_is_left_out(run, tmp_path):
     assert read_metrics(tmp_path / "nowhere") == []
 
 
-def test_a_model_that_found_nothing_has_dice_0():
-    assert validation_dice(ROWS, "val_teacher") == [(10, 0.0), (20, 0.4)]
+def test_a_validation_without_a_score_is_no_point_of_the_curve():
+    assert validation_dice(ROWS, "val_teacher") == [(20, 0.4)]
 
 
 def test_the_progress_shows_losses_dice_and_labels():
     axes = progress_figure(ROWS, "a run").axes
     assert lines_of(axes[0]) == {"sup": [(10, 0.7), (20, 0.6)]}
-    assert lines_of(axes[1]) == {"teacher": [(10, 0), (20, 0.4)], "student": [(10, 0), (20, 0.4)]}
-    assert lines_of(axes[2]) == {"heart": [(10, 0), (20, 0.4)]}
+    assert lines_of(axes[1]) == {"teacher": [(20, 0.4)], "student": [(20, 0.4)]}
+    assert lines_of(axes[2]) == {"heart": [(20, 0.4)]}
     assert lines_of(axes[4]) == {"against the truth": [(10, 0.5), (20, 0.6)]}
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from vessa_trainer.config import FeedbackConfig
-from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.pseudo_labels.teacher_prompts import prompts_from
+from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 from vessa_trainer.semi_supervised.feedback import FeedbackRounds
 from vessa_trainer.semi_supervised.trainer import Interrupted, Run
 

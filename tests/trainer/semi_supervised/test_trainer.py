@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vessa.errors import InvalidConfig, InvalidWeights, Retryable
-from vessa_trainer.experiments.run import seed_labeled
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
+from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 from vessa_trainer.semi_supervised import trainer
 from vessa_trainer.semi_supervised.trainer import Interrupted, Run, evaluate
 from vessa_trainer.students import checkpoint

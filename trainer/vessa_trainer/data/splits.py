@@ -1,6 +1,6 @@
-"""Read or draw the patients of each split."""
+"""Read the patients of each split from files, or draw them among the annotated patients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,9 @@ import numpy as np
 from vessa.datasets import Case, Dataset, Slice
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import DataConfig
+from vessa_trainer.data.examination import examine
+
+PARTS = ("labeled", "unlabeled", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -21,49 +24,133 @@ class Splits:
     test: tuple[str, ...]
 
 
-def read_splits(dataset: Dataset, config: DataConfig) -> Splits:
-    """Read the four split files, or draw the splits by patient when none of them exists.
+@dataclass(frozen=True)
+class SplitPlan:
+    """Splits, and where the patients of each part come from, by part."""
 
-    The unlabeled groups are those of their file that are not labeled. Raises InvalidDataset when
-    some files exist and others do not, or when a group is in two parts.
+    splits: Splits
+    sources: Mapping[str, str]
+    drawn: bool = False
+
+
+def read_splits(dataset: Dataset, config: DataConfig) -> Splits:
+    """Return the groups of the four parts; see `plan_splits`."""
+    return plan_splits(dataset, config).splits
+
+
+def plan_splits(dataset: Dataset, config: DataConfig) -> SplitPlan:
+    """Read the four split files of a config, else the data set's own lists, else draw the patients.
+
+    The unlabeled groups are those of their file that are not labeled. The data set's own lists are those that
+    it calls train, val and test, such as SSL4MIS's; what they leave open is drawn. Raises InvalidDataset when
+    some of the four files exist and others do not, or when a group is in two parts.
     """
-    names = {"labeled": config.labeled, "unlabeled": config.unlabeled, "val": config.val, "test": config.test}
-    missing = {k: v for k, v in names.items() if not ((dataset.root / v).is_file() or Path(v).is_file())}
-    if len(missing) == len(names):
-        return _draw(dataset, config)
-    if missing:
-        raise InvalidDataset(f"no split file for {', '.join(f'{k} ({v})' for k, v in missing.items())}")
-    parts = {k: dataset.split(v) for k, v in names.items()}
+    names = {part: getattr(config, part) for part in PARTS}
+    missing = [part for part, name in names.items() if not dataset.has_split(name)]
+    if not missing:
+        parts = {part: dataset.split(name) for part, name in names.items()}
+        sources = dict(names)
+        drawn = False
+    elif len(missing) < len(names):
+        listed = ", ".join(f"{part} ({names[part]})" for part in missing)
+        raise InvalidDataset(
+            f"no split file for {listed}. Write the missing files, or none to have them drawn"
+        )
+    elif dataset.has_split("train") and dataset.has_split("test"):
+        parts, sources = _own_lists(dataset, config)
+        drawn = True
+    else:
+        parts, sources = _draw(dataset, config)
+        drawn = True
     parts["unlabeled"] = tuple(g for g in parts["unlabeled"] if g not in parts["labeled"])
     splits = Splits(**parts)
-    for one, other in (
+    _check_apart(splits)
+    return SplitPlan(splits, sources, drawn)
+
+
+def _check_apart(splits: Splits) -> None:
+    pairs = [
         ("val", "test"),
-        ("labeled", "val"),
-        ("labeled", "test"),
-        ("unlabeled", "val"),
-        ("unlabeled", "test"),
-    ):
+        *((one, other) for one in ("labeled", "unlabeled") for other in ("val", "test")),
+    ]
+    for one, other in pairs:
         both = set(getattr(splits, one)) & set(getattr(splits, other))
         if both:
             raise InvalidDataset(f"groups in both {one} and {other}: {sorted(both)[:5]}")
-    return splits
 
 
-def _draw(dataset: Dataset, config: DataConfig) -> Splits:
-    groups = np.random.default_rng(config.split_seed).permutation(sorted(dataset.groups())).tolist()
+def _own_lists(dataset: Dataset, config: DataConfig) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Take the data set's own train, val and test lists; draw labeled and, where missing, val patients."""
+    train, test = dataset.split("train"), dataset.split("test")
+    sources = {"unlabeled": "the data set's own train list", "test": "the data set's own test list"}
+    annotated = set(examine(dataset).annotated())
+    rng = np.random.default_rng(config.split_seed)
+    candidates = [g for g in rng.permutation(sorted(train)).tolist() if g in annotated]
+    if dataset.has_split("val"):
+        val = dataset.split("val")
+        sources["val"] = "the data set's own val list"
+    else:
+        count = max(1, round(config.val_share * len(candidates)))
+        val, candidates = tuple(candidates[:count]), candidates[count:]
+        train = tuple(g for g in train if g not in val)
+        sources["val"] = f"drawn from the train list by data.split_seed {config.split_seed}"
+    labeled = _labeled(candidates, len(train) > len(candidates), config)
+    if not labeled:
+        raise InvalidDataset(
+            f"no patient of the train list of '{dataset.name}' has a mask that shows a class"
+        )
+    sources["labeled"] = f"drawn from the annotated patients of the train list ({_how_many(config)})"
+    return {"labeled": labeled, "unlabeled": train, "val": val, "test": test}, sources
+
+
+def _draw(dataset: Dataset, config: DataConfig) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Draw validation, test and labeled patients among the annotated ones; the others are unlabeled."""
+    every, annotated = dataset.groups(), examine(dataset).annotated()
+    rng = np.random.default_rng(config.split_seed)
+    groups = rng.permutation(annotated).tolist() if annotated else []
     val, test = (max(1, round(share * len(groups))) for share in (config.val_share, config.test_share))
     train = groups[val + test :]
-    if len(train) <= config.labeled_groups:
+    if len(train) < (config.labeled_groups or 1):
         raise InvalidDataset(
-            f"'{dataset.name}' has {len(groups)} groups: too few for {config.labeled_groups} labeled ones "
-            "besides unlabeled, validation and test groups"
+            f"{len(groups)} of the {len(every)} groups of '{dataset.name}' have a mask that shows a class: "
+            "too few "
+            f"for {config.labeled_groups or 1} labeled, {val} validation and {test} test groups. Annotate "
+            "more, or "
+            f"write split files ({', '.join(getattr(config, part) for part in PARTS)})"
         )
-    return Splits(
-        tuple(train[: config.labeled_groups]),
-        tuple(train[config.labeled_groups :]),
-        tuple(groups[:val]),
-        tuple(groups[val : val + test]),
-    )
+    labeled = _labeled(train, len(every) > len(groups), config)
+    apart = {*labeled, *groups[: val + test]}
+    drawn = f"drawn among {len(groups)} annotated groups by data.split_seed {config.split_seed}"
+    sources = dict.fromkeys(PARTS, drawn) | {
+        "labeled": f"{drawn} ({_how_many(config)})",
+        "unlabeled": "all groups that are in no other part",
+    }
+    return {
+        "labeled": labeled,
+        "unlabeled": tuple(g for g in rng.permutation(sorted(every)).tolist() if g not in apart),
+        "val": tuple(groups[:val]),
+        "test": tuple(groups[val : val + test]),
+    }, sources
+
+
+def _labeled(annotated: Sequence[str], others: bool, config: DataConfig) -> tuple[str, ...]:
+    """Take the labeled patients; others: whether patients without annotation can be the unlabeled ones."""
+    everyone = len(annotated) if others else 1
+    return tuple(annotated[: config.labeled_groups or everyone])
+
+
+def _how_many(config: DataConfig) -> str:
+    if config.labeled_groups is not None:
+        return f"data.labeled_groups {config.labeled_groups}"
+    return "all of them where other patients are unlabeled, else one; data.labeled_groups sets the number"
+
+
+def write_splits(folder: Path, splits: Splits) -> None:
+    """Write split files that `--set data.labeled=...` and others read again, one group a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        text = "".join(f"{group}\n" for group in getattr(splits, part))
+        (folder / f"{part}.txt").write_text(text, encoding="utf-8")
 
 
 def slices_of(dataset: Dataset, groups: Sequence[str]) -> list[Slice]:

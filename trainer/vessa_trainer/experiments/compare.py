@@ -13,10 +13,9 @@ from vessa.errors import InvalidConfig, InvalidDataset
 from vessa.report.cases import annotated, best_median_worst
 from vessa.report.page import Page
 from vessa.report.tables import Row, Table, cards, missed, table
-from vessa_trainer.config import DEFAULT_METHODS, Config
+from vessa_trainer.config import DEFAULT_METHODS, Config, shareable
 from vessa_trainer.data.splits import cases_of, read_splits
 from vessa_trainer.experiments.methods import Runs, find_methods, run_methods
-from vessa_trainer.experiments.run import without_key
 from vessa_trainer.reporting.plots import bars_figure, comparison_figure
 
 METRICS = ("dice", "iou", "iou_fgbg", "hd95")
@@ -120,7 +119,7 @@ def _write_page(config: Config, runs: Runs, seeds: int) -> None:
     )
     page.details(
         "Configuration, annotators and counts",
-        {"config": without_key(config), "annotators": runs.sources(), "runs": runs.summaries},
+        {"config": shareable(config), "annotators": runs.sources(), "runs": runs.summaries},
     )
     page.write(out / "report.html")
 

@@ -12,7 +12,8 @@ from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig
 from vessa.report.tables import Row, scores_from
 from vessa_trainer.config import Config, overlaid, read_tree, shipped
-from vessa_trainer.experiments.run import finished, fit, read_labels
+from vessa_trainer.experiments.annotator_labels import read_labels
+from vessa_trainer.experiments.run import finished, fit
 from vessa_trainer.pseudo_labels.annotator_check import choose
 from vessa_trainer.students.inference import load_best, predict_labels
 

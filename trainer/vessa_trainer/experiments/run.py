@@ -1,30 +1,39 @@
-"""One run from its config to its report: train, score, write, and never train twice or over another."""
+"""Run one experiment from its config to its report."""
 
 import json
 import logging
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from rich.console import Console
 
 from vessa.client import AnnotatorClient
-from vessa.datasets import Case, Dataset, open_dataset
+from vessa.datasets import Dataset
 from vessa.errors import InvalidConfig, VessaError
-from vessa.images import read_image
-from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
-from vessa.schemas import BankInfo
-from vessa_trainer.config import Config, load_config, save_config, to_dict
-from vessa_trainer.data.splits import cases_of, read_splits
+from vessa.report.cases import Overlay, annotated, best_median_worst
+from vessa_trainer.config import Config, load_config, shareable
+from vessa_trainer.data.examination import Examination, examine
+from vessa_trainer.data.overview import overview, require_trainable
+from vessa_trainer.data.splits import SplitPlan, cases_of, plan_splits, write_splits
+from vessa_trainer.data.training_data import TrainingData, open_training_data
+from vessa_trainer.experiments.annotator_labels import labels_of, score_alone
+from vessa_trainer.experiments.identity import (
+    Identity,
+    data_identity,
+    require_same_config,
+    require_same_data,
+    write_identity,
+)
+from vessa_trainer.experiments.run_lock import locked
 from vessa_trainer.outages import Incidents, interruptions
-from vessa_trainer.pseudo_labels.annotator_check import check_served
+from vessa_trainer.pseudo_labels.annotator_check import check_served, hold_to_annotator, record_changes
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
-from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_bank
+from vessa_trainer.pseudo_labels.template_bank import find_bank, seed_labeled
 from vessa_trainer.reporting.diagnostics import Advice, never_labeled, over_run
 from vessa_trainer.reporting.plots import read_metrics, write_progress
 from vessa_trainer.reporting.run_report import SUMMARY, write_run_report
@@ -34,138 +43,131 @@ from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_labels
 
 _log = logging.getLogger(__name__)
-_WHO = ("model", "labels_version", "preset", "parts", "trained_on")
-# What may differ between the starts of one run: where things are, and how fast.
-_PLACE = ("title", "out", "device", "threads", "batch_eval", "checkpoint_every", "cache", "trackers")
-_ANNOTATOR_PLACE = ("url", "api_key", "serves", "batch", "lookahead_batches", "patience_s")
 
 
-def finished(config: Config) -> dict[str, Any] | None:
-    """Return the summary of a run that has ended, None where there is no run or an unfinished one.
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run: opened, split, examined and found fit for training."""
 
-    Raises InvalidConfig when the folder holds a run of another config.
+    data: TrainingData
+    plan: SplitPlan
+    examination: Examination
+    identity: Identity
+
+    def announce(self, console: Console | None) -> None:
+        """Print images, patients and splits, with warnings. console: None prints nothing but warnings."""
+        found = overview(self.data, self.plan, self.examination)
+        for line in found.lines if console is not None else ():
+            assert console is not None
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for warning in found.warnings:
+            _log.warning("%s", warning)
+
+
+def open_run_data(config: Config) -> RunData:
+    """Open every file that a run needs. Raises InvalidDataset that names what would spoil the training."""
+    data = open_training_data(config.data.root)
+    plan, examination = plan_splits(data, config.data), examine(data)
+    require_trainable(config, plan, examination)
+    return RunData(data, plan, examination, data_identity(data, plan, examination))
+
+
+def finished(config: Config, known: RunData | None = None) -> dict[str, Any] | None:
+    """Return the summary of a finished run, None where there is no run or an unfinished one.
+
+    known: its data, opened where None. Raises InvalidConfig when the folder holds a run of another config or
+    of other data.
     """
     out = Path(config.out)
-    if not ((out / checkpoint.LAST).is_file() or (out / SUMMARY).is_file()):
+    if not _holds_run(out):
         return None
-    _check_same(config, load_config(out / "config.yaml"), out)
+    require_same_config(config, load_config(out / "config.yaml"), out)
+    require_same_data((known or open_run_data(config)).identity, out)
     if not (out / SUMMARY).is_file():
         return None
     summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
     return summary
 
 
-def fit(config: Config, *, resume_line: str, resume: bool = True) -> dict[str, Any]:
+def _holds_run(out: Path) -> bool:
+    return (out / checkpoint.LAST).is_file() or (out / SUMMARY).is_file()
+
+
+def fit(
+    config: Config, *, resume_line: str, resume: bool = True, console: Console | None = None
+) -> dict[str, Any]:
     """Train one run, write its report files, and return its summary.
 
-    With `resume` a finished run is not trained again and an unfinished one is taken up. Raises
-    InvalidConfig when the folder holds a run of another config, or any run without `resume`, or when the
-    annotator is not the one that the config names; InvalidDataset; Interrupted, after saving.
+    resume: return a finished run's summary, continue an unfinished run; console: where to describe the data.
+    Raises InvalidConfig when the folder holds a run of another config or of other data, any run without
+    `resume`, a run under way, or when the annotator is not the one that the config names; InvalidDataset;
+    Interrupted, after saving; Diverged.
     """
     out = Path(config.out)
-    if not resume and ((out / checkpoint.LAST).is_file() or (out / SUMMARY).is_file()):
-        raise InvalidConfig(f"{out} holds a run: --resume goes on with it, another --out starts a new one")
-    if (summary := finished(config)) is not None:
-        return summary
-    dataset, processes = open_dataset(config.data.root), join(config.device)
-    if not config.annotated:
-        return _train(config, dataset, None, {}, resume_line, processes)
+    processes = join(config.device)
+    with locked(out) if processes.first else nullcontext():
+        if not resume and _holds_run(out):
+            raise InvalidConfig(f"{out} holds a run. Use --resume to continue it, or choose another --out")
+        found = open_run_data(config)
+        if (summary := finished(config, found)) is not None:
+            return summary
+        if processes.first:
+            found.announce(console)
+        if not config.annotated:
+            _record(out, found, processes)
+            return _train(config, found, None, {}, resume_line, processes)
+        return _fit_annotated(config, found, resume_line, processes)
+
+
+def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: Processes) -> dict[str, Any]:
+    out, data, splits = Path(config.out), found.data, found.plan.splits
     with AnnotatorClient(config.annotator.url, config.annotator.api_key) as client:
         info = check_served(client, config.annotator)
         if processes.first:
-            seed_labeled(client, dataset, config)
+            seed_labeled(client, data, config)
         processes.wait()
-        bank = client.bank(bank_of(dataset, config))
-        source = {"bank": bank.model_dump()} | {k: getattr(info, k) for k in _WHO}
+        bank = find_bank(client, data, config)
+        source = hold_to_annotator(out, info, bank, config.annotator, write=processes.first)
+        _record(out, found, processes)
         incidents = Incidents(out) if processes.first else None  # the others see the same
         feed = AnnotationFeed(
             client,
-            dataset,
+            data,
             bank,
             open_cache(config.cache, incidents),
             config.annotator,
             seed=config.seed,
             exact=config.deterministic,
-            learned=read_splits(dataset, config.data).unlabeled,
+            learned=splits.unlabeled,
             incidents=incidents,
         )
         try:
             if config.semi.method == "vessa_alone":
-                return _score_alone(config, dataset, feed, source)
-            return _train(config, dataset, feed, source, resume_line, processes)
+                return score_alone(config, data, splits, feed, source)
+            return _train(config, found, feed, source, resume_line, processes)
         finally:
             feed.close()
 
 
-def seed_labeled(client: AnnotatorClient, dataset: Dataset, config: Config) -> BankInfo:
-    """Fill the bank of a config with its labeled groups."""
-    labeled = read_splits(dataset, config.data).labeled
-    return seed_bank(client, dataset, labeled, bank_of(dataset, config))
-
-
-def bank_of(dataset: Dataset, config: Config) -> str:
-    """Return the name of the bank that a config's labels come from."""
-    labeled = read_splits(dataset, config.data).labeled
-    return config.annotator.bank or bank_name(dataset, config.data.labeled, labeled)
-
-
-def without_key(config: Config) -> dict[str, Any]:
-    """Return the config as plain data, without the API key: for files that people share."""
-    return to_dict(replace(config, annotator=replace(config.annotator, api_key=None)))
-
-
-def _score_alone(
-    config: Config, dataset: Dataset, feed: AnnotationFeed, source: dict[str, Any]
-) -> dict[str, Any]:
-    """Score the annotator's own labels; those of the test cases are kept as PNG files in `labels`."""
-    out, splits, started = Path(config.out), read_splits(dataset, config.data), time.monotonic()
+def _record(out: Path, found: RunData, processes: Processes) -> None:
+    """Write what the run's data are, and drawn splits as files that can be used again."""
+    if not processes.first:
+        return
     out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
-    cases = {k: annotated(dataset, cases_of(dataset, getattr(splits, k))) for k in ("val", "test")}
-    labels = {key: labels_of(feed, some) for key, some in cases.items()}
-    write_labels(out, cases["test"], labels["test"])
-    summary = {
-        "method": config.semi.method,
-        "seed": config.seed,
-        "steps": 0,
-        "best_step": 0,
-        "seconds": round(time.monotonic() - started, 1),
-        "wait_share": 0.0,
-        "groups": {k: len(v) for k, v in vars(splits).items()},
-        "annotator": source,
-        "feed": feed.stats(),
-        "interruptions": interruptions(out),
-        "advice": [],
-        **{key: score_labels(dataset, cases[key], labels[key]).to_dict() for key in cases},
-        "config": without_key(config),
-    }
-    rows = best_median_worst(dataset, cases["test"], {"VESSA": labels["test"]}, "VESSA")
-    write_run_report(out, summary, rows, dataset)
-    return summary
-
-
-def write_labels(run: Path, cases: Sequence[Case], labels: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Keep the labels of some cases in a run directory, an 8-bit PNG with class ids for each slice."""
-    folder = run / "labels"
-    folder.mkdir(exist_ok=True)
-    for case in cases:
-        for item, one in zip(case.slices, labels[case.name], strict=True):
-            Image.fromarray(one).save(folder / f"{item.name}.png")
-
-
-def read_labels(run: Path, cases: Sequence[Case]) -> dict[str, list[np.ndarray]]:
-    """Read what `write_labels` kept."""
-    return {c.name: [read_image(run / "labels" / f"{s.name}.png") for s in c.slices] for c in cases}
+    write_identity(out, found.identity)
+    if found.plan.drawn:
+        write_splits(out / "splits", found.plan.splits)
 
 
 def _train(
     config: Config,
-    dataset: Dataset,
+    found: RunData,
     feed: AnnotationFeed | None,
     source: dict[str, Any],
     resume_line: str,
     processes: Processes,
 ) -> dict[str, Any]:
+    dataset = found.data
     run = Run(config, dataset, feed, resume_line, processes)
     run.resume()
 
@@ -174,11 +176,14 @@ def _train(
             write_progress(run.out, f"{config.semi.method}, seed {config.seed}")
 
     result = run.train(on_step=draw)
+    stats: dict[str, Any] | None = None
     if feed is not None:
         stats = feed.stats()
         stats |= processes.total({k: stats[k] for k in COUNTS})
+        if processes.first:
+            record_changes(run.out, source, feed.annotator_changes)
     if result is None:
-        processes.wait()  # for what the first one writes
+        processes.wait()  # for what the first process writes
         summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_text())
         return summary
     summary = {
@@ -186,21 +191,23 @@ def _train(
         "seed": config.seed,
         "steps": result.steps,
         "best_step": result.best_step,
+        "selected_by": "validation Dice" if result.selected else "none: no validation patient can be scored",
         "seconds": round(result.seconds, 1),
         "wait_share": round(run.waited / max(result.seconds, 1e-9), 4),
         "groups": {k: len(v) for k, v in vars(run.splits).items()},
+        "split_sources": dict(found.plan.sources),
         "annotator": source,
         "processes": processes.count,
-        "feed": stats if feed is not None else None,
+        "feed": stats,
         "interruptions": interruptions(run.out),
         "advice": [vars(one) for one in _advice(run)],
         "val": result.val.to_dict(),
         "test": result.test.to_dict(),
-        "config": without_key(config),
+        "config": shareable(config),
     }
     rows = _pictures(run, dataset, feed)
     write_run_report(run.out, summary, rows, dataset)
-    shutil.rmtree(run.out / "feedback", ignore_errors=True)  # prompts are of use to an unfinished run alone
+    shutil.rmtree(run.out / "feedback", ignore_errors=True)  # only an unfinished run needs its prompts
     processes.wait()
     return summary
 
@@ -211,7 +218,7 @@ def _advice(run: Run) -> list[Advice]:
 
 
 def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None) -> list[Overlay]:
-    """Test cases seen by VESSA, by the best teacher and by the student as it ended."""
+    """Show test cases with the masks of VESSA, of the delivered teacher and of the last student."""
     cases = annotated(dataset, cases_of(dataset, run.splits.test))
     predicted: dict[str, dict[str, list[np.ndarray]]] = {}
     if feed is not None:
@@ -223,46 +230,3 @@ def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None) -> list[O
     for name, model in (("teacher", teacher), ("student", run.student)):
         predicted[name] = predict_labels(model, dataset, cases, run.config, channels)
     return best_median_worst(dataset, cases, predicted, "teacher")
-
-
-def labels_of(feed: AnnotationFeed, cases: Sequence[Case]) -> dict[str, list[np.ndarray]]:
-    """VESSA's labels of every slice of some cases, without any student."""
-    feed.prefetch([s.name for case in cases for s in case.slices])
-    return {case.name: [p.labels for p in feed.get([s.name for s in case.slices])] for case in cases}
-
-
-def _check_same(config: Config, there: Config, out: Path) -> None:
-    ours, theirs = _identity(config), _identity(there)
-    other = [
-        f"{key} {theirs[key]!r} there, {ours[key]!r} here"
-        for key in sorted(ours.keys() & theirs.keys())  # other keys tell only that the method differs
-        if ours[key] != theirs[key]
-    ]
-    if other:
-        raise InvalidConfig(
-            f"{out} holds a run of another config ({'; '.join(other[:4])}): "
-            "choose another --out, or delete it"
-        )
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """What makes two runs the same experiment, as flat keys."""
-    tree = to_dict(config)
-    tree["data"]["root"] = str(Path(config.data.root).resolve())
-    for key in _PLACE:
-        del tree[key]
-    del tree["data"]["prepared"], tree["data"]["prepared_gb"]
-    for key in _ANNOTATOR_PLACE:
-        del tree["annotator"][key]
-    if not config.annotated:  # what VESSA would do changes nothing here
-        del tree["annotator"], tree["feedback"]
-        tree["semi"] = {
-            k: v for k, v in tree["semi"].items() if not k.startswith("vessa_") and k != "alpha_v_floor"
-        }
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
-        else:
-            flat[key] = value
-    return flat

@@ -19,6 +19,7 @@ from vessa.errors import (
 )
 from vessa.schemas import BankInfo
 from vessa_trainer.config import AnnotatorConfig
+from vessa_trainer.pseudo_labels.annotator_check import changed
 from vessa_trainer.pseudo_labels.cache import LabelCache, label_key
 from vessa_trainer.pseudo_labels.types import PseudoLabel
 
@@ -74,6 +75,7 @@ class LabelFetcher:
         self._sent: dict[str, tuple[int, ...]] = {}  # size of the images that the annotator has seen
         self._faults: Counter[str] = Counter()  # names to how often the annotator failed on that item alone
         self.requests = self.images = self.cache_hits = self.failed_items = 0
+        self.annotator_changes: list[str] = []  # that `annotator.allow_change` allowed
 
     def fetch(self, batch: Sequence[Wanted]) -> Fetched:
         """Fetch a batch. Raises what waiting does not cure: a wrong key, a deleted bank."""
@@ -126,6 +128,8 @@ class LabelFetcher:
                 result.late.append(wanted)
                 result.reason = answer.error
                 continue
+            if answer.error is None:
+                self._hold_to_start(answer)
             label = self._label(wanted, answer)
             result.labels.append((wanted, label))
             if answer.error is None:
@@ -133,6 +137,23 @@ class LabelFetcher:
                 key = self._key(wanted, answer.bank_version, answer.model, answer.labels_version)
                 fresh[key] = label
         self._cache.put(fresh)
+
+    def _hold_to_start(self, answer: Annotation) -> None:
+        """Raise AnnotatorChanged when another annotator answers than at the start, unless that is allowed."""
+        pairs = (
+            ("model", self._model, answer.model),
+            ("labels_version", self._labels_version, answer.labels_version),
+            ("bank version", self._bank.version, answer.bank_version),
+        )
+        changes = [f"{key} was {old} and is {new}" for key, old, new in pairs if old != new]
+        if not changes:
+            return
+        if not self._config.allow_change:
+            raise changed(changes)
+        _log.warning("the annotator changed (%s); the report says so", "; ".join(changes))
+        self.annotator_changes += changes
+        self._model, self._labels_version = answer.model, answer.labels_version
+        self._bank = self._bank.model_copy(update={"version": answer.bank_version})
 
     def _passes(self, wanted: Wanted, error: VessaError | None) -> bool:
         """Whether to ask for an item again; one bad image must not hold up a run for ever."""

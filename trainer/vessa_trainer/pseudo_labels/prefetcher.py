@@ -183,6 +183,11 @@ class AnnotationFeed:
                     self._again[name] = None
             self._changed.notify_all()
 
+    @property
+    def annotator_changes(self) -> list[str]:
+        """Changes of the annotator since the start, which `annotator.allow_change` allowed."""
+        return list(self._fetcher.annotator_changes)
+
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what the labels are worth, where that is known.
 

@@ -1,38 +1,84 @@
-"""The template bank of a run: filled with its labeled slices, and with nothing else."""
+"""Fill the template bank of a run with its labeled slices, and with nothing else."""
 
 import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from vessa.client import AnnotatorClient
+from vessa.client.transport import find_key
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, Slice
-from vessa.errors import InvalidDataset
+from vessa.errors import InvalidConfig, InvalidDataset, UnknownBank
 from vessa.schemas import BankInfo
+from vessa_trainer.config import Config
+from vessa_trainer.data.splits import read_splits
 
 _log = logging.getLogger(__name__)
 _BATCH = 16
 _LONGEST = 55  # characters before the digest: the annotator takes names of 64
 
 
-def bank_name(dataset: Dataset, split: str, groups: Sequence[str]) -> str:
+def bank_name(dataset: Dataset, split: str, groups: Sequence[str], owner: str = "") -> str:
     """Name the bank of some labeled groups: data set, split and a digest of all that goes into it.
 
     Two splits of one name, two drawn splits or two data sets of one name never share a bank:
     templates of one would leak into the other. A corrected mask is another bank too.
+    owner: sets the banks of several keys apart, where the common name is taken
     """
-    parts = [sorted(groups), sorted(dataset.classes.items())]
+    parts: list[Any] = [sorted(groups), sorted(dataset.classes.items()), *([owner] if owner else [])]
     parts += [[s.name, image_digest(dataset.image(s)), image_digest(m)] for s, m in _shown(dataset, groups)]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
     plain = f"{dataset.name}-{Path(split).stem}"
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in plain)
     return f"{plain.lstrip('-_')[:_LONGEST]}-{digest}"
+
+
+def seed_labeled(client: AnnotatorClient, dataset: Dataset, config: Config) -> BankInfo:
+    """Fill the bank of a config with its labeled groups.
+
+    Where another key owns the bank of this name, this key gets a bank of its own. Raises InvalidConfig when
+    the config names a bank of another key, and what `seed_bank` raises.
+    """
+    labeled = read_splits(dataset, config.data).labeled
+    name, own = _names(dataset, labeled, config)
+    try:
+        return seed_bank(client, dataset, labeled, name)
+    except UnknownBank as error:  # to others a key's bank does not exist
+        if own is None:
+            raise InvalidConfig(
+                f"the bank '{name}' belongs to another key. Choose another annotator.bank, or ask its owner "
+                "to share it"
+            ) from error
+    _log.warning("bank %s belongs to another key: this run fills %s, a bank of its own", name, own)
+    return seed_bank(client, dataset, labeled, own)
+
+
+def find_bank(client: AnnotatorClient, dataset: Dataset, config: Config) -> BankInfo:
+    """Return the bank that `seed_labeled` filled. Raises UnknownBank where there is none."""
+    name, own = _names(dataset, read_splits(dataset, config.data).labeled, config)
+    try:
+        return client.bank(name)
+    except UnknownBank:
+        if own is None:
+            raise
+    return client.bank(own)
+
+
+def _names(dataset: Dataset, labeled: Sequence[str], config: Config) -> tuple[str, str | None]:
+    """Return the name of a config's bank, and that of the key's own where the first may be taken."""
+    if config.annotator.bank is not None:
+        return config.annotator.bank, None
+    key = config.annotator.api_key or find_key() or ""
+    owner = hashlib.sha256(key.encode()).hexdigest() if key else "no key"
+    split = config.data.labeled
+    return bank_name(dataset, split, labeled), bank_name(dataset, split, labeled, owner)
 
 
 def seed_bank(client: AnnotatorClient, dataset: Dataset, groups: Sequence[str], bank: str) -> BankInfo:

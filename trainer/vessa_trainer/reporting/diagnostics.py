@@ -31,7 +31,11 @@ class Advice:
 
 def advise(rows: Sequence[Row], classes: Mapping[int, str]) -> list[Advice]:
     """Return what is to be said after the last row, if that is of a validation."""
-    at = [index for index, row in enumerate(rows) if "val_teacher" in row]
+    at = [
+        i
+        for i, row in enumerate(rows)
+        if "val_teacher" in row and row["val_teacher"]["mean"]["dice"] is not None
+    ]
     if len(at) < WINDOW:
         return []
     step = int(rows[at[-1]]["step"])
@@ -72,7 +76,7 @@ def never_labeled(present: Iterable[int], classes: Mapping[int, str]) -> list[Ad
 
 
 def _dice(row: Row, who: str) -> float:
-    return float(row[who]["mean"]["dice"] or 0.0)
+    return float(row[who]["mean"]["dice"])
 
 
 def _hurts(seen: Sequence[Row]) -> list[tuple[str, str, str]]:

@@ -152,14 +152,16 @@ def budgets_figure(methods: Mapping[str, Sequence[tuple[float, Sequence[float]]]
 
 
 def validation_dice(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Steps and mean Dice of a model's validations; a model that found nothing has 0."""
-    return [(r["step"], r[key]["mean"]["dice"] or 0.0) for r in rows if key in r]
+    """Return steps and mean Dice of a model's validations; those without a score are left out."""
+    return [(r["step"], dice) for r in rows if key in r and (dice := r[key]["mean"]["dice"]) is not None]
 
 
 def _class_curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[int, float]]]]:
     seen = [r for r in rows if "val_teacher" in r]
     for name in seen[0]["val_teacher"]["by_class"] if seen else []:
-        yield name, [(r["step"], r["val_teacher"]["by_class"][name]["dice"] or 0.0) for r in seen]
+        scores = [(r["step"], r["val_teacher"]["by_class"][name]["dice"]) for r in seen]
+        if points := [(step, dice) for step, dice in scores if dice is not None]:
+            yield name, points
 
 
 def _curves(

@@ -23,6 +23,9 @@ from vessa.errors import InvalidConfig, InvalidWeights, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
 from vessa_trainer.config import Config, save_config
+from vessa_trainer.data.examination import examine
+from vessa_trainer.data.geometry import geometry_of
+from vessa_trainer.data.overview import shows_class
 from vessa_trainer.data.prepared import Order, Prepared
 from vessa_trainer.data.splits import cases_of, read_splits, slices_of
 from vessa_trainer.outages import TRAINER, Incidents
@@ -32,6 +35,11 @@ from vessa_trainer.reporting.plots import read_metrics, truncate_metrics
 from vessa_trainer.reporting.trackers import Tracking
 from vessa_trainer.semi_supervised.batches import UnlabeledViews, labeled_batch, unlabeled_views
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
+from vessa_trainer.semi_supervised.divergence import (
+    Diverged,
+    require_finite_loss,
+    require_finite_weights,
+)
 from vessa_trainer.semi_supervised.feedback import FeedbackRounds, predicted_prompts
 from vessa_trainer.semi_supervised.objective import compute_loss
 from vessa_trainer.semi_supervised.schedule import ema_decay, poly, source_weights, update_teacher
@@ -54,11 +62,17 @@ class Interrupted(VessaError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run is worth. val, test: scores of the best teacher by validation Dice."""
+    """Scores of a finished run.
+
+    best_step: the step of the delivered teacher: the best by validation Dice, else the last; val, test: its
+    scores;
+    selected: whether validation chose it
+    """
 
     out: Path
     steps: int
     best_step: int
+    selected: bool
     val: Scores
     test: Scores
     seconds: float
@@ -135,12 +149,17 @@ class Run:
         self.feedback: FeedbackRounds | None = None
         if feed is not None and config.feedback.enabled:
             self.feedback = FeedbackRounds(config, self.out / "feedback")
-        self.step, self.best, self.best_step, self.seconds, self.waited = 0, -1.0, -1, 0.0, 0.0
+        self.step, self.best_step, self.seconds, self.waited = 0, -1, 0.0, 0.0
+        self.best: float | None = (
+            None  # validation Dice of the teacher that is kept; None while none was scored
+        )
         self._said: set[tuple[str, str]] = set()  # advice that was given
         if processes.first:
             self._say(never_labeled(self.labeled.masks.unique().tolist(), dataset.classes))
         self.validated = 0  # the last step that was
         self.val_cases = cases_of(dataset, self.splits.val)
+        self.geometry = geometry_of(dataset, cases_of(dataset, self.splits.labeled))
+        self.selects = shows_class(self.splits.val, examine(dataset)) if processes.first else False
 
     def resume(self) -> bool:
         """Take up the last checkpoint; False when there is none."""
@@ -185,6 +204,7 @@ class Run:
         """Write the checkpoint that `resume` takes up; the first process does it for all."""
         if not self.processes.first:
             return
+        self._require_finite_weights()
         tensors = checkpoint.module_state(self.student, "student")
         tensors |= checkpoint.module_state(self.teacher, "teacher")
         tensors |= checkpoint.optimizer_state(self.optimizer)
@@ -221,8 +241,13 @@ class Run:
                         self.save()
                     if on_step is not None:
                         on_step(self.step)
-        except (Interrupted, InvalidConfig):
+        except (Interrupted, InvalidConfig, Diverged):
             raise
+        except OSError as error:
+            raise Interrupted(
+                f"cannot write to {self.out}: {error.strerror or error}; the last checkpoint is of step "
+                f"{self._saved_step()}. Mend that, then resume with: {self.resume_line}"
+            ) from error
         except (VessaError, KeyboardInterrupt) as error:
             if self._drawn_from is not None:  # in the middle of a step: it will be drawn again
                 self.generator.set_state(self._drawn_from)
@@ -292,6 +317,7 @@ class Run:
             self.generator,
             self.processes,
         )
+        require_finite_loss(figures, self.config, self.step + 1, self._saved_step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.processes.add_gradients(self.student)
@@ -300,6 +326,14 @@ class Run:
         self._drawn_from = None
         update_teacher(self.teacher, self.student, ema_decay(self.step, self.config.ema_decay))
         return figures
+
+    def _require_finite_weights(self) -> None:
+        models = {"student": self.student, "teacher": self.teacher}
+        require_finite_weights(models, self.config, self.step, self._saved_step)
+
+    def _saved_step(self) -> int | None:
+        path = self.out / checkpoint.LAST
+        return int(checkpoint.read(path)[1]["state"]["step"]) if path.is_file() else None
 
     def names_ahead(self, steps: int) -> list[str]:
         """Names of the unlabeled slices of this process's part of the coming steps, in their order."""
@@ -335,29 +369,42 @@ class Run:
             self.validated = self.step
 
     def _validate(self, board: Tracking) -> None:
+        """Score student, teacher and VESSA; keep the best teacher, or the last where none can be scored."""
+        if not self.selects:
+            self._keep_teacher(None)
+            return
         row: dict[str, Any] = {"step": self.step}
         for name, model in (("student", self.student), ("teacher", self.teacher)):
             scores = evaluate(model, self.dataset, self.val_cases, self.config, self.channels)
-            row[f"val_{name}"] = {"mean": scores.mean, "by_class": scores.by_class}
-            board.add("val", {f"{name}_dice": scores.mean["dice"] or 0.0}, self.step)
+            self._add_scores(row, name, scores, board)
         if (vessa := self._score_vessa()) is not None:
             row["alpha_v"] = source_weights(self.step, self.config.steps, self.config.semi.alpha_v_floor)[1]
-            row["val_vessa"] = {"mean": vessa.mean, "by_class": vessa.by_class}
-            board.add("val", {"vessa_dice": vessa.mean["dice"] or 0.0}, self.step)
+            self._add_scores(row, "vessa", vessa, board)
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._say(advise(read_metrics(self.out), self.dataset.classes))
-        dice = row["val_teacher"]["mean"]["dice"] or 0.0
-        if dice > self.best:
-            self.best, self.best_step = dice, self.step
-            metadata = {
-                "best": [self.best, self.best_step],
-                "channels": self.channels,
-                "classes": {str(c): n for c, n in self.dataset.classes.items()},
-            }
-            checkpoint.write(
-                self.out / checkpoint.BEST, checkpoint.module_state(self.teacher, "teacher"), metadata
-            )
+        dice = row["val_teacher"]["mean"]["dice"]
+        if dice is not None and (self.best is None or dice > self.best):
+            self._keep_teacher(dice)
+
+    def _add_scores(self, row: dict[str, Any], name: str, scores: Scores, board: Tracking) -> None:
+        row[f"val_{name}"] = {"mean": scores.mean, "by_class": scores.by_class}
+        if scores.mean["dice"] is not None:
+            board.add("val", {f"{name}_dice": scores.mean["dice"]}, self.step)
+
+    def _keep_teacher(self, dice: float | None) -> None:
+        """Write the teacher as the one that the run delivers. dice: on validation, None when not scored."""
+        self._require_finite_weights()
+        self.best, self.best_step = dice, self.step
+        metadata = {
+            "best": [self.best, self.best_step],
+            "channels": self.channels,
+            "classes": {str(c): n for c, n in self.dataset.classes.items()},
+            "geometry": self.geometry.to_dict(),
+        }
+        checkpoint.write(
+            self.out / checkpoint.BEST, checkpoint.module_state(self.teacher, "teacher"), metadata
+        )
 
     def _score_vessa(self) -> Scores | None:
         """Score VESSA's labels of the validation images: with the teacher's prompts once feedback has begun.
@@ -392,7 +439,7 @@ class Run:
         val = evaluate(model, self.dataset, self.val_cases, self.config, self.channels)
         test_cases = cases_of(self.dataset, self.splits.test)
         test = evaluate(model, self.dataset, test_cases, self.config, self.channels)
-        return RunResult(self.out, self.step, self.best_step, val, test, self.seconds)
+        return RunResult(self.out, self.step, self.best_step, self.selects, val, test, self.seconds)
 
 
 def _describe(run: Run, figures: dict[str, float]) -> str:
@@ -400,4 +447,5 @@ def _describe(run: Run, figures: dict[str, float]) -> str:
     for key, text in (("eta", "eta"), ("confident", "confident"), ("agreement", "agree")):
         if key in figures:
             parts.append(f"{text} {figures[key]:.2f}")
-    return " ".join([*parts, f"val {max(run.best, 0):.3f}", f"waited {run.waited:.0f}s"])
+    val = "val not scored" if run.best is None else f"val {run.best:.3f}"
+    return " ".join([*parts, val, f"waited {run.waited:.0f}s"])

@@ -1,6 +1,9 @@
 """Checkpoints: everything an exact resume needs, written whole or not at all."""
 
+import errno
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,17 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic_write.replacing(path) as fresh:
-        save_file(stored, fresh, {k: json.dumps(v) for k, v in metadata.items()})
+        try:
+            save_file(stored, fresh, {k: json.dumps(v) for k, v in metadata.items()})
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from error
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Return the operating system's error that safetensors wraps into its text, such as a full disk."""
+    code = re.search(r"code: (\d+)", str(error))
+    number = int(code[1]) if code else errno.EIO
+    return OSError(number, os.strerror(number), str(path))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
