@@ -300,7 +300,9 @@ def main() -> None:
     """Run the command line; what a user can mend becomes one clear line and exit code 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` saves the run as Ctrl-C does
     logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_console, markup=False)]
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=_console, markup=False, show_time=False, show_path=False)],
     )
     logging.getLogger("stamina").setLevel(logging.ERROR)  # it says that it tries again, but not why
     try:
