@@ -8,7 +8,7 @@ from typing import Any
 
 from vessa import atomic_write
 from vessa.client import AnnotatorClient
-from vessa.errors import InvalidConfig, Unreachable, VessaError
+from vessa.errors import InvalidConfig, ServiceError, Unreachable
 from vessa.schemas import BankInfo, ServiceInfo
 from vessa_trainer.config import AnnotatorConfig
 
@@ -72,7 +72,7 @@ def choose(urls: Sequence[str | None], config: AnnotatorConfig) -> tuple[str | N
     raise InvalidConfig("no annotator is the one of this config: " + "; ".join(reasons))
 
 
-class AnnotatorChanged(VessaError):
+class AnnotatorChanged(ServiceError):
     """The annotator's weights, parts, label version or bank changed during a run."""
 
     code = "annotator_changed"

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from vessa.errors import VessaError
+from vessa.errors import ClientError
 from vessa_trainer.config import Config
 
 SavedStep = Callable[[], int | None]  # returns the step of the last checkpoint, None where there is none
 
 
-class Diverged(VessaError):
+class Diverged(ClientError):
     """The loss or the weights are no longer finite numbers; nothing was saved since the last checkpoint."""
 
     code = "diverged"
