@@ -27,7 +27,7 @@ from vessa_server.model.retriever import Retriever
 from vessa_server.model.segmenter import Segmenter
 from vessa_server.model.weights import directory
 from vessa_server.model.weights.convert_official import place_language
-from vessa_server.pretraining.data.tasks import Tasks, synthetic_pools
+from vessa_server.pretraining.data.tasks import StudySource, Tasks
 from vessa_server.pretraining.distributed import Scale
 from vessa_server.pretraining.export_weights import export, trained
 from vessa_server.pretraining.loop import PretrainConfig
@@ -212,9 +212,9 @@ def test_folding_gives_an_ordinary_language_model_with_the_same_states(tied, tmp
 
 
 def masks(model):
-    """Logits' signs on fixed pairs (N, 1, S, S)."""
-    pairs = Tasks([], synthetic_pools(5, 2, 192), 1.0).batch(np.random.default_rng(0), 2)
-    batch = prepare(pairs, torch.tensor([1, 2]), 128, 4 * model.segmenter.side)
+    """Logits of fixed episodes (N, 1, S, S)."""
+    episodes = Tasks([], StudySource(5, 192, []), 2, 1.0).batch(np.random.default_rng(0), 2)
+    batch = prepare(episodes, torch.tensor([1, 2]), 128, 4 * model.segmenter.side)
     seen = []
     model.segmenter.sam.sam_mask_decoder.register_forward_hook(lambda *call: seen.append(call[2][0]))
     with torch.no_grad():

@@ -21,17 +21,13 @@ from vessa_server.pretraining.data.augmentation import (
     windows_around,
 )
 from vessa_server.pretraining.data.phantoms import write_phantoms
-from vessa_server.pretraining.data.synthetic import phantom_study, random_study
-from vessa_server.pretraining.data.tasks import (
-    Pool,
-    Tasks,
-    composite_pools,
-    pool_of_dataset,
-    pool_of_study,
-    synthetic_pools,
-)
+from vessa_server.pretraining.data.pools import Pool, pool_of_dataset, pool_of_study
+from vessa_server.pretraining.data.regions import MAX_AREA, region_episode
+from vessa_server.pretraining.data.synthetic import heart_patient, phantom_study, random_study
+from vessa_server.pretraining.data.tasks import StudySource, Tasks
+from vessa_server.pretraining.data.varied_studies import inset_study, varied_study
 from vessa_server.pretraining.distributed import Processes
-from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
+from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_episodes
 from vessa_server.pretraining.losses import (
     LossWeights,
     iou_loss,
@@ -88,8 +84,7 @@ def test_whereabouts_are_the_share_of_each_cell():
 
 
 def test_layouts_are_of_slices_that_show_a_class():
-    pools = synthetic_pools(3, 4, 96)
-    images, masks = Tasks([], pools, 1.0).layouts(np.random.default_rng(0), 5)
+    images, masks = Tasks([], StudySource(3, 96, []), 4, 1.0).layouts(np.random.default_rng(0), 5)
     assert images.shape == masks.shape == (10, 96, 96)
     assert masks.any((1, 2)).all()
     batch = prepare_layouts(images, masks, 2, torch.Generator().manual_seed(0), 56)
@@ -104,12 +99,31 @@ def test_template_and_target_are_never_of_one_group():
     for index, image in enumerate(study.images):
         image[0, 0] = index  # marks the slice
     pool = pool_of_study(study, "heart")
-    tasks = Tasks([pool], [], 0.0, redraw=3)
+    tasks = Tasks([pool], StudySource(0, 64, [pool]), 0, 0.0, redraw=3)
+    pool.vectors = np.eye(len(pool.images), dtype=np.float32)
+    counts = set()
     for _ in range(30):
-        for pair in tasks.batch(rng, 4):
-            template, target = study.groups[pair.template[0, 0]], study.groups[pair.target[0, 0]]
-            assert template != target
-            assert all((pair.template_mask == c).any() for c in pair.classes)
+        for episode in tasks.batch(rng, 4):
+            counts.add(len(episode.templates))
+            target = study.groups[episode.target[0, 0]]
+            for template, mask in zip(episode.templates, episode.template_masks, strict=True):
+                assert study.groups[template[0, 0]] != target
+                assert all((mask == c).any() for c in episode.classes)
+    assert counts == {1, 2, 3}
+
+
+def test_half_of_the_templates_are_the_most_similar_ones():
+    study = phantom_study(
+        "heart", np.random.default_rng(0), protocol="cine MR", patients=2, slices=5, size=64
+    )
+    pool = pool_of_study(study, "heart")
+    pool.bank = np.array([0])
+    pool.vectors = np.eye(len(pool.images), dtype=np.float32) * 1e-3
+    pool.vectors[:, 0] = [1, 0, 0, 0, 0, 1, 1, 1, 1, 1]  # every target looks like the first template
+    rng = np.random.default_rng(1)
+    episodes = [e for _ in range(200) if (e := pool.draw(rng, 2)) is not None]
+    first = [np.array_equal(e.templates[0], pool.images[0]) for e in episodes]
+    assert 0.5 < np.mean(first) < 0.8
 
 
 def _hearts(patients=3):
@@ -123,7 +137,7 @@ def _hearts(patients=3):
 
 def test_composites_set_a_whole_heart_where_the_real_one_is():
     pool = _hearts()
-    (heart,) = composite_pools([pool], 0, 1)
+    heart = StudySource(0, 96, [pool])._pool(np.random.default_rng(0), "composite")
     assert set(heart.classes.values()) == {
         "right ventricle cavity",
         "left ventricle myocardium",
@@ -136,34 +150,112 @@ def test_composites_set_a_whole_heart_where_the_real_one_is():
         ours = np.argwhere(mask == 3).mean(0)
         centers = [np.argwhere(m == 1).mean(0) for m in pool.masks if m.any()]
         assert min(np.linalg.norm(ours - c) for c in centers) < 3
-    assert (
-        composite_pools([pool_of_study(random_study(np.random.default_rng(0), patients=3), "s")], 0, 2) == []
-    )
+    without = pool_of_study(random_study(np.random.default_rng(0), patients=3), "s")
+    assert StudySource(0, 96, [without])._pool(np.random.default_rng(0), "composite").name == "varied"
 
 
-def test_region_tasks_mark_a_region_and_the_ring_around_it():
+def test_papillary_muscles_belong_to_the_cavity():
+    tissue, mask = next(heart_patient(np.random.default_rng(2), 160, 4))
+    muscle = (tissue == 2) & (mask == 3)
+    assert 0.02 < muscle.sum() / (mask == 3).sum() < 0.6
+    assert (tissue[mask == 2] == 2).all()  # no cavity is called myocardium
+
+
+def test_the_heart_ends_at_the_apex_and_is_widest_at_the_base():
+    areas = []
+    for seed in range(8):
+        masks = [mask for _, mask in heart_patient(np.random.default_rng(seed), 120, 8)]
+        areas.append([[(m == c).sum() for c in (1, 3)] for m in masks])
+    right, left = np.array(areas).mean(0).T
+    assert right[0] > 1.1 * right[4] > 0
+    assert right[-1] < 0.1 * right[0]
+    assert left[-1] < 0.3 * left[0]
+
+
+def test_region_tasks_follow_superpixels_of_one_image():
     pool, rng = _hearts(), np.random.default_rng(0)
-    pairs = [p for _ in range(200) if (p := pool.draw_region(rng)) is not None]
-    assert len(pairs) > 10
-    for pair in pairs:
-        assert pair.template is pair.target
-        region, ring = pair.template_mask == 1, pair.template_mask == 2
-        assert 0 < region.mean() < 0.08
-        assert ring.any()
-        assert not ndimage.binary_dilation(region)[~(region | ring)].any()
+    episodes = [e for i in range(60) if (e := region_episode(pool.images[i % 9], rng, 2)) is not None]
+    assert len(episodes) > 30
+    for episode in episodes:
+        assert all(t is episode.target for t in episode.templates)
+        assert len(episode.templates) == 2
+        shares = [(episode.target_mask == c).mean() for c in episode.classes]
+        assert 1 <= len(shares) <= 3
+        assert all(0 < share < 2 * MAX_AREA + 0.2 for share in shares)
 
 
-def test_the_classes_of_a_pair_share_its_images():
-    pool, rng = synthetic_pools(3, 4, 96)[1], np.random.default_rng(0)
+def test_no_region_is_found_in_an_empty_image():
+    assert region_episode(np.zeros((96, 96), np.uint8), np.random.default_rng(0)) is None
+
+
+def test_random_anatomies_differ_between_studies_and_agree_within_one():
+    studies = [varied_study(np.random.default_rng(s), patients=3, slices=2, size=96) for s in range(12)]
+    again = varied_study(np.random.default_rng(3), patients=3, slices=2, size=96)
+    assert all(np.array_equal(a, b) for a, b in zip(studies[3].images, again.images, strict=True))
+    counts = [len(s.classes) for s in studies]
+    assert min(counts) >= 2
+    assert max(counts) <= 20
+    assert len(set(counts)) > 3
+    for study in studies:
+        found = set(np.unique(np.stack(study.masks))) - {0}
+        assert found <= set(study.classes)
+        assert len(found) >= min(2, len(study.classes)) - 1
+        assert np.stack(study.images).std() > 5
+
+
+def test_left_and_right_are_named_on_the_same_sides_in_all_patients():
+    sides = []
+    for seed in range(40):
+        study = varied_study(np.random.default_rng(seed), patients=3, slices=2, size=96)
+        names = {n: c for c, n in study.classes.items()}
+        for mask in study.masks:
+            left, right = (mask == names.get(f"{s} structure", 255) for s in ("left", "right"))
+            if left.any() and right.any():
+                sides.append(np.argwhere(left)[:, 1].mean() > np.argwhere(right)[:, 1].mean())
+    assert len(sides) > 10
+    assert np.mean(sides) > 0.9
+
+
+def test_insets_lie_elsewhere_in_each_patient_and_change_only_their_surroundings():
+    pool = _hearts()
+    study = inset_study(np.random.default_rng(4), pool.images, ["a"] * 3 + ["b"] * 3 + ["c"] * 3)
+    masks = np.stack(study.masks)
+    assert masks.any((1, 2)).sum() > 5
+    for image, mask, real in zip(study.images, masks, pool.images, strict=True):
+        far = ndimage.distance_transform_edt(mask == 0) > 12
+        assert np.abs(image[far].astype(int) - real[far]).max() <= 1
+
+
+def test_studies_are_renewed_and_come_back_on_resume():
+    source = StudySource(2, 64, [])
+    going = Tasks([], source, 3, 1.0, redraw=4, renew=2)
+    rng = np.random.default_rng(0)
+    first = [p.images.tobytes() for p in going.synthetic]
+    for _ in range(9):
+        going.batch(rng, 1)
+    now = [p.images.tobytes() for p in going.synthetic]
+    assert not set(first) & set(now)  # four replacements went round the three slots
+    resumed = Tasks([], source, 3, 1.0, redraw=4, renew=2)
+    resumed.restore(9)
+    assert [p.images.tobytes() for p in resumed.synthetic] == now
+    assert [p.bank.tolist() for p in resumed.synthetic] == [p.bank.tolist() for p in going.synthetic]
+
+
+def test_the_classes_of_an_episode_share_its_images():
+    rng = np.random.default_rng(0)
+    study = phantom_study("heart", rng, protocol="cine MR", patients=4, slices=4, size=96)
+    pool = pool_of_study(study, "heart")
     pool.redraw_bank(rng)
-    pair = next(p for _ in range(50) if (p := pool.draw(rng)) is not None and len(p.classes) == 2)
-    batch = prepare([pair, pair], torch.tensor([1, 2]), 64, 32)
+    episode = next(e for _ in range(50) if (e := pool.draw(rng, 3)) is not None and len(e.classes) == 2)
+    batch = prepare([episode, episode], torch.tensor([1, 2]), 64, 32)
     assert batch.targets.shape == (2, 3, 64, 64)
+    assert batch.templates.shape == (2, 3, 3, 64, 64)
+    assert batch.template_masks.shape == (4, 3, 64, 64)
     assert batch.rows.tolist() == [0, 0, 1, 1]
     assert batch.target_masks.shape == (4, 1, 64, 64)
     assert not (batch.target_masks[0] * batch.target_masks[1]).any()  # classes do not overlap
-    assert not torch.equal(batch.target_masks[0], batch.target_masks[2])  # each pair moves on its own
-    alone = prepare([pair], torch.tensor([2]), 64, 32)  # and the same in whatever batch it is
+    assert not torch.equal(batch.target_masks[0], batch.target_masks[2])  # each episode moves on its own
+    alone = prepare([episode], torch.tensor([2]), 64, 32)  # and the same in whatever batch it is
     assert torch.equal(batch.targets[1:], alone.targets)
     assert torch.equal(batch.truth[2:], alone.truth)
     assert torch.equal(batch.prompts.mask_logits[2:], alone.prompts.mask_logits)
@@ -173,8 +265,7 @@ def test_the_classes_of_a_pair_share_its_images():
 def test_bfloat16_changes_the_loss_little():
     torch.manual_seed(0)
     model = Vessa(PRESETS["nano"])
-    pools = synthetic_pools(3, 2, 160)
-    tasks = Tasks([], pools, 1.0)
+    tasks = Tasks([], StudySource(3, 160, []), 2, 1.0)
     batch = prepare(tasks.batch(np.random.default_rng(0), 2), torch.tensor([1, 2]), 160, 80)
     drawn = tasks.layouts(np.random.default_rng(0), 4)
     layouts = prepare_layouts(*drawn, 2, torch.Generator().manual_seed(1), 112)
@@ -291,19 +382,20 @@ def test_simulated_prompts_lie_on_the_mask():
 
 
 def _run(tmp_path, steps, name):
-    pools = synthetic_pools(7, 4, 160)
+    tasks = Tasks([], StudySource(7, 96, []), 3, 1.0, renew=2)
     config = PretrainConfig(steps=steps, batch=2, warmup=2, validate_every=2)
-    pairs = validation_pairs(pools, 2, 0)
+    episodes = validation_episodes([StudySource(8, 96, []).pool(0)], 2, 0)
     torch.manual_seed(0)
     model, processes = Vessa(PRESETS["nano"]), Processes(torch.device("cpu"))
     provenance = {"command": "test"}
-    return Pretraining(model, config, Tasks([], pools, 1.0), pairs, tmp_path / name, provenance, processes)
+    return Pretraining(model, config, tasks, episodes, tmp_path / name, provenance, processes)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = _run(tmp_path, 4, "whole")
     whole.run()
     first = _run(tmp_path, 4, "halves")
+    first._describe()
     while first.step < 2:
         first._step()
     first._validate()

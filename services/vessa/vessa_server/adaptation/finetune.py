@@ -19,7 +19,7 @@ from vessa.errors import InvalidRequest
 from vessa.schemas import AdaptationFigures
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa
-from vessa_server.pretraining.data.tasks import Pair, Pool, pool_size, squares_of
+from vessa_server.pretraining.data.pools import Episode, Pool, pool_size, squares_of
 from vessa_server.pretraining.losses import LossWeights, mask_loss, soft_dice
 from vessa_server.pretraining.step import TaskBatch, prepare, served
 from vessa_server.template_bank.bank import Bank
@@ -176,7 +176,7 @@ def _pools(model: Vessa, bank: Bank, rng: np.random.Generator) -> tuple[Pool, Po
     return train, whole
 
 
-def _held_pairs(pool: Pool, rng: np.random.Generator) -> list[Pair]:
+def _held_pairs(pool: Pool, rng: np.random.Generator) -> list[Episode]:
     drawn = (pool.draw(rng) for _ in range(20 * HELD_PAIRS))
     pairs = [p for p in drawn if p is not None and all((p.target_mask == c).any() for c in p.classes)]
     if not pairs:

@@ -100,15 +100,21 @@ def pretrain(
     preset: Annotated[
         str | None, typer.Option(help="nano, which needs no --start, or that of the weights in --start.")
     ] = None,
+    trunk: Annotated[
+        Path | None,
+        typer.Option(help="ImageNet weights of EfficientNet-Lite0 for the trunk of a new nano."),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this much training.")] = None,
     steps: Annotated[int, typer.Option(help="Stop after this many steps.")] = 20000,
-    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Episodes per step.")] = 8,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate; 8e-4 for nano, 4e-5 for official graphs.")
     ] = None,
     dice_weight: Annotated[float, typer.Option(help="Weight of the Dice term in Eq. 3.")] = 0.5,
-    synthetic_share: Annotated[float, typer.Option(help="Share of pairs from synthetic studies.")] = 0.6,
-    region_share: Annotated[float, typer.Option(help="Share of the real pairs that are region tasks.")] = 0.4,
+    synthetic_share: Annotated[float, typer.Option(help="Share of episodes from synthetic studies.")] = 0.6,
+    region_share: Annotated[
+        float, typer.Option(help="Share of the real episodes that are region tasks.")
+    ] = 0.4,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = False,
     lora_rank: Annotated[int, typer.Option(help="LoRA of an official language model.", min=1)] = 128,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before LoRA.", min=0, max=0.9)] = 0.05,
@@ -119,9 +125,11 @@ def pretrain(
     checkpoint_activations: Annotated[
         bool, typer.Option("--checkpoint-activations", help="Compute activations twice, to save memory.")
     ] = False,
-    studies: Annotated[int, typer.Option(help="Number of synthetic studies.")] = 400,
+    studies: Annotated[
+        int, typer.Option(help="Synthetic studies held at a time; they are renewed while training.")
+    ] = 100,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 400,
-    validation: Annotated[int, typer.Option(help="Pairs of a validation.", min=1)] = 96,
+    validation: Annotated[int, typer.Option(help="Episodes of a validation.", min=1)] = 96,
     log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[
@@ -151,7 +159,7 @@ def pretrain(
         lora=Lora(lora_rank, lora_dropout),
     )
     folders = {
-        str(p) for p in (out, *(data or []), *([start] if start else []))
+        str(p) for p in (out, *(data or []), *([start] if start else []), *([trunk] if trunk else []))
     }  # where they lay is nobody's business
     command = "vessa-server " + shlex.join(Path(a).name if a in folders else a for a in sys.argv[1:])
     figures = run(
@@ -160,6 +168,7 @@ def pretrain(
         config,
         preset=preset,
         start=start,
+        trunk=trunk,
         scale=Scale(accumulate, fsdp, checkpoint_activations),
         studies=studies,
         validation=validation,

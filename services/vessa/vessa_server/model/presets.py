@@ -15,6 +15,7 @@ class SegmenterPreset:
     width: int = 24  # channels of the first trunk level
     dim: int = 128
     attention_layers: int = 2
+    trunk: str | None = None  # timm's name of nano's trunk; None is `ConvolutionalTrunk` of `width`
     correlation_heads: int = 4  # 0: no correlation read-out (official weights were trained without)
     config: str | None = None
     per_image_normalization: bool = True  # False: ImageNet statistics, as the official weights expect

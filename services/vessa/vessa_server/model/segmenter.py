@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vessa_server.model.conv_trunk import ConvolutionalTrunk
 from vessa_server.model.geometry import resize
 from vessa_server.model.presets import SegmenterPreset
+from vessa_server.model.timm_trunk import TimmTrunk
 
 MEMORY_DIM = 64  # channels of SAM 2's spatial memory, the same in every official checkpoint
 
@@ -294,21 +295,27 @@ def _official(preset: SegmenterPreset) -> SAM2Base:
 def _nano(preset: SegmenterPreset) -> SAM2Base:
     """Build a small SAM 2 graph in Python; no file of the package's configurations fits these sizes."""
     side = [preset.image_size // preset.stride] * 2
-    dim, width = preset.dim, preset.width
+    dim = preset.dim
 
     def attention(**options: Any) -> RoPEAttention:
         return RoPEAttention(
             rope_theta=10000.0, feat_sizes=side, embedding_dim=dim, num_heads=1, downsample_rate=1, **options
         )
 
+    trunk: ConvolutionalTrunk | TimmTrunk
+    if preset.trunk is None:
+        trunk = ConvolutionalTrunk(preset.width, preset.stride // 4)
+    else:
+        trunk = TimmTrunk(preset.trunk, preset.stride)
+    levels = len(trunk.channel_list)  # the third, at `stride`, is the embedding's
     encoder = ImageEncoder(
-        scalp=1,
-        trunk=ConvolutionalTrunk(width, preset.stride // 4),
+        scalp=levels - 3,
+        trunk=trunk,
         neck=FpnNeck(
             PositionEmbeddingSine(dim, normalize=True),
             dim,
-            [width * 8, width * 4, width * 2, width],
-            fpn_top_down_levels=[2, 3],
+            trunk.channel_list,
+            fpn_top_down_levels=list(range(2, levels)),
             fpn_interp_model="nearest",
         ),
     )

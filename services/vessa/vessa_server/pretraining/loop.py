@@ -13,10 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from vessa.errors import InvalidRequest
+from vessa_server.model.geometry import resize
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
 from vessa_server.pretraining import checkpoints
-from vessa_server.pretraining.data.tasks import Pair, Pool, Tasks
+from vessa_server.pretraining.data.pools import Episode, Pool
+from vessa_server.pretraining.data.tasks import Tasks
 from vessa_server.pretraining.distributed import Processes, Scale, Stage1, local, sharded_like, whole
 from vessa_server.pretraining.lora import Lora, changing, choose, is_nano, training_mode
 from vessa_server.pretraining.losses import LossWeights
@@ -36,6 +38,8 @@ WHEREABOUTS = 8  # cells a side of the coarse map that the state at <SEG> must h
 LAYOUTS, KINDS = 16, 2  # slices of each of two pools for the retriever, two views of each
 NO_LANGUAGE_SHARE, NO_MEMORY_SHARE = 0.1, 0.15  # of the steps
 VALIDATION_BATCH = 8
+DESCRIBED = 32  # images that the retriever sees in one pass
+DECAY_SHARE = 0.3  # of the run, at its end
 NANO_LR, OFFICIAL_LR = 8e-4, 4e-5
 
 
@@ -76,7 +80,7 @@ class Pretraining:
         model: Vessa,
         config: PretrainConfig,
         tasks: Tasks,
-        validation: list[Pair],
+        validation: list[Episode],
         out: Path,
         provenance: dict[str, Any],
         processes: Processes,
@@ -125,9 +129,13 @@ class Pretraining:
         return min(1.0, max(shares))
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then a cosine to 2 % of the peak."""
+        """Linear warm-up, the peak, then a linear decay to 2 % of it.
+
+        Weights of the constant part can be continued or decayed at any time, which a cosine does not allow.
+        """
         warm = min(1.0, (self.step + 1) / self.config.warmup)
-        return self.peak * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * self.progress)) / 2)
+        left = min(1.0, (1 - self.progress) / DECAY_SHARE)
+        return self.peak * warm * (0.02 + 0.98 * left)
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's figures.
@@ -138,6 +146,7 @@ class Pretraining:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not self.processes.first) as bar:
             task = bar.add_task("Stage 1", total=1.0)
+            self._describe()
             while self.progress < 1:
                 figures = self._step()
                 line = f"step {self.step} loss {figures['loss']:.2f} Dice {figures['dice']:.2f}"
@@ -148,6 +157,7 @@ class Pretraining:
                 if self.step % self.config.validate_every == 0 or self.progress >= 1:
                     self._validate()
                     self.save()
+                    self._describe()
         return {
             "val_dice": self.best,
             "steps": self.step,
@@ -205,8 +215,8 @@ class Pretraining:
 
         Returns this process's parts, layouts, and whether the step does without memory or language.
         """
-        pairs = self.tasks.batch(self.rng, self.config.batch)
-        seeds = torch.randint(2**62, (len(pairs),), generator=self.generator)
+        episodes = self.tasks.batch(self.rng, self.config.batch)
+        seeds = torch.randint(2**62, (len(episodes),), generator=self.generator)
         no_memory, no_language = torch.rand(2, generator=self.generator).tolist()
         layouts = None
         if is_nano(self.model):
@@ -214,10 +224,10 @@ class Pretraining:
             drawn = self.tasks.layouts(self.rng, LAYOUTS, KINDS)
             layouts = prepare_layouts(*drawn, KINDS, self.generator, size).to(self.processes.device)
         size, side = self.model.preset.segmenter.image_size, 4 * self.model.segmenter.side
-        count = len(pairs) // (self.processes.count * self.scale.accumulate)
+        count = len(episodes) // (self.processes.count * self.scale.accumulate)
         first = self.processes.rank * self.scale.accumulate * count
         starts = range(first, first + self.scale.accumulate * count, count)
-        parts = [prepare(pairs[i : i + count], seeds[i : i + count], size, side) for i in starts]
+        parts = [prepare(episodes[i : i + count], seeds[i : i + count], size, side) for i in starts]
         # What dropout draws depends on the step and the process alone, so a checkpoint need not hold it.
         state = np.random.SeedSequence([self.config.seed, self.step, self.processes.rank])
         torch.manual_seed(int(state.generate_state(1)[0]))
@@ -274,8 +284,8 @@ class Pretraining:
             # With FSDP all processes must take part in every pass: who has no batch left repeats the last.
             mine = first + self.processes.rank
             start = starts[min(mine, len(starts) - 1)]
-            pairs = self.validation[start : start + VALIDATION_BATCH]
-            batch = prepare(pairs, torch.arange(start, start + len(pairs)), size, side)
+            some = self.validation[start : start + VALIDATION_BATCH]
+            batch = prepare(some, torch.arange(start, start + len(some)), size, side)
             scores = self.stage(validation_scores, batch.to(self.processes.device))
             if mine < len(starts):
                 total += torch.tensor([scores.sum().item(), len(scores)], dtype=torch.float64)
@@ -297,7 +307,6 @@ class Pretraining:
             "best": self.best,
             "drawn": self.tasks.drawn,
             "rng": self.rng.bit_generator.state,
-            "banks": [p.bank.tolist() for p in self._pools],
         }
         checkpoints.save_checkpoint(self.out, tensors, facts, self.processes)
 
@@ -325,26 +334,36 @@ class Pretraining:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["generator"])
         self.step, self.seconds, self.best = facts["step"], facts["seconds"], facts["best"]
-        self.tasks.drawn = facts["drawn"]
+        self.tasks.restore(facts["drawn"])
         self.rng.bit_generator.state = facts["rng"]
-        for pool, bank in zip(self._pools, facts["banks"], strict=True):
-            pool.bank = np.array(bank, dtype=int)
         return True
 
-    @property
-    def _pools(self) -> list[Pool]:
-        return [*self.tasks.real, *self.tasks.synthetic]
+    @torch.no_grad()
+    def _describe(self) -> None:
+        """Compute the vectors by which Eq. 1 chooses templates, with the retriever of this step."""
+        self.model.eval()
+        size, device = self.model.preset.retriever.image_size, self.processes.device
+
+        def vectors(images: np.ndarray) -> np.ndarray:
+            found = []
+            for start in range(0, len(images), DESCRIBED):
+                some = torch.from_numpy(images[start : start + DESCRIBED, None]).to(device).float() / 255
+                found.append(self.model.retriever(resize(some, (size, size)).expand(-1, 3, -1, -1)).cpu())
+            return torch.cat(found).float().numpy()
+
+        self.tasks.describe(vectors)
+        training_mode(self.model)
 
 
-def validation_pairs(pools: list[Pool], count: int, seed: int) -> list[Pair]:
-    """Draw fixed pairs, evenly over pools, whose target shows the class."""
+def validation_episodes(pools: list[Pool], count: int, seed: int) -> list[Episode]:
+    """Draw fixed episodes of one template, evenly over pools, whose target shows all of their classes."""
     rng = np.random.default_rng(seed)
-    pairs: list[Pair] = []
+    episodes: list[Episode] = []
     usable = [p for p in pools if p.classes]
-    while len(pairs) < count:
-        pool = usable[len(pairs) % len(usable)]
+    while len(episodes) < count:
+        pool = usable[len(episodes) % len(usable)]
         pool.redraw_bank(rng)
-        pair = pool.draw(rng)
-        if pair is not None and all((pair.target_mask == c).any() for c in pair.classes):
-            pairs.append(pair)
-    return pairs
+        episode = pool.draw(rng)
+        if episode is not None and all((episode.target_mask == c).any() for c in episode.classes):
+            episodes.append(episode)
+    return episodes

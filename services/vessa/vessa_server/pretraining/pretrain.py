@@ -1,7 +1,7 @@
 """`vessa-server pretrain`: from data folders and settings to a finished Stage-1 run."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,19 @@ import torch
 from vessa.datasets import Dataset, open_dataset, require_sound
 from vessa.errors import InvalidRequest
 from vessa_server.model.presets import PRESETS
+from vessa_server.model.timm_trunk import load_trunk
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
 from vessa_server.pretraining.checkpoints import hold_to_settings
+from vessa_server.pretraining.data.pools import Pool, pool_of_dataset, pool_of_study, pool_size
 from vessa_server.pretraining.data.synthetic import phantom_study
-from vessa_server.pretraining.data.tasks import (
-    Pool,
-    Tasks,
-    composite_pools,
-    pool_of_dataset,
-    pool_of_study,
-    pool_size,
-    synthetic_pools,
-)
+from vessa_server.pretraining.data.tasks import StudySource, Tasks
+from vessa_server.pretraining.data.varied_studies import varied_study
 from vessa_server.pretraining.distributed import Processes, Scale
-from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_pairs
+from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_episodes
 
 VALIDATION_SHARE = 0.1
+PRETRAINED_TRUNK = "tf_efficientnet_lite0"
 MIN_GROUPS = 4  # two for validation; one whose slices are templates and one whose slices are targets
 
 
@@ -38,22 +34,24 @@ def pretrain(
     *,
     preset: str | None = None,
     start: str | None = None,
+    trunk: Path | None = None,
     scale: Scale | None = None,
-    studies: int = 400,
+    studies: int = 100,
     validation: int = 96,
     command: str,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Train the annotator on data folders and `studies` synthetic studies; resumes what is in `out`.
 
-    preset: from scratch nano alone, else that of the weights to start from; validation: pairs
+    preset: from scratch nano alone, else that of the weights to start from; trunk: see `starting_model`;
+    studies: synthetic ones held at a time, renewed while training; validation: episodes
     A tenth of each data set's groups and separate synthetic studies are kept for validation.
     Raises InvalidDataset for a folder that is none or that would spoil the training, InvalidRequest for a
     preset without weights to start from and for a run that was started with other settings.
     """
     processes = Processes(torch.device(device))
     torch.manual_seed(config.seed)
-    model, origin = starting_model(preset, start, config)
+    model, origin = starting_model(preset, start, config, trunk)
     size = pool_size(model.preset.segmenter.image_size)
     datasets = [open_dataset(folder) for folder in folders]
     for dataset in datasets:
@@ -75,23 +73,24 @@ def pretrain(
         train, held = _split(dataset, config.seed)
         real.append(pool_of_dataset(dataset, train, size))
         held_out.append(pool_of_dataset(dataset, held, size))
-    synthetic = synthetic_pools(config.seed + 1, studies, size)
-    synthetic += composite_pools(real, config.seed + 1, studies // 2)
-    tasks = Tasks(real, synthetic, config.synthetic_share, config.region_share)
-    pairs = validation_pairs([*held_out, *_synthetic_validation(size)], validation, config.seed)
+    source = StudySource(config.seed + 1, size, real)
+    tasks = Tasks(real, source, studies, config.synthetic_share, config.region_share)
+    episodes = validation_episodes([*held_out, *_synthetic_validation(size)], validation, config.seed)
     synthetic_data = {"name": "vessa-server synthetic studies", "licence": "Apache-2.0", "groups": studies}
     provenance: dict[str, Any] = {"command": command, "data": [*data, synthetic_data]}
     if origin:
         provenance["start"] = origin
-    run = Pretraining(model, config, tasks, pairs, out, provenance, processes, scale)
+    run = Pretraining(model, config, tasks, episodes, out, provenance, processes, scale)
     run.resume()
     return run.run()
 
 
 def starting_model(
-    preset: str | None, start: str | None, config: PretrainConfig
+    preset: str | None, start: str | None, config: PretrainConfig, trunk: Path | None = None
 ) -> tuple[Vessa, dict[str, Any]]:
-    """Return the model to train, on the CPU, and where its weights are from; nothing when they are new.
+    """Return the model to train, on the CPU, and the provenance of its weights; empty for new ones.
+
+    trunk: published weights of EfficientNet-Lite0 for a new nano, which then has that trunk
 
     Raises InvalidRequest where a graph other than nano's would begin with random weights.
     """
@@ -101,7 +100,14 @@ def starting_model(
                 f"preset '{preset}' is trained from official weights alone: make them with "
                 "`vessa-server weights build` and give them with --start"
             )
-        return Vessa(PRESETS["nano"]), {}
+        if trunk is None:
+            return Vessa(PRESETS["nano"]), {}
+        nano = PRESETS["nano"]
+        model = Vessa(replace(nano, segmenter=replace(nano.segmenter, trunk=PRETRAINED_TRUNK)))
+        load_trunk(model.segmenter.sam.image_encoder.trunk, trunk)
+        return model, {}
+    if trunk is not None:
+        raise InvalidRequest("--trunk fills a new nano; the weights in --start have a trunk already")
     folder = directory.find(start)
     manifest = directory.manifest(folder)
     name = manifest["preset"]["name"]
@@ -127,4 +133,7 @@ def _synthetic_validation(size: int) -> list[Pool]:
         rng = np.random.default_rng([987_654, index])
         study = phantom_study(kind, rng, protocol=protocol, patients=5, slices=5, size=size)
         pools.append(pool_of_study(study, kind))
+    for index in range(4):
+        rng = np.random.default_rng([987_655, index])
+        pools.append(pool_of_study(varied_study(rng, patients=5, slices=4, size=size), "varied"))
     return pools

@@ -1,5 +1,6 @@
-"""One Stage-1 step: from pairs to a loss."""
+"""One Stage-1 step: from episodes to a loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from vessa_server.model.geometry import resize
 from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
-from vessa_server.model.segmenter import ImageFeatures, PromptBatch
+from vessa_server.model.segmenter import ImageFeatures, PromptBatch, Segmenter
 from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.pretraining.data.augmentation import (
+    flip_together,
     invert_together,
     rough_boxes,
     rough_logits,
@@ -20,7 +22,7 @@ from vessa_server.pretraining.data.augmentation import (
     warp,
     windows_around,
 )
-from vessa_server.pretraining.data.tasks import Pair
+from vessa_server.pretraining.data.pools import Episode
 from vessa_server.pretraining.losses import (
     LossWeights,
     iou_loss,
@@ -33,8 +35,8 @@ from vessa_server.pretraining.losses import (
 )
 
 BOX_SHARE, POINTS_SHARE, LOGITS_SHARE = 0.25, 0.15, 0.25
-CLOSE_SHARE = 0.5  # of the pairs are seen as in a second look: in a window around what is to be drawn
-ANONYMOUS_SHARE = 0.4  # of the pairs name no structure: a lab's class names are not those of Stage 1
+CLOSE_SHARE = 0.5  # of the episodes are seen as in a second look: in a window around what is to be drawn
+ANONYMOUS_SHARE = 0.4  # of the episodes name no structure: a lab's class names are not those of Stage 1
 ANONYMOUS = "structure"
 
 
@@ -49,11 +51,12 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """B augmented pairs of images and the N masks to draw on them.
+    """B augmented episodes of T templates each, and the N masks to draw on their targets.
 
-    templates, targets: (B, 3, S, S) float in [0, 1]; template_masks, target_masks: (N, 1, S, S) 0/1;
-    truth: (N, 1, 4h, 4w) the target masks at the size of the logits; rows: (N,) int64, the pair that
-    each mask belongs to; class_names, instructions: N, of which some names are hidden in `spoken`
+    templates: (B, T, 3, S, S) float in [0, 1], the most similar one first; targets: (B, 3, S, S);
+    template_masks: (N, T, S, S) 0/1; target_masks: (N, 1, S, S) 0/1; truth: (N, 1, 4h, 4w) the target
+    masks at the size of the logits; rows: (N,) int64, the episode that each mask belongs to;
+    class_names, instructions: N, of which some names are hidden in `spoken`
     """
 
     templates: Tensor
@@ -85,14 +88,14 @@ class LayoutBatch:
         return _moved(self, device)
 
 
-def prepare(pairs: list[Pair], seeds: Tensor, size: int, side: int) -> TaskBatch:
-    """Augment pairs as squares of `size` px, each by its own seed, and stack them.
+def prepare(episodes: list[Episode], seeds: Tensor, size: int, side: int) -> TaskBatch:
+    """Augment episodes as squares of `size` px, each by its own seed, and stack them.
 
-    seeds: (B,) int64; side: 4h, px of the logits. A pair looks the same in whatever batch it is, so that
-    the processes of one run can share a batch.
+    episodes: B with the same number of templates; seeds: (B,) int64; side: 4h, px of the logits. An
+    episode looks the same in whatever batch it is, so that the processes of one run can share a batch.
     """
-    parts = [_prepare_one(p, s, size, side) for p, s in zip(pairs, seeds.tolist(), strict=True)]
-    counts = torch.tensor([len(p.classes) for p in pairs])
+    parts = [_prepare_one(e, s, size, side) for e, s in zip(episodes, seeds.tolist(), strict=True)]
+    counts = torch.tensor([len(e.classes) for e in episodes])
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(p, name) for p in parts])
@@ -102,12 +105,12 @@ def prepare(pairs: list[Pair], seeds: Tensor, size: int, side: int) -> TaskBatch
 
     prompts = [[getattr(p.prompts, f.name) for p in parts] for f in fields(PromptBatch)]
     return TaskBatch(
-        joined("templates").expand(-1, 3, -1, -1),
+        joined("templates").expand(-1, -1, 3, -1, -1),
         joined("template_masks"),
         joined("targets").expand(-1, 3, -1, -1),
         joined("target_masks"),
         joined("truth"),
-        torch.arange(len(pairs)).repeat_interleave(counts),
+        torch.arange(len(episodes)).repeat_interleave(counts),
         PromptBatch(*(torch.cat(p) for p in prompts)),
         listed("class_names"),
         listed("spoken"),
@@ -115,27 +118,32 @@ def prepare(pairs: list[Pair], seeds: Tensor, size: int, side: int) -> TaskBatch
     )
 
 
-def _prepare_one(pair: Pair, seed: int, size: int, side: int) -> TaskBatch:
-    """One pair; its images have one channel."""
+def _prepare_one(episode: Episode, seed: int, size: int, side: int) -> TaskBatch:
+    """Augment one episode; its images have one channel."""
     generator = torch.Generator().manual_seed(seed)
-    classes = torch.tensor([float(c) for c in pair.classes])
+    classes = torch.tensor([float(c) for c in episode.classes]).view(-1, 1, 1, 1)
     close = torch.rand((), generator=generator) < CLOSE_SHARE
+    flips = flip_together(generator)
     factor = torch.rand(1, generator=generator) * 1.3 + 1.2
 
-    def move(image: np.ndarray, mask: np.ndarray, strength: float) -> tuple[Tensor, Tensor]:
-        images, masks = (torch.from_numpy(a)[None, None].float() for a in (image, mask))
-        windows = windows_around(torch.isin(masks, classes) & close, factor, generator)
-        images, masks = warp(images / 255, masks, generator, strength=strength, windows=windows, size=size)
-        return shade(images, generator), (masks == classes.view(-1, 1, 1, 1)).float()
+    def move(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], strength: float) -> list[Tensor]:
+        """Augment T images: (T, 1, S, S), and masks (K, T, S, S) of K classes."""
+        pixels, labels = (torch.from_numpy(np.stack(a))[:, None].float().flip(flips) for a in (images, masks))
+        windows = windows_around(torch.isin(labels, classes) & close, factor.expand(len(labels)), generator)
+        pixels, labels = warp(pixels / 255, labels, generator, strength=strength, windows=windows, size=size)
+        return [shade(pixels, generator), (labels[None, :, 0] == classes).float()]
 
-    template, template_masks = move(pair.template, pair.template_mask, 1.0)
-    target, target_masks = move(pair.target, pair.target_mask, 0.7)
-    template, target = invert_together(template, target, generator)
-    names = list(pair.classes.values())
-    hidden = (torch.rand(len(names), generator=generator) < ANONYMOUS_SHARE).tolist()
+    templates, template_masks = move(episode.templates, episode.template_masks, 1.0)
+    target, target_masks = move([episode.target], [episode.target_mask], 0.7)
+    both = invert_together(torch.cat([templates, target]), generator)
+    templates, target = both[:-1], both[-1:]
+    names = list(episode.classes.values())
+    # A mirrored name could be a lie: left and right would be exchanged.
+    anonymous = 1.0 if flips else ANONYMOUS_SHARE
+    hidden = (torch.rand(len(names), generator=generator) < anonymous).tolist()
     chosen = torch.randint(len(INSTRUCTIONS), (len(names),), generator=generator).tolist()
     return TaskBatch(
-        template,
+        templates[None],
         template_masks,
         target,
         target_masks,
@@ -219,20 +227,19 @@ def training_loss(
     layouts: None where the retriever is not taught; memory, language: False leaves that input out
     bf16: run the network in bfloat16 where autocast holds it safe; the losses stay in float32
     """
-    segmenter, pairs, rows = model.segmenter, batch.targets.shape[0], batch.rows
+    segmenter, rows = model.segmenter, batch.rows
     truth, device = batch.truth, batch.targets.device
     text_loss = place_loss = retrieval = batch.targets.new_zeros(())
     vectors = None
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        features = segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
-        memories = segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
+        features, memories = encode_episodes(segmenter, batch)
         h_seg = None
         if model.language is not None:
-            seen = overlay(batch.templates[rows], batch.template_masks)
+            seen = overlay(batch.templates[rows, 0], batch.template_masks[:, :1])
             h_seg, text_loss = model.see(seen, batch.targets[rows], batch.spoken, batch.instructions)
             place_loss = whereabouts_loss(whereabouts(h_seg).float(), truth)
         logits, iou, presence = model.draw(
-            features[pairs + rows],
+            features,
             memories if memory else None,
             h_seg if language or not memory else None,
             batch.prompts,
@@ -259,17 +266,24 @@ def training_loss(
     return loss, {k: v.detach() for k, v in figures.items()}
 
 
+def encode_episodes(segmenter: Segmenter, batch: TaskBatch) -> tuple[ImageFeatures, Tensor]:
+    """Encode the N masks' targets, and their templates as memories (N, T, M, memory_width)."""
+    episodes, count = batch.templates.shape[:2]
+    features = segmenter.encode_images(torch.cat([batch.templates.flatten(0, 1), batch.targets]))
+    shown = (batch.rows[:, None] * count + torch.arange(count, device=batch.rows.device)).flatten()
+    memories = segmenter.encode_memory(features[shown], batch.template_masks.flatten(0, 1)[:, None])
+    return features[episodes * count + batch.rows], memories.unflatten(0, (-1, count))
+
+
 def served(model: Vessa, batch: TaskBatch) -> tuple[ImageFeatures, Tensor, Tensor | None]:
     """Encode N masks' targets and templates as the service does: features, memories, states at <SEG>."""
-    features = model.segmenter.encode_images(torch.cat([batch.templates, batch.targets]))
-    pairs, rows = batch.targets.shape[0], batch.rows
-    memories = model.segmenter.encode_memory(features[rows], batch.template_masks)[:, None]
+    features, memories = encode_episodes(model.segmenter, batch)
     h_seg = None
     if model.language is not None:
-        seen = overlay(batch.templates[rows], batch.template_masks)
-        instructions = [DEFAULT_INSTRUCTION] * len(rows)
-        h_seg, _text_loss = model.see(seen, batch.targets[rows], batch.class_names, instructions)
-    return features[pairs + rows], memories, h_seg
+        seen = overlay(batch.templates[batch.rows, 0], batch.template_masks[:, :1])
+        instructions = [DEFAULT_INSTRUCTION] * len(batch.rows)
+        h_seg, _text_loss = model.see(seen, batch.targets[batch.rows], batch.class_names, instructions)
+    return features, memories, h_seg
 
 
 def validation_scores(model: Vessa, _: nn.Module, batch: TaskBatch) -> Tensor:

@@ -1,7 +1,8 @@
 """Augmentation of templates and targets (paper section 7), in batch on tensors.
 
-Geometry: flips, rotation, crops of scale 0.7 to 1, and a smooth deformation. Intensity: Gaussian
-blur or sharpening, noise, gamma and contrast. Masks move with nearest-neighbor interpolation.
+Geometry: rotation, crops of scale 0.7 to 1, and a smooth deformation; flips of a whole episode, since a
+left kidney that is mirrored alone is a right one. Intensity: blur or sharpening, noise, gamma and
+contrast. Masks move with nearest-neighbor interpolation.
 """
 
 import torch
@@ -51,7 +52,7 @@ def warp(
     windows: Tensor | None = None,
     size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Move images and masks by the same random flip, rotation, crop and deformation.
+    """Move images and masks by the same random rotation, crop and deformation.
 
     images: (B, 1, S, S) float; masks: (B, 1, S, S) float class ids; strength: 1 for templates;
     windows: (B, 3) of `windows_around`, None for the whole images; size: px of the results, S unless
@@ -64,11 +65,8 @@ def warp(
     scale = _uniform(count, 1 - 0.3 * strength, 1 + 0.15 * strength, generator)
     shift = _uniform(2 * count, -0.12, 0.12, generator).view(count, 2) * strength
     scale, shift = scale * windows[:, 2], shift * windows[:, 2:] + windows[:, :2]
-    flip_x = 1 - 2 * (torch.rand(count, generator=generator) < 0.12).float()
-    flip_y = 1 - 2 * (torch.rand(count, generator=generator) < 0.06).float()
     cosine, sine = angle.cos() * scale, angle.sin() * scale
-    rows = [torch.stack([cosine * flip_x, -sine * flip_y, shift[:, 0]], 1)]
-    rows.append(torch.stack([sine * flip_x, cosine * flip_y, shift[:, 1]], 1))
+    rows = [torch.stack([cosine, -sine, shift[:, 0]], 1), torch.stack([sine, cosine, shift[:, 1]], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), [count, 1, size, size], align_corners=False)
     bend = torch.randn(count, 2, 5, 5, generator=generator) * _uniform(count, 0, 0.03, generator).view(
         -1, 1, 1, 1
@@ -98,12 +96,15 @@ def shade(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + torch.where(some(0.5), noise, torch.zeros(()))).clamp(0, 1)
 
 
-def invert_together(
-    a: Tensor, b: Tensor, generator: torch.Generator, share: float = 0.1
-) -> tuple[Tensor, Tensor]:
-    """Invert the contrast of template and target alike in a share of the pairs."""
-    chosen = (torch.rand(a.shape[0], generator=generator) < share).view(-1, 1, 1, 1)
-    return torch.where(chosen, 1 - a, a), torch.where(chosen, 1 - b, b)
+def flip_together(generator: torch.Generator) -> list[int]:
+    """Draw the axes of (..., H, W) along which all images and masks of an episode are mirrored."""
+    vertical, horizontal = torch.rand(2, generator=generator).tolist()
+    return [axis for axis, drawn in ((-2, vertical < 0.06), (-1, horizontal < 0.15)) if drawn]
+
+
+def invert_together(images: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
+    """Invert the contrast of an episode's images (T + 1, 1, S, S) alike, in a share of the episodes."""
+    return 1 - images if torch.rand((), generator=generator) < share else images
 
 
 def rough_logits(masks: Tensor, side: int, generator: torch.Generator) -> Tensor:

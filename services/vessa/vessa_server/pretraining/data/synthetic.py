@@ -33,7 +33,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.meshgrid(axis, axis, indexing="ij")
 
 
-def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     """Smooth noise (size, size) of unit scale with about `cells` bumps a side."""
     coarse = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
     field = ndimage.zoom(coarse, (size + 8) / (cells + 3) * 1.0, order=3)
@@ -41,9 +41,10 @@ def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     return field[start : start + size, start : start + size]
 
 
-def _warped_grid(rng: np.random.Generator, size: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
+def warped_grid(rng: np.random.Generator, size: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (y, x) of each pixel, (size, size) in about [-1, 1], bent by smooth noise of `amount`."""
     y, x = _grid(size)
-    wave = [_smooth(rng, size, 2) * amount + _smooth(rng, size, 5) * amount * 0.35 for _ in "yx"]
+    wave = [smooth_noise(rng, size, 2) * amount + smooth_noise(rng, size, 5) * amount * 0.35 for _ in "yx"]
     return y + wave[0], x + wave[1]
 
 
@@ -56,7 +57,7 @@ def _ellipse(
     return np.sqrt((v / radii[0]) ** 2 + (u / radii[1]) ** 2)
 
 
-def _render(
+def render(
     rng: np.random.Generator, tissue: np.ndarray, means: np.ndarray, texture: np.ndarray
 ) -> np.ndarray:
     """Turn a tissue map (S, S) int into an image uint8: texture, partial volume, bias, noise."""
@@ -65,12 +66,43 @@ def _render(
     grain = ndimage.gaussian_filter(rng.standard_normal(tissue.shape), rng.uniform(0.6, 1.6))
     image = jittered[tissue] + grain * texture[tissue] * 2.5
     image = ndimage.gaussian_filter(image, rng.uniform(0.4, 1.1) * size / 160)
-    image = image * (1 + rng.uniform(0.05, 0.25) * _smooth(rng, size, 1))
+    image = image * (1 + rng.uniform(0.05, 0.25) * smooth_noise(rng, size, 1))
     noise = rng.uniform(0.01, 0.05)  # Rician, as magnitude images have
     image = np.hypot(image + rng.normal(0, noise, image.shape), rng.normal(0, noise, image.shape))
     low, high = np.percentile(image, [0.5, 99.5])
     scaled = np.clip((image - low) / max(high - low, 1e-6), 0, 1) ** rng.uniform(0.85, 1.2)
     return (scaled * 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _RightShape:
+    """Right ventricle of one patient, in radii of the left one.
+
+    angle: where it lies; reach: distance; width; outflow: size of the outflow tract at the base, and its
+    angle beside the ventricle's own
+    """
+
+    angle: float
+    reach: float
+    width: float
+    outflow: float
+    outflow_angle: float
+
+
+def _right_ventricle(
+    y: np.ndarray, x: np.ndarray, left: tuple[float, float], outer: float, depth: float, shape: _RightShape
+) -> np.ndarray:
+    """Elliptic radius of the right ventricle at a depth in [0, 1] from the base; it ends before the apex."""
+    size = outer * shape.width * np.sqrt(max(1 - (1.02 * depth) ** 2, 0.004)) * (1.15 - 0.15 * depth)
+    turn, reach = shape.angle, outer * shape.reach
+    spot = (left[0] + np.sin(turn) * reach, left[1] + np.cos(turn) * reach)
+    radius = _ellipse(y, x, spot, (size * 1.25, size * 0.85), turn)
+    if depth < 0.45:  # near the base the outflow tract joins it
+        lobe = size * shape.outflow * (1 - depth / 0.6)
+        turn = turn + shape.outflow_angle
+        spot = (left[0] + np.sin(turn) * reach * 1.15, left[1] + np.cos(turn) * reach * 1.15)
+        radius = np.minimum(radius, _ellipse(y, x, spot, (lobe * 1.1, lobe), turn))
+    return radius
 
 
 def heart_patient(
@@ -85,13 +117,19 @@ def heart_patient(
     radius = rng.uniform(0.15, 0.23) * zoom
     wall = radius * rng.uniform(0.28, 0.62)
     angle = rng.uniform(-0.5, 0.9) + np.pi  # where the right ventricle lies
-    reach, width = rng.uniform(0.95, 1.3), rng.uniform(0.75, 1.15)
+    shape = _RightShape(
+        angle, rng.uniform(0.95, 1.3), rng.uniform(0.8, 1.25), rng.uniform(0.3, 0.9), rng.uniform(-0.9, 0.9)
+    )
+    reach_down = rng.uniform(0.75, 0.99)  # how far the last slice lies from the apex
+    muscles = rng.uniform(0, 2 * np.pi, int(rng.integers(1, 4)))
+    bulk, trabeculae = rng.uniform(0.12, 0.3), rng.uniform(0.0, 0.3)
     eccentric, tilt = rng.uniform(0.88, 1.12), rng.uniform(0, np.pi)
     body = (rng.uniform(0.7, 0.95), rng.uniform(0.85, 1.1))
-    y, x = _warped_grid(rng, size, rng.uniform(0.015, 0.045))
+    y, x = warped_grid(rng, size, rng.uniform(0.015, 0.045))
+    ridges = smooth_noise(rng, size, 24)
     for index in range(slices):
         depth = index / max(slices - 1, 1)
-        shrink = np.sqrt(max(1 - (0.92 * depth) ** 2.2, 0.04))
+        shrink = np.sqrt(max(1 - (reach_down * depth) ** 2.2, 0.03))
         drift = (center[0] + 0.05 * depth * rng.normal(1, 0.2), center[1] + 0.04 * depth)
         tissue = np.zeros((size, size), np.int64)
         outline = _ellipse(y, x, (0.02, 0.0), body)
@@ -100,29 +138,29 @@ def heart_patient(
         tissue[_ellipse(y, x, (-0.1, 0.5 + drift[1] * 0.5), (0.5, 0.3)) < 1] = 6
         tissue[_ellipse(y, x, (-0.1, -0.55), (0.5, 0.26)) < 1] = 6
         tissue[_ellipse(y, x, (0.62, -0.3), (0.3, 0.5)) < 1] = 7
-        outer = (radius * shrink + wall) * 1.0
+        outer = radius * shrink + wall * (1 - 0.35 * depth)
         inner = radius * shrink * (1 - 0.15 * depth)
         sac = _ellipse(y, x, (drift[0], drift[1] - 0.1 * zoom), (outer * 1.45, outer * 1.75))
         tissue[sac < 1] = 5
         lv = _ellipse(y, x, drift, (outer * eccentric, outer / eccentric), tilt)
-        rv_center = (drift[0] + np.sin(angle) * outer * reach, drift[1] + np.cos(angle) * outer * reach)
-        rv_size = outer * width * np.sqrt(max(1 - (0.85 * depth) ** 2, 0.02))
-        rv = _ellipse(y, x, rv_center, (rv_size * 1.2, rv_size * 0.85), angle)
+        rv = _right_ventricle(y, x, drift, outer, depth, shape)
         crescent = (rv < 1) & (lv > 1)
         tissue[(rv < 1.13) & (lv > 1)] = 2  # the thin free wall, not part of the LV myocardium
-        free_wall = tissue == 2
         tissue[crescent] = 1
         tissue[lv < 1] = 2
-        lv_blood = _ellipse(y, x, drift, (inner * eccentric, inner / eccentric), tilt) < 1
+        inside = _ellipse(y, x, drift, (inner * eccentric, inner / eccentric), tilt)
+        lv_blood = inside < 1
         tissue[lv_blood] = 3
-        for _ in range(2):  # papillary muscles count as cavity in the annotation
-            turn = rng.uniform(0, 2 * np.pi)
-            spot = (drift[0] + 0.6 * inner * np.sin(turn), drift[1] + 0.6 * inner * np.cos(turn))
-            papillary = (_ellipse(y, x, spot, (0.17 * inner, 0.2 * inner)) < 1) & lv_blood
-            tissue[papillary] = 2
+        # Annotations count papillary muscles and trabeculae as cavity: the blood that is seen is smaller.
+        for turn in muscles:
+            spot = (drift[0] + 0.75 * inner * np.sin(turn), drift[1] + 0.75 * inner * np.cos(turn))
+            thick = bulk * inner * rng.uniform(0.8, 1.2)
+            tissue[(_ellipse(y, x, spot, (thick, thick * 1.3), turn) < 1) & lv_blood] = 2
+        rough = 1 - trabeculae * (0.5 + 0.5 * depth) * np.abs(ridges)
+        tissue[lv_blood & (inside > rough)] = 2
+        tissue[crescent & (rv > rough)] = 2
         mask = np.zeros((size, size), np.uint8)
         mask[crescent] = 1
-        mask[(lv < 1) & ~free_wall] = 2
         mask[lv < 1] = 2
         mask[lv_blood] = 3
         yield tissue, mask
@@ -136,7 +174,7 @@ def abdomen_patient(
     tissue ids: 0 air, 1 liver, 2 right kidney, 3 left kidney, 4 spleen, 5 fat, 6 muscle, 7 bone,
     8 vessel, 9 bowel
     """
-    y, x = _warped_grid(rng, size, rng.uniform(0.02, 0.05))
+    y, x = warped_grid(rng, size, rng.uniform(0.02, 0.05))
     body = (rng.uniform(0.6, 0.75), rng.uniform(0.82, 0.95))
     organs = {
         1: ((-0.08, -0.42), (0.38, 0.36), 0.3, 0.3, 0.75),
@@ -211,7 +249,7 @@ def phantom_study(
     for patient in range(patients):
         own = means + rng.normal(0, 0.02, means.shape)
         for tissue, mask in _PATIENT[kind](rng, size, slices):
-            study.images.append(_render(rng, tissue, own, texture))
+            study.images.append(render(rng, tissue, own, texture))
             study.masks.append(mask)
             study.groups.append(f"{patient:03d}")
     return study
@@ -221,7 +259,8 @@ def random_study(rng: np.random.Generator, *, patients: int, size: int = 160) ->
     """Draw a study of random smooth shapes and rings; each patient deforms the same anatomy."""
     regions = int(rng.integers(3, 9))
     fields = [
-        _smooth(rng, size, int(rng.choice([2, 3, 5]))) + rng.uniform(0.1, 0.5) * _smooth(rng, size, 9)
+        smooth_noise(rng, size, int(rng.choice([2, 3, 5])))
+        + rng.uniform(0.1, 0.5) * smooth_noise(rng, size, 9)
         for _ in range(regions)
     ]
     base = np.argmax(fields, axis=0)
@@ -239,7 +278,7 @@ def random_study(rng: np.random.Generator, *, patients: int, size: int = 160) ->
     means, texture = rng.uniform(0.02, 0.98, count), rng.uniform(0.005, 0.08, count)
     study = Study({i + 1: "structure" for i in range(count - 1)}, [], [], [])
     for patient in range(patients):
-        y, x = _warped_grid(rng, size, rng.uniform(0.02, 0.08))
+        y, x = warped_grid(rng, size, rng.uniform(0.02, 0.08))
         rows, columns = (y + 1) * (size - 1) / 2, (x + 1) * (size - 1) / 2
         tissue = ndimage.map_coordinates(base, [rows, columns], order=0, mode="nearest")
         for index, (center, radius, stretch, turn, hollow) in enumerate(objects):
@@ -248,7 +287,7 @@ def random_study(rng: np.random.Generator, *, patients: int, size: int = 160) ->
             distance = _ellipse(y, x, spot, (size_now * stretch, size_now / stretch), turn)
             tissue[distance < 1] = regions + 2 * index
             tissue[distance < hollow * rng.uniform(0.9, 1.1)] = regions + 2 * index + 1
-        study.images.append(_render(rng, tissue, means + rng.normal(0, 0.04, count), texture))
+        study.images.append(render(rng, tissue, means + rng.normal(0, 0.04, count), texture))
         study.masks.append(tissue.astype(np.uint8))
         study.groups.append(f"{patient:03d}")
     return study
@@ -304,12 +343,12 @@ def _blend(
     low, high = np.percentile(around, [rng.uniform(5, 30), rng.uniform(60, 98)])
     heart = np.isin(tissue, (1, 2, 3))
     rim = ndimage.distance_transform_edt(~heart) < rng.uniform(0.1, 0.7) * radius + 1
-    shade = 1 / (1 + np.exp(-3 * _smooth(rng, size, 6)))
+    shade = 1 / (1 + np.exp(-3 * smooth_noise(rng, size, 6)))
     painted = np.where(tissue == 1, blood * right, np.where(tissue == 2, muscle, blood))
     painted = np.where(heart, painted, low + (high - low) * shade)
     grain = ndimage.gaussian_filter(rng.standard_normal(real.shape), rng.uniform(0.6, 2.0))
     painted = painted * (1 + rng.uniform(0.02, 0.12) * grain / grain.std())
-    painted = painted * (1 + 0.08 * _smooth(rng, size, 2))
+    painted = painted * (1 + 0.08 * smooth_noise(rng, size, 2))
     painted = ndimage.gaussian_filter(painted, rng.uniform(0.4, 1.0) * size / 160)
     opacity = ndimage.gaussian_filter((heart | rim).astype(np.float32), rng.uniform(0.5, 1.5))
     noise = rng.normal(0, rng.uniform(0.005, 0.025), real.shape) * opacity
