@@ -230,6 +230,12 @@ class LanguageUnavailable(Retryable):
     code, status = "language_unavailable", 503
 
 
+class DamagedBank(ServiceError):
+    """A template bank that is set aside because its stored index cannot be read."""
+
+    code, status = "damaged_bank", 500
+
+
 class DeadlineExceeded(Retryable):
     """The request took longer than the service allows. The input may be the cause: limit the retries."""
 

@@ -44,10 +44,10 @@ class TemplateInfos(_Frozen):
 
 
 class BankInfo(_Frozen):
-    """One template bank. version: raised by each change; templates: how many; groups: patients.
+    """One template bank. version: number of changes; templates: how many; groups: patients.
 
-    adapted: whether weights of its own serve it; owner: name of the key that made it, None where none is
-    known; shared: whether other keys may use it
+    digest: names the contents, all that labels depend on; adapted: whether own weights serve it; owner: name
+    of the key that made it, None when unknown; shared: whether other keys may use it
     """
 
     name: str
@@ -55,6 +55,7 @@ class BankInfo(_Frozen):
     templates: int
     groups: list[str]
     classes: dict[int, str]
+    digest: str = ""
     adapted: bool = False
     owner: str | None = None
     shared: bool = False
@@ -112,11 +113,12 @@ class ClassMask(_Frozen):
 class Provenance(_Frozen):
     """What made an answer: the same again makes the same labels.
 
-    height, width: px; bank_version: the bank's state; model: digest of the weights; adaptation: digest of the
-    bank's own, None where the common ones served; labels_version: of pre- and post-processing; classes: id to
-    name, in the order asked for; group: whose templates were not used; seed: the request's; boxes: XYXY
-    px, points: (x, y, label) px, mask_logits: `vessa.codec.array_digest`, each by the class it was given for;
-    templates: those that guided each class; scores: predicted IoU in [0, 1]
+    height, width: px; bank_version: number of changes of the bank; bank_digest: names its contents; model:
+    digest of the weights; adaptation: digest of the bank's own, None where the common ones served;
+    labels_version: of pre- and post-processing; classes: id to name, in the requested order; group: whose
+    templates were not used; seed: the request's; boxes: XYXY px, points: (x, y, label) px, mask_logits:
+    `vessa.codec.array_digest`, each by its class; templates: those that guided each class; scores: predicted
+    IoU in [0, 1]
     """
 
     image_id: str
@@ -124,6 +126,7 @@ class Provenance(_Frozen):
     width: int
     bank: str
     bank_version: int
+    bank_digest: str = ""
     model: str
     adaptation: str | None = None
     labels_version: str = ""
@@ -156,6 +159,7 @@ class ItemInfo(_Frozen):
     image_id: str
     annotation_id: str = ""
     bank_version: int | None = None
+    bank_digest: str = ""
     adaptation: str | None = None
     templates: dict[str, list[TemplateUse]] = {}
     scores: dict[str, float] = {}
@@ -182,6 +186,7 @@ class Suggestions(_Frozen):
 
     bank: str
     bank_version: int
+    bank_digest: str = ""
     image_ids: list[str]
     unknown: list[str] = []
     suggestions: list[Suggestion] = []
@@ -204,7 +209,8 @@ class ServiceInfo(_Frozen):
 
     model: digest of the weights; labels_version: of pre- and post-processing; parts: "language" and
     "memory", as far as they take part in the answers; trained_on: what Stage 1 saw, None where the
-    weights are official ones that went through no Stage 1
+    weights are official ones that went through no Stage 1; for admins only: damaged_banks: name to reason of
+    the banks that are set aside, warnings: what an operator should mend
     """
 
     version: str
@@ -216,3 +222,5 @@ class ServiceInfo(_Frozen):
     labels_version: str
     parts: list[str]
     trained_on: list[str] | None
+    damaged_banks: dict[str, str] = {}
+    warnings: list[str] = []

@@ -98,6 +98,7 @@ def segment_answer(request: httpx.Request, **changes: Any) -> httpx.Response:
         "classes": '{"1": "liver"}',
         "model": "m",
         "bank_version": "3",
+        "bank_digest": "d" * 64,
         "labels_version": "1",
     }
     for name, value in changes.items():

@@ -104,6 +104,11 @@ class Storage(_Group):
 
     store: str = Field(default_factory=default_store, description="folder:PATH or redis://...")
     max_templates: Positive = Field(10_000, description="templates in one bank")
+    key_banks: Natural = Field(1000, description="banks that one key may own; 0: any number")
+    key_templates: Natural = Field(100_000, description="templates in all banks of one key; 0: any number")
+    key_bank_bytes: Natural = Field(
+        64 * 1024 * MEGABYTE, description="size of the templates in all banks of one key; 0: any size"
+    )
 
 
 class Caches(_Group):

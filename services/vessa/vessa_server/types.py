@@ -76,9 +76,9 @@ class SegmentItem:
     seed: int = 0
     probabilities: bool = False
 
-    def key(self, bank_version: int) -> str:
+    def key(self, bank_digest: str) -> str:
         """Return a digest of everything that the result depends on, besides the weights."""
-        plain = (self.image_id, self.image is None, self.bank, bank_version, self.classes, self.group)
+        plain = (self.image_id, self.image is None, self.bank, bank_digest, self.classes, self.group)
         digest = hashlib.sha256(repr((*plain, self.template_choice, self.seed, self.probabilities)).encode())
         for name in ("boxes", "points", "point_labels", "mask_logits", "mask_present"):
             array = getattr(self, name)
@@ -110,6 +110,7 @@ class SegmentResult:
     templates: dict[str, list[TemplateUse]]
     bank_version: int
     adaptation: str | None = None
+    bank_digest: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ def read_annotations(
             "model": metadata["model"],
             "labels_version": metadata["labels_version"],
         }
-        version = int(metadata["bank_version"])
+        version, digest = int(metadata["bank_version"]), metadata["bank_digest"]
         probabilities = tensors.get("probabilities")
         _check_sizes(labels, confidence, probabilities, len(items), len(classes))
         answered = [item for item in items if item.error is None]
@@ -52,7 +52,9 @@ def read_annotations(
     for place, (row, item) in enumerate(zip(rows, items, strict=True)):
         if item.error is not None:
             failure = error_from(item.error.code, item.error.message, row)
-            annotations.append(Annotation(item.image_id, error=failure, bank_version=version, **common))
+            annotations.append(
+                Annotation(item.image_id, error=failure, bank_version=version, bank_digest=digest, **common)
+            )
             continue
         annotations.append(
             Annotation(
@@ -64,6 +66,7 @@ def read_annotations(
                 templates=item.templates,
                 scores=item.scores,
                 bank_version=version if item.bank_version is None else item.bank_version,
+                bank_digest=item.bank_digest or digest,
                 annotation_id=item.annotation_id,
                 adaptation=item.adaptation,
                 **common,
@@ -93,6 +96,7 @@ def read_annotation(response: httpx.Response) -> Annotation:
         scores=made.scores,
         model=made.model,
         bank_version=made.bank_version,
+        bank_digest=made.bank_digest,
         labels_version=made.labels_version,
         annotation_id=item.annotation_id,
         adaptation=made.adaptation,

@@ -42,6 +42,7 @@ class Annotation:
     classes: id to name, in the order of the request
     templates: class name to the templates that were used
     scores: class name to predicted IoU
+    bank_digest: names the contents of the bank; bank_version only counts its changes
     error: set when this item failed; its arrays are None
     annotation_id: id in the service's cache; `annotation` returns it with `provenance`, without confidence
     adaptation: digest of the bank's adapted weights, None when the common weights were used
@@ -56,6 +57,7 @@ class Annotation:
     scores: dict[str, float] = field(default_factory=dict)
     model: str = ""
     bank_version: int = 0
+    bank_digest: str = ""
     labels_version: str = ""
     error: VessaError | None = None
     annotation_id: str = ""

@@ -283,7 +283,7 @@ def test_an_answer_over_the_limit_is_refused_before_the_work(
         images = np.zeros((4, 48, 64), np.uint8)
         assert server.segment({"images": images}, bank=bank).status_code == 200
         answer = server.segment({"images": images}, bank=bank, probabilities="1")
-        refused(answer, 413, "too_large", "would take 98304 bytes", "ask for no probabilities")
+        refused(answer, 413, "too_large", "would take 98304 bytes", "request no probabilities")
 
 
 def test_a_bank_without_a_usable_template_says_so(server: Any, bank: str, ask: Any) -> None:

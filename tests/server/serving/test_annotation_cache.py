@@ -17,7 +17,7 @@ from vessa.schemas import TemplateUse
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serving.annotation_cache import Annotations
-from vessa_server.template_bank.bank import Bank
+from vessa_server.template_bank.retrieval import Bank
 from vessa_server.types import Answer, SegmentItem, SegmentResult
 
 PNG, JSON, SAFETENSORS = "image/png", "application/json", "application/vnd.safetensors"

@@ -13,6 +13,7 @@ import pytest
 
 from vessa.errors import (
     ClassConflict,
+    DamagedBank,
     InvalidImage,
     InvalidRequest,
     TooLarge,
@@ -20,9 +21,10 @@ from vessa.errors import (
     UnknownTemplate,
     VessaError,
 )
-from vessa_server.template_bank.bank import Bank, TemplateBanks, check_name, sample_template
+from vessa_server.template_bank.bank import Quota, TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.index import blob_digest
+from vessa_server.template_bank.retrieval import Bank, check_name, sample_template
 from vessa_server.template_bank.template import Template, View, template_id
 
 
@@ -172,7 +174,7 @@ def test_removal_and_deletion(banks: TemplateBanks, template: Any) -> None:
     infos = banks.add("heart", [template(0), template(1)])
     banks.remove("heart", infos[0].id)
     assert [t.id for t in banks.get("heart").templates] == [infos[1].id]
-    with pytest.raises(UnknownTemplate, match="no template"):
+    with pytest.raises(UnknownTemplate, match="has no template"):
         banks.remove("heart", infos[0].id)
     banks.remove("heart", infos[1].id)
     assert banks.get("heart").info().classes == {}
@@ -215,14 +217,19 @@ def test_two_adders_at_once_lose_nothing(tmp_path: Path, template: Any) -> None:
 def test_a_damaged_template_is_ignored_and_repaired_by_adding_it_again(
     tmp_path: Path, template: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    TemplateBanks(FolderStore(tmp_path)).add("b", [template(0), template(1)])
+    first = TemplateBanks(FolderStore(tmp_path))
+    first.add("b", [template(0), template(1)])
+    whole = first.get("b")
     path = tmp_path / "b" / "blobs" / f"{blob_digest(template(0).to_blob())}.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     banks = TemplateBanks(FolderStore(tmp_path))
     with caplog.at_level(logging.WARNING):
         assert [t.id for t in banks.get("b").templates] == [template(1).id]
     assert "ignored" in caplog.text
+    incomplete = banks.get("b")
+    assert (incomplete.version, incomplete.digest != whole.digest) == (whole.version, True)
     assert banks.add("b", [template(0)])[0].created
+    assert banks.get("b").digest == whole.digest
     assert {t.id for t in banks.get("b").templates} == {template(0).id, template(1).id}
 
 
@@ -253,5 +260,58 @@ def test_refresh_encodes_what_other_weights_encoded(banks: TemplateBanks, templa
 )
 def test_names_that_could_be_paths_are_refused(name: str, banks: TemplateBanks, template: Any) -> None:
     for call in (check_name, banks.get, banks.delete, lambda name: banks.add(name, [template()])):
-        with pytest.raises(InvalidRequest, match="a bank name is"):
+        with pytest.raises(InvalidRequest, match="A bank name is"):
             call(name)
+
+
+def test_the_digest_names_contents_and_the_version_only_counts(tmp_path: Path, template: Any) -> None:
+    banks = TemplateBanks(FolderStore(tmp_path))
+    index = tmp_path / "b" / "index.json"
+    banks.add("b", [template(0)])
+    backup, first = index.read_bytes(), banks.get("b")
+    banks.add("b", [template(1)])
+    lost = banks.get("b")
+    index.write_bytes(backup)  # a failover or a restored backup: the change is lost
+    banks.add("b", [template(2)])
+    now = banks.get("b")
+    assert now.version == lost.version
+    assert [t.id for t in now.templates] == [template(0).id, template(2).id]
+    assert len({first.digest, lost.digest, now.digest}) == 3
+    banks.remove("b", template(2).id)
+    assert banks.get("b").digest == first.digest
+    banks.share("b", True)
+    assert banks.get("b").digest == first.digest  # what labels depend on did not change
+    assert banks.get("b").info().digest == first.digest
+
+
+def test_a_damaged_bank_is_set_aside_and_can_be_deleted(
+    tmp_path: Path, template: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    banks = TemplateBanks(FolderStore(tmp_path))
+    for name in ("a", "b", "c"):
+        banks.add(name, [template(0, model="old")])
+    (tmp_path / "b" / "index.json").write_text('{"version": 1, "ex')
+    assert [info.name for info in banks.list()] == ["a", "c"]
+    assert banks.refresh(lambda stale: [replace(t, model="new") for t in stale], "new") == 2
+    assert list(banks.damaged) == ["b"]
+    assert caplog.text.count("Bank 'b' is set aside") == 1
+    with pytest.raises(DamagedBank, match="Bank 'b'"):
+        banks.add("b", [template(1)])
+    banks.delete("b")
+    assert banks.damaged == {}
+    banks.add("b", [template(1)])
+    assert len(banks.list()) == 3
+
+
+def test_a_key_has_a_quota_over_all_its_banks(tmp_path: Path, template: Any) -> None:
+    banks = TemplateBanks(FolderStore(tmp_path))
+    banks.add("theirs", [template(9)], owner="other")
+    banks.add("a", [template(0), template(1)], owner="me", quota=Quota(banks=1, templates=2))
+    with pytest.raises(TooLarge, match="would own 2 banks, at most 1"):
+        banks.add("b", [template(2)], owner="me", quota=Quota(banks=1))
+    with pytest.raises(TooLarge, match="would own 3 templates, at most 2"):
+        banks.add("a", [template(2)], owner="me", quota=Quota(templates=2))
+    with pytest.raises(TooLarge, match="bytes of templates, at most 100"):
+        banks.add("a", [template(2)], owner="me", quota=Quota(nbytes=100))
+    assert not banks.add("a", [template(0)], owner="me", quota=Quota(templates=2))[0].created
+    assert banks.get("a").info().templates == 2

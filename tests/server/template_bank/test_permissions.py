@@ -18,9 +18,10 @@ from vessa_server.auth.audit_log import Actor, AuditLog, open_audit
 from vessa_server.auth.keys import Caller, FileKeys, Role, create_key
 from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.settings import Settings
-from vessa_server.template_bank.bank import TemplateBanks, check_name
+from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.template_bank.retrieval import check_name
 
 ACTOR = Actor("alice", "10.0.0.1", "r1")
 
@@ -148,7 +149,7 @@ def test_what_is_learned_from_one_bank_is_not_given_to_another(template_of: Any,
     for owner, template in (("bob", 0), ("ann", 1)):
         banks.delete("b")
         banks.add("b", [template_of(template, group="a")], owner=owner)
-        with pytest.raises(UnknownBank, match="another template bank"):
+        with pytest.raises(UnknownBank, match="is another one by now"):
             banks.adapt("b", None, learned_from=learned_from)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -16,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 
-from vessa.errors import InvalidConfig, StoreUnavailable
+from vessa.errors import DamagedBank, InvalidConfig, StoreUnavailable
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.index import Entry, Index, Store, blob_digest
 from vessa_server.template_bank.redis_store import RedisStore
@@ -48,15 +48,32 @@ def store(address: str) -> Store:
     return open_store(address)
 
 
+def index_bytes(address: str, bank: str) -> bytes:
+    if address.startswith("folder:"):
+        return (Path(address.removeprefix("folder:")) / bank / "index.json").read_bytes()
+    data = redis.Redis.from_url(address).hget(f"vessa:bank:{{{bank}}}", "index")
+    assert isinstance(data, bytes)
+    return data
+
+
+def overwrite_index(address: str, bank: str, data: bytes) -> None:
+    """Put bytes in place of a bank's index behind the store's back, as a restored backup or damage would."""
+    if address.startswith("folder:"):
+        (Path(address.removeprefix("folder:")) / bank / "index.json").write_bytes(data)
+    else:
+        redis.Redis.from_url(address).hset(f"vessa:bank:{{{bank}}}", "index", data)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def bank() -> str:
     """A name of its own, for the Redis of the session is shared."""
     return f"b{uuid.uuid4().hex}"
 
 
-def test_a_bank_that_never_was_has_version_zero(store: Store, bank: str) -> None:
-    assert store.version(bank) == 0
+def test_a_bank_that_never_existed_has_version_zero(store: Store, bank: str) -> None:
+    assert store.read(bank).version == 0
     assert store.read(bank) == Index()
+    assert store.state(bank) == ""
     assert bank not in store.names()
 
 
@@ -64,7 +81,7 @@ def test_a_change_is_seen_by_another_store_at_once(store: Store, address: str, b
     other = open_store(address)
     for version, key in enumerate(("a", "b", "c"), start=1):
         put(store, bank, key, key.encode())
-        assert other.version(bank) == version
+        assert other.read(bank).version == version
         assert other.read(bank).entries[key].classes == {1: "wall"}
         assert other.blob(bank, blob_digest(key.encode())) == key.encode()
     assert bank in other.names()
@@ -73,14 +90,14 @@ def test_a_change_is_seen_by_another_store_at_once(store: Store, address: str, b
 def test_no_change_leaves_the_version(store: Store, bank: str) -> None:
     put(store, bank, "a", b"a")
     assert store.change(bank, lambda old: None, {}).version == 1
-    assert store.version(bank) == 1
+    assert store.read(bank).version == 1
 
 
 def test_versions_go_on_after_a_bank_was_deleted(store: Store, bank: str) -> None:
     put(store, bank, "a", b"a")
     store.change(bank, lambda old: Index(), {})
     assert bank not in store.names()
-    assert store.version(bank) == 2
+    assert store.read(bank).version == 2
     assert put(store, bank, "a", b"a").version == 3
 
 
@@ -99,7 +116,7 @@ def test_a_failing_edit_changes_nothing(store: Store, bank: str) -> None:
 
     with pytest.raises(ValueError, match="no"):
         store.change(bank, edit, {blob_digest(b"b"): b"b"})
-    assert store.version(bank) == 1
+    assert store.read(bank).version == 1
     assert put(store, bank, "c", b"c").entries.keys() == {"a", "c"}
 
 
@@ -177,17 +194,48 @@ def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path, bank: str) -> No
     assert {path.name for path in blobs.iterdir()} == names
 
 
-def test_a_damaged_index_is_unavailable_and_not_an_empty_bank(tmp_path: Path, bank: str) -> None:
-    store = FolderStore(tmp_path)
+@pytest.mark.parametrize(
+    "damage", ['{"version": 1, "exists"', '{"version": 1, "exists": true, "entries": {"a": 3}}', ""]
+)
+def test_a_damaged_index_names_its_bank_and_no_other(
+    store: Store, address: str, bank: str, damage: str
+) -> None:
     put(store, bank, "a", b"a")
-    (tmp_path / bank / "index.json").write_text('{"version": 1, "exists"')
-    with pytest.raises(StoreUnavailable, match="damaged"):
-        store.read(bank)
-    (tmp_path / bank / "index.json").write_text(
-        json.dumps({"version": 1, "exists": True, "entries": {"a": 3}})
-    )
-    with pytest.raises(StoreUnavailable, match="damaged"):
-        store.read(bank)
+    put(store, f"{bank}-whole", "a", b"a")
+    overwrite_index(address, bank, damage.encode())
+    for call in (lambda: store.read(bank), lambda: put(store, bank, "b", b"b")):
+        with pytest.raises(DamagedBank, match=f"Bank '{bank}' is set aside.*store check"):
+            call()
+    assert {bank, f"{bank}-whole"} <= set(store.names())
+    assert put(store, f"{bank}-whole", "b", b"b").version == 2
+    store.reset(bank, Index())
+    assert bank not in store.names()
+    assert store.blobs(bank) == []
+
+
+def test_the_state_names_the_stored_contents_and_not_the_count(store: Store, address: str, bank: str) -> None:
+    first, stored = put(store, bank, "a", b"a"), index_bytes(address, bank)
+    assert store.state(bank) == first.state == store.read(bank).state
+    second = put(store, bank, "b", b"b")
+    overwrite_index(address, bank, stored)  # a backup is restored: the same count comes again
+    third = put(store, bank, "c", b"c")
+    assert second.version == third.version == 2
+    assert len({first.state, second.state, third.state}) == 3
+    overwrite_index(address, bank, stored)
+    assert open_store(address).state(bank) == first.state
+
+
+def test_files_of_a_folder_store_are_closed_to_others(tmp_path: Path, bank: str) -> None:
+    folder = tmp_path / "banks"
+    folder.mkdir(mode=0o755)
+    before = os.umask(0)
+    try:
+        put(FolderStore(folder), bank, "a", b"a")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (folder, *folder.rglob("*"))}
+    assert {m for name, m in modes.items() if name in {folder.name, bank, "blobs"}} == {0o700}
+    assert {m for name, m in modes.items() if name not in {folder.name, bank, "blobs"}} == {0o600}
 
 
 def test_a_folder_that_cannot_be_written_says_why_and_not_where(tmp_path: Path) -> None:
@@ -200,7 +248,7 @@ def test_a_folder_that_cannot_be_written_says_why_and_not_where(tmp_path: Path) 
 
 def test_redis_that_is_not_there_is_unavailable_without_its_address(bank: str) -> None:
     store = RedisStore("redis://:geheim@127.0.0.1:1/0", timeout=0.5)
-    for call in (store.names, lambda: store.version(bank), lambda: put(store, bank, "a", b"a")):
+    for call in (store.names, lambda: store.state(bank), lambda: put(store, bank, "a", b"a")):
         with pytest.raises(StoreUnavailable, match="Redis") as caught:
             call()
         assert "geheim" not in str(caught.value)

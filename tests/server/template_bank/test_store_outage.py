@@ -162,4 +162,7 @@ def test_a_redis_that_takes_no_more_says_so_and_keeps_what_it_has(
     )
     unavailable(answer)
     assert served.http.get("/banks/b").json() == before
+    assert served.http.delete("/banks/b").status_code == 204  # a full Redis still deletes
+    assert served.http.get("/banks/b").status_code == 404
+    assert store._redis.exists("vessa:blobs:{b}") == 0
     store._redis.config_set("maxmemory", "0")

@@ -167,7 +167,7 @@ PROMPTS = Prompts(
 INGREDIENTS = {
     "image_id": "sha256:1",
     "bank": "acdc",
-    "bank_version": 3,
+    "bank_digest": "3" * 64,
     "classes": ["rv", "lv"],
     "group": "p1",
     "prompts": None,
@@ -188,7 +188,7 @@ def key_of(**changes):
     [
         {"image_id": "sha256:2"},
         {"bank": "acdc2"},
-        {"bank_version": 4},
+        {"bank_digest": "4" * 64},
         {"classes": ["lv", "rv"]},
         {"classes": ["rv"]},
         {"group": "p2"},

@@ -105,7 +105,7 @@ class LabelFetcher:
 
     def _known(self, batch: Sequence[Wanted], result: Fetched) -> list[tuple[Wanted, str]]:
         """Take from the cache what is there; return the others with their keys."""
-        keys = [self._key(w, self._bank.version, self._model, self._labels_version) for w in batch]
+        keys = [self._key(w, self._bank.digest, self._model, self._labels_version) for w in batch]
         missing = []
         for wanted, key, label in zip(batch, keys, self._cache.get(keys), strict=True):
             if label is None:
@@ -134,7 +134,7 @@ class LabelFetcher:
             result.labels.append((wanted, label))
             if answer.error is None:
                 # what answered may be newer than what was asked for: a changed bank, other weights
-                key = self._key(wanted, answer.bank_version, answer.model, answer.labels_version)
+                key = self._key(wanted, answer.bank_digest, answer.model, answer.labels_version)
                 fresh[key] = label
         self._cache.put(fresh)
 
@@ -237,11 +237,11 @@ class LabelFetcher:
             self._image_ids[name] = image_digest(self._image(wanted))
         return self._image_ids[name]
 
-    def _key(self, wanted: Wanted, bank_version: int, model: str, labels_version: str) -> str:
+    def _key(self, wanted: Wanted, bank_digest: str, model: str, labels_version: str) -> str:
         return label_key(
             self._image_id(wanted),
             bank=self._bank.name,
-            bank_version=bank_version,
+            bank_digest=bank_digest,
             classes=self._classes,
             group=wanted.item.group,
             prompts=wanted.prompts,

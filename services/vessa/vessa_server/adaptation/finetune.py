@@ -22,8 +22,8 @@ from vessa_server.model.vessa import Vessa
 from vessa_server.pretraining.data.pools import Episode, Pool, pool_size, squares_of
 from vessa_server.pretraining.losses import LossWeights, mask_loss, soft_dice
 from vessa_server.pretraining.step import TaskBatch, prepare, served
-from vessa_server.template_bank.bank import Bank
 from vessa_server.template_bank.decoder_weights import Adaptation
+from vessa_server.template_bank.retrieval import Bank
 
 LEAST_TEMPLATES = 6
 LEAST_GAIN = 0.005  # of Dice on what is held out; less is noise

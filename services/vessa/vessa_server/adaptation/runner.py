@@ -9,7 +9,8 @@ from vessa.errors import QueueFull, UnknownBank, VessaError
 from vessa.schemas import AdaptationInfo
 from vessa_server.adaptation.finetune import adapt
 from vessa_server.model.vessa import Vessa
-from vessa_server.template_bank.bank import Bank, TemplateBanks
+from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.retrieval import Bank
 
 log = logging.getLogger(__name__)
 

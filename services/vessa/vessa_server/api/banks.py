@@ -15,6 +15,7 @@ from vessa_server.api.dependencies import (
     BanksDep,
     ChangeDep,
     EngineDep,
+    callers_banks,
     limits_of,
     media_type,
     read_body,
@@ -25,7 +26,6 @@ from vessa_server.api.openapi import TEMPLATE_BODY, answering
 from vessa_server.serialization.overlays import overlay_png
 from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.serialization.responses import PNG
-from vessa_server.template_bank.permissions import CallersBanks
 
 banks_api = APIRouter(dependencies=[Depends(require_key)])
 CURATE = [Depends(require_curator)]
@@ -152,7 +152,7 @@ async def add_templates(
         else:
             wanted = await run_in_threadpool(engine.reader.template_tensors, body)
         limits.take(caller, len(wanted.items))
-        banks = CallersBanks(engine.banks, caller)
+        banks = callers_banks(engine, caller)
         writing = change("template.add", bank=wanted.bank, images=len(wanted.items))
         async with contextmanager_in_threadpool(writing) as more:
             templates = await unless_gone(request, engine.encode(wanted, banks))

@@ -15,12 +15,14 @@ from starlette.requests import ClientDisconnect
 from vessa.errors import MalformedBody, TooLarge, UnsupportedMedia
 from vessa_server.api.authentication import CallerDep, actor_of
 from vessa_server.auth.audit_log import AuditLog
+from vessa_server.auth.keys import Caller
 from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.serialization.responses import SAFETENSORS
 from vessa_server.serving.engine import Engine
 from vessa_server.serving.lifecycle import Service
-from vessa_server.template_bank.bank import BANK_NAME
+from vessa_server.template_bank.bank import Quota
 from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.template_bank.retrieval import BANK_NAME
 
 FORM = "multipart/form-data"
 
@@ -48,9 +50,15 @@ async def engine_of(request: Request) -> Engine:
 EngineDep = Annotated[Engine, Depends(engine_of)]
 
 
+def callers_banks(engine: Engine, caller: Caller) -> CallersBanks:
+    """Return the template banks as a caller sees them, with the quota of a key."""
+    own = engine.settings.storage
+    return CallersBanks(engine.banks, caller, Quota(own.key_banks, own.key_templates, own.key_bank_bytes))
+
+
 async def banks_of(engine: EngineDep, caller: CallerDep) -> CallersBanks:
     """Return the template banks as the caller sees them."""
-    return CallersBanks(engine.banks, caller)
+    return callers_banks(engine, caller)
 
 
 BanksDep = Annotated[CallersBanks, Depends(banks_of)]

@@ -6,9 +6,10 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from vessa.schemas import ServiceInfo
 from vessa_server import __version__
-from vessa_server.api.authentication import require_admin, require_key
+from vessa_server.api.authentication import CallerDep, require_admin, require_key
 from vessa_server.api.dependencies import BanksDep, EngineDep, service_of
 from vessa_server.api.openapi import FAILURES, answering, docs_page
+from vessa_server.auth.keys import Role
 from vessa_server.observability.metrics import METRICS_TYPE
 
 probes = APIRouter()  # the only routes without a key
@@ -53,17 +54,22 @@ async def openapi(request: Request) -> dict[str, Any]:
 
 
 @operations.get("/info")
-def info(engine: EngineDep, banks: BanksDep) -> ServiceInfo:
-    """What runs here: version, weights, device, limits, banks, and the annotator's parts in use."""
-    about = engine.info
+def info(engine: EngineDep, banks: BanksDep, caller: CallerDep) -> ServiceInfo:
+    """Describe what runs here: version, weights, device, limits, banks, and the annotator's parts in use.
+
+    An admin also sees which banks are set aside as damaged.
+    """
+    about, listed = engine.info, banks.list()
+    damaged = dict(engine.banks.damaged) if caller.role is Role.admin else {}
     return ServiceInfo(
         version=__version__,
         preset=about.preset,
         model=about.model,
         device=about.device,
         limits=engine.settings.public_limits(),
-        banks=banks.list(),
+        banks=listed,
         labels_version=engine.labels_version,
         parts=engine.parts,
+        damaged_banks=damaged,
         trained_on=None if about.trained_on is None else list(about.trained_on),
     )

@@ -16,8 +16,8 @@ from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serialization.suggest_request import Candidates, read_candidates
 from vessa_server.serving.active_learning import suggest
 from vessa_server.serving.engine import Engine
-from vessa_server.template_bank.bank import Bank, check_name
 from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.template_bank.retrieval import Bank, check_name
 
 suggestions = APIRouter(dependencies=[Depends(require_key)])
 
@@ -70,7 +70,7 @@ async def _look(engine: Engine, bank: Bank, wanted: Candidates, client: str) -> 
         if isinstance(feature, VessaError):
             feature.item = i
             raise feature
-        engine.looks.keep(identity, feature, bank.name, bank.version, confidence)
+        engine.looks.keep(identity, feature, bank.name, bank.digest, confidence)
 
 
 def _confidence(place: int, answer: object) -> float:
@@ -89,7 +89,7 @@ def _confidence(place: int, answer: object) -> float:
 def _rank(engine: Engine, bank: Bank, wanted: Candidates) -> Suggestions:
     looks = engine.looks
     features = [looks.feature(identity) for identity in wanted.ids]
-    sure = [looks.confidence(identity, bank.name, bank.version) for identity in wanted.ids]
+    sure = [looks.confidence(identity, bank.name, bank.digest) for identity in wanted.ids]
     known = [f for f in features if f is not None]
     unknown = [
         identity
@@ -97,7 +97,11 @@ def _rank(engine: Engine, bank: Bank, wanted: Candidates) -> Suggestions:
         if feature is None or (bank.classes and confidence is None)
     ]
     answer = Suggestions(
-        bank=bank.name, bank_version=bank.version, image_ids=list(wanted.ids), unknown=unknown
+        bank=bank.name,
+        bank_version=bank.version,
+        bank_digest=bank.digest,
+        image_ids=list(wanted.ids),
+        unknown=unknown,
     )
     if unknown:
         return answer

@@ -30,7 +30,8 @@ from vessa_server.model.language.remote_vlm import VllmAddress
 from vessa_server.model.segmenter import ImageFeatures
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
-from vessa_server.template_bank.bank import Bank, TemplateBanks, sample_template
+from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.retrieval import Bank, sample_template
 from vessa_server.template_bank.template import Template, View, template_id
 from vessa_server.types import DescribeItem, Item, Method, ModelInfo, SegmentItem, SegmentResult, TemplateItem
 
@@ -47,7 +48,7 @@ class _Start:
 
     def key(self, item: SegmentItem) -> Hashable:
         """What a first look depends on, besides the image."""
-        return self.bank.name, self.bank.version, item.group, item.template_choice, item.seed
+        return self.bank.name, self.bank.digest, item.group, item.template_choice, item.seed
 
 
 class Annotator:
@@ -384,6 +385,7 @@ class Annotator:
                 for p in plan
             },
             bank_version=start.bank.version,
+            bank_digest=start.bank.digest,
             adaptation=None if adaptation is None else adaptation.digest,
         )
 

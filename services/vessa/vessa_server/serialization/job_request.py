@@ -8,7 +8,7 @@ from vessa.volumes import AXES
 from vessa_server.serialization.fields import read_name, read_strings
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.request_parser import DEFAULT_BANK
-from vessa_server.template_bank.bank import check_name
+from vessa_server.template_bank.retrieval import check_name
 
 ResultKind = Literal["nifti", "dicom-seg"]
 

@@ -37,8 +37,9 @@ from vessa_server.serialization.image_files import decode_image, decode_mask
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.prompt_arrays import Prompts
 from vessa_server.settings import Settings
-from vessa_server.template_bank.bank import Bank, TemplateBanks, check_name
+from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.template_bank.retrieval import Bank, check_name
 
 if TYPE_CHECKING:
     # The annotator brings torch, which takes seconds to import; /livez must not wait for it.

@@ -52,7 +52,7 @@ def tensor_answer(
     if request.probabilities:
         channels = (len(answers), len(request.classes) + 1, *shape[1:])
         tensors["probabilities"] = np.zeros(channels, np.float16)
-    infos, version = [], request.bank.version
+    infos, bank = [], (request.bank.version, request.bank.digest)
     for i, (identity, answer) in enumerate(zip(request.ids, answers, strict=True)):
         if isinstance(answer, VessaError):
             body = ErrorBody(code=answer.code, message=str(answer), item=i)
@@ -60,15 +60,16 @@ def tensor_answer(
             continue
         for name in tensors:
             tensors[name][i] = getattr(answer, name)
-        version = answer.made.bank_version
+        bank = (answer.made.bank_version, answer.made.bank_digest)
         infos.append(_item(answer))
-    return encode(tensors, _metadata(infos, request.classes, model, version, labels_version))
+    return encode(tensors, _metadata(infos, request.classes, model, bank, labels_version))
 
 
 def kept_tensor_answer(answer: Answer) -> bytes:
     """Return a kept annotation as safetensors: labels (1, H, W), the metadata of a batch, and provenance."""
     made = answer.made
-    metadata = _metadata([_item(answer)], made.classes, made.model, made.bank_version, made.labels_version)
+    bank = (made.bank_version, made.bank_digest)
+    metadata = _metadata([_item(answer)], made.classes, made.model, bank, made.labels_version)
     return encode({"labels": answer.labels[None]}, {**metadata, "provenance": made.model_dump_json()})
 
 
@@ -79,6 +80,7 @@ def _item(answer: Answer) -> ItemInfo:
         image_id=made.image_id,
         annotation_id=answer.id,
         bank_version=made.bank_version,
+        bank_digest=made.bank_digest,
         adaptation=made.adaptation,
         templates=made.templates,
         scores=made.scores,
@@ -86,13 +88,14 @@ def _item(answer: Answer) -> ItemInfo:
 
 
 def _metadata(
-    items: list[ItemInfo], classes: dict[int, str], model: str, bank_version: int, labels_version: str
+    items: list[ItemInfo], classes: dict[int, str], model: str, bank: tuple[int, str], labels_version: str
 ) -> dict[str, str]:
     return {
         "items": json.dumps([item.model_dump() for item in items]),
         "classes": json.dumps(classes),
         "model": model,
-        "bank_version": str(bank_version),
+        "bank_version": str(bank[0]),
+        "bank_digest": bank[1],
         "labels_version": labels_version,
     }
 

@@ -118,15 +118,15 @@ class Looks:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._features: OrderedDict[str, Floats] = OrderedDict()
-        self._sure: OrderedDict[tuple[str, str, int], float] = OrderedDict()
+        self._sure: OrderedDict[tuple[str, str, str], float] = OrderedDict()
         self._lock = threading.Lock()
 
-    def keep(self, image_id: str, feature: Floats, bank: str, version: int, sure: float | None) -> None:
+    def keep(self, image_id: str, feature: Floats, bank: str, digest: str, sure: float | None) -> None:
         """Keep an image's feature (D,) and, where the bank could segment it, the confidence in [0, 1]."""
         with self._lock:
             _put(self._features, image_id, feature, self.capacity)
             if sure is not None:
-                _put(self._sure, (image_id, bank, version), sure, self.capacity)
+                _put(self._sure, (image_id, bank, digest), sure, self.capacity)
 
     def feature(self, image_id: str) -> Floats | None:
         """Return an image's feature, None when it is not known."""
@@ -135,10 +135,10 @@ class Looks:
                 self._features.move_to_end(image_id)
             return found
 
-    def confidence(self, image_id: str, bank: str, version: int) -> float | None:
+    def confidence(self, image_id: str, bank: str, digest: str) -> float | None:
         """Return how sure the annotator was of an image by this state of a bank, None when not known."""
         with self._lock:
-            return self._sure.get((image_id, bank, version))
+            return self._sure.get((image_id, bank, digest))
 
 
 _K = TypeVar("_K")

@@ -104,6 +104,7 @@ class Annotations:
             width=width,
             bank=request.bank.name,
             bank_version=result.bank_version,
+            bank_digest=result.bank_digest,
             model=self.model,
             adaptation=result.adaptation,
             labels_version=self.labels_version,

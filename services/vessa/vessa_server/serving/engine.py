@@ -12,8 +12,9 @@ from vessa_server.serving.annotation_cache import Annotations
 from vessa_server.serving.batch_queue import BatchQueue
 from vessa_server.serving.worker import Worker
 from vessa_server.settings import Settings
-from vessa_server.template_bank.bank import TemplateBanks, merge_classes
+from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.template_bank.retrieval import merge_classes
 from vessa_server.template_bank.template import Template, template_id
 from vessa_server.types import LABELS_VERSION, DescribeItem, Item
 
@@ -67,7 +68,7 @@ class Engine:
             self.metrics.feature(self.worker.holds(request.ids[i]))
         results: list[Any] = list(request.items)
         items = [item for item in request.items if not isinstance(item, VessaError)]
-        keys = [item.key(request.bank.version) for item in items]
+        keys = [item.key(request.bank.digest) for item in items]
         for place, answer in zip(places, await self._submit(items, client, keys, deadline), strict=True):
             results[place] = answer
         return results

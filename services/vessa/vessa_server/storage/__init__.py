@@ -1,1 +1,1 @@
-"""Files and Redis connections that everything kept relies on."""
+"""Files and Redis connections that the stores share."""

@@ -1,189 +1,34 @@
-"""Template banks: annotated examples, found by the similarity of their features (Eq. 1 of the paper)."""
+"""Manage the template banks of a store."""
 
-import contextlib
 import logging
-import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vessa.errors import ClassConflict, InvalidRequest, TooLarge, UnknownBank, UnknownTemplate, VessaError
+from vessa.errors import DamagedBank, TooLarge, UnknownBank, UnknownTemplate, VessaError
 from vessa.schemas import BankInfo, TemplateInfo
 from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.index import Entry, Index, Store, blob_digest
+from vessa_server.template_bank.retrieval import Bank, check_name, merge_classes, union_classes
 from vessa_server.template_bank.template import Template
 
 log = logging.getLogger(__name__)
 
-BANK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-TEMPLATE_ID = re.compile(r"[0-9a-f]{64}")
 REENCODE_BATCH = 16
-LAYOUT_WEIGHT = 3.0  # of a class that fills a tenth more of the window's side, against cosines
+_LOADS = 20  # attempts to read a bank that other processes keep changing
 
-Matches = list[tuple["Template", float]]
 TemplateInfos = list[TemplateInfo]
-
-
-@dataclass(frozen=True, eq=False)
-class _Shelf:
-    """Templates that show one class. whole, close: (N, D) features; layouts: (N, K) of the bank's classes.
-
-    Where no closer look was taken, the whole image's feature stands for it.
-    """
-
-    templates: list[Template]
-    whole: NDArray[np.float32]
-    close: NDArray[np.float32]
-    layouts: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, templates: list[Template], class_ids: Sequence[int]) -> "_Shelf":
-        return cls(
-            templates,
-            np.stack([t.whole.feature for t in templates]),
-            np.stack([(t.close or t.whole).feature for t in templates]),
-            np.array([[t.layout.get(key, 0.0) for key in class_ids] for t in templates], np.float32),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Bank:
-    """One state of a template bank; a change makes a new one with a higher version.
-
-    classes: {id: name} over all templates, by id; model: when set, retrieval leaves out templates that other
-    weights encoded (a second server with other weights on the same store), for their features do not compare;
-    adaptation: weights of its own, None without, or when they belong to another model; owner: name of the key
-    that made it; shared: whether other keys may use it
-    """
-
-    name: str
-    version: int
-    templates: tuple[Template, ...]
-    model: str | None = None
-    adaptation: Adaptation | None = None
-    owner: str | None = None
-    shared: bool = False
-
-    @cached_property
-    def classes(self) -> dict[int, str]:
-        """{id: name}, by id."""
-        return _union(template.classes for template in self.templates)
-
-    @cached_property
-    def _by_id(self) -> dict[str, Template]:
-        return {template.id: template for template in self.templates}
-
-    @cached_property
-    def _by_class(self) -> dict[int, "_Shelf"]:
-        usable = [t for t in self.templates if self.model is None or t.model == self.model]
-        chosen = {key: [t for t in usable if key in t.classes] for key in self.classes}
-        return {key: _Shelf.of(found, list(self.classes)) for key, found in chosen.items() if found}
-
-    def template(self, identity: str) -> Template:
-        """Return one template; UnknownTemplate when there is none of this id."""
-        try:
-            return self._by_id[identity]
-        except KeyError:
-            raise UnknownTemplate(f"bank {self.name!r} has no template {identity!r}") from None
-
-    def retrieve(
-        self,
-        feature: NDArray[np.float32],
-        class_id: int,
-        *,
-        exclude_group: str | None,
-        top: int = 3,
-        close: NDArray[np.float32] | None = None,
-        layout: Mapping[int, float] | None = None,
-    ) -> Matches:
-        """Return the `top` most similar templates that show the class, best first, with their cosine.
-
-        feature: (D,) float32 of unit norm, of the whole image; close: that of a closer look at it, where
-        one was taken: then the mean of both cosines counts. layout: what the first look has found, by class
-        id, see `Template.layout`: templates that show otherwise are less similar by `LAYOUT_WEIGHT` times the
-        distance, though the cosine is what is returned. exclude_group: the query's own patient, never
-        retrieved (None: unknown). Equal similarities are ordered by id. An empty list means there is no
-        template of another group.
-        """
-        if class_id not in self._by_class:
-            return []
-        shelf = self._by_class[class_id]
-        cosines = shelf.whole @ feature
-        if close is not None:
-            cosines = (cosines + shelf.close @ close) / 2
-        scores = cosines = np.clip(cosines, -1.0, 1.0)
-        if layout is not None:
-            asked = np.array([layout.get(key, 0.0) for key in self.classes], np.float32)
-            scores = cosines - LAYOUT_WEIGHT * np.linalg.norm(shelf.layouts - asked, axis=1)
-        found = shelf.templates
-        allowed = [i for i, t in enumerate(found) if exclude_group is None or t.group != exclude_group]
-        best = sorted(allowed, key=lambda i: (-scores[i], found[i].id))[:top]
-        return [(found[i], float(cosines[i])) for i in best]
-
-    def info(self) -> BankInfo:
-        """Return the public description."""
-        groups = sorted({template.group for template in self.templates})
-        return BankInfo(
-            name=self.name,
-            version=self.version,
-            templates=len(self.templates),
-            groups=groups,
-            classes=self.classes,
-            adapted=self.adaptation is not None,
-            owner=self.owner,
-            shared=self.shared,
-        )
-
-
-def sample_template(
-    matches: Matches, tau: float = 0.1, rng: np.random.Generator | None = None
-) -> tuple[Template, float]:
-    """Draw one of the retrieved templates with probability softmax(similarity / tau) (Eq. 1).
-
-    matches: what `Bank.retrieve` returned, not empty; tau: temperature > 0.
-    """
-    if not matches or tau <= 0:
-        raise ValueError(f"expected at least one match and tau > 0, got {len(matches)} matches and tau {tau}")
-    scores = np.array([score for _, score in matches]) / tau
-    weights = np.exp(scores - scores.max())
-    chosen = (rng or np.random.default_rng()).choice(len(matches), p=weights / weights.sum())
-    return matches[int(chosen)]
-
-
-def merge_classes(known: Mapping[int, str], added: Mapping[int, str]) -> dict[int, str]:
-    """Return both, by id; ClassConflict when an id would get a second name or a name a second id."""
-    ids = {name: key for key, name in known.items()}
-    for key, name in added.items():
-        if known.get(key, name) != name:
-            raise ClassConflict(f"class id {key} is {known[key]!r} in this bank, not {name!r}")
-        if ids.get(name, key) != key:
-            raise ClassConflict(f"class {name!r} has id {ids[name]} in this bank, not {key}")
-    return dict(sorted({**known, **added}.items()))
-
-
-def _union(parts: Iterable[Mapping[int, str]]) -> dict[int, str]:
-    merged: dict[int, str] = {}
-    for part in parts:
-        merged |= part
-    return dict(sorted(merged.items()))
-
-
-def check_name(bank: str) -> str:
-    """Return the bank's name; InvalidRequest unless it is safe as a file name and a key."""
-    if not BANK_NAME.fullmatch(bank):
-        raise InvalidRequest(
-            "a bank name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit; "
-            f"got {bank[:80]!r}"
-        )
-    return bank
-
-
 Encode = Callable[[list[Template]], Sequence[Template | VessaError]]
-May = Callable[[str | None, bool], bool]
+Access = Callable[[str | None, bool], bool]
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Bound what one key may own. banks, templates, nbytes: counts over all banks of the key; 0: no bound."""
+
+    banks: int = 0
+    templates: int = 0
+    nbytes: int = 0
 
 
 def _anyone(owner: str | None, shared: bool) -> bool:
@@ -192,123 +37,170 @@ def _anyone(owner: str | None, shared: bool) -> bool:
 
 @dataclass
 class TemplateBanks:
-    """All banks of a store, for several threads; other processes' changes are seen at the next `get`."""
+    """Read and change all banks of a store, from several threads.
+
+    Changes of other processes are seen at the next `get`. A bank whose index cannot be read is set aside: it
+    raises DamagedBank, is listed in `damaged`, and leaves all other banks alone.
+    max_templates: in one bank; model: digest of the weights whose templates are used, None for all
+    """
 
     store: Store
     max_templates: int = 10_000
     model: str | None = None
+    damaged: dict[str, str] = field(default_factory=dict)
     _cache: dict[str, Bank] = field(default_factory=dict, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def get(self, name: str) -> Bank:
-        """Return the bank as it is now; UnknownBank, StoreUnavailable."""
+        """Return the bank as it is now. Raises UnknownBank, DamagedBank, StoreUnavailable."""
         check_name(name)
         with self._lock:
             cached = self._cache.get(name)
-            if cached and (cached.version, cached.model) == (self.store.version(name), self.model):
+            if cached and (cached.state, cached.model) == (self.store.state(name), self.model):
                 return cached
-            bank = None
-            while bank is None:
-                index = self.store.read(name)
+            for _ in range(_LOADS):
+                index = self._read(name)
                 if not index.exists:
                     self._cache.pop(name, None)
-                    raise UnknownBank(f"there is no template bank {name!r}")
-                bank = self._load(name, index, cached)
+                    raise UnknownBank(f"There is no template bank {name!r}. GET /banks lists them.")
+                bank, whole = self._load(name, index, cached)
+                if whole or self.store.state(name) == index.state:
+                    break
             self._cache[name] = bank
             return bank
 
     def add(
-        self, name: str, templates: Sequence[Template], *, owner: str | None = None, may: May = _anyone
+        self,
+        name: str,
+        templates: Sequence[Template],
+        *,
+        owner: str | None = None,
+        access: Access = _anyone,
+        quota: Quota | None = None,
     ) -> TemplateInfos:
-        """Add templates, all or none, making the bank if needed; those it has already are left as they are.
+        """Add templates, all or none, and make the bank if needed; templates that exist stay unchanged.
 
-        owner: of a bank that this makes; may: whether a bank of this owner, shared or not, may be added to,
-        asked in the transaction, for two keys may make a bank of one name at once. ClassConflict when a
-        class id or name would get a second meaning, TooLarge when the bank would be too full, UnknownBank.
+        owner: of a bank that this makes; access: tells whether a bank of this owner, shared or not, may be
+        changed; called in the transaction, because two keys may make a bank of one name at once; quota: of
+        the owner. Raises ClassConflict when a class id or name would get a second meaning, TooLarge for a
+        full bank or quota, UnknownBank.
         """
         check_name(name)
         blobs = {template.id: template.to_blob() for template in templates}
         entries = {template.id: template.entry(blobs[template.id]) for template in templates}
         created: set[str] = set()
-        damaged = self._damaged(name)
+        unreadable = self._unreadable(name)
 
         def edit(old: Index) -> Index | None:
-            if old.exists and not may(old.owner, old.shared):
-                raise UnknownBank(f"there is no template bank {name!r}")
+            if old.exists and not access(old.owner, old.shared):
+                raise UnknownBank(f"There is no template bank {name!r}. GET /banks lists them.")
             created.clear()
-            created.update(entries.keys() - (old.entries.keys() - damaged))
-            known = _union(entry.classes for entry in old.entries.values())
+            created.update(entries.keys() - (old.entries.keys() - unreadable))
+            known = union_classes(entry.classes for entry in old.entries.values())
             for key in created:
                 known = merge_classes(known, entries[key].classes)
-            if len(old.entries.keys() | created) > self.max_templates:
-                raise TooLarge(f"a bank holds at most {self.max_templates} templates")
+            count = len(old.entries.keys() | created)
+            if count > self.max_templates:
+                raise TooLarge(
+                    f"Bank {name!r} would hold {count} templates, at most {self.max_templates}. Remove "
+                    "templates or use another bank."
+                )
             fresh = {key: entry for key, entry in entries.items() if key in created}
             whose = old.owner if old.exists else owner
-            return replace(old, exists=True, entries=old.entries | fresh, owner=whose) if fresh else None
+            new = replace(old, exists=True, entries=old.entries | fresh, owner=whose)
+            if quota is not None and fresh:
+                self._check_quota(name, new, quota)
+            return new if fresh else None
 
         self.store.change(name, edit, {entries[key].blob: blob for key, blob in blobs.items()})
         first = {t.id: i for i, t in reversed(list(enumerate(templates)))}
         return [t.info(name, created=t.id in created and first[t.id] == i) for i, t in enumerate(templates)]
 
     def remove(self, name: str, identity: str) -> None:
-        """Remove one template; UnknownBank, UnknownTemplate. An emptied bank stays, with no templates."""
+        """Remove one template. Raises UnknownBank, UnknownTemplate. An emptied bank stays."""
 
         def edit(old: Index) -> Index:
-            self._require(name, old)
+            _require(name, old)
             if identity not in old.entries:
-                raise UnknownTemplate(f"bank {name!r} has no template {identity!r}")
+                raise UnknownTemplate(f"Bank {name!r} has no template {identity[:80]!r}.")
             return replace(old, entries={k: v for k, v in old.entries.items() if k != identity})
 
         self.store.change(check_name(name), edit, {})
 
+    def remove_group(self, name: str, group: str) -> int:
+        """Remove all templates of a group (patient), and the bank's own weights learned from them.
+
+        Returns how many templates were removed. Raises UnknownBank.
+        """
+        removed: list[str] = []
+
+        def edit(old: Index) -> Index | None:
+            _require(name, old)
+            removed[:] = [key for key, entry in old.entries.items() if entry.group == group]
+            kept = {key: entry for key, entry in old.entries.items() if key not in removed}
+            return replace(old, entries=kept, adaptation=None) if removed else None
+
+        self.store.change(check_name(name), edit, {})
+        return len(removed)
+
     def adapt(self, name: str, adaptation: Adaptation | None, *, learned_from: Bank | None = None) -> None:
         """Serve the bank by weights of its own, or by the common ones again.
 
-        learned_from: what they were learned from. UnknownBank also where another bank has the name by now.
+        learned_from: the bank they were learned from. Raises UnknownBank, also when another bank has the name
+        by now or a template it was learned from has been removed.
         """
         blob = b"" if adaptation is None else adaptation.to_blob()
         digest = None if adaptation is None else adaptation.digest
 
         def edit(old: Index) -> Index | None:
-            self._require(name, old)
+            _require(name, old)
             if learned_from is not None and (
                 old.owner != learned_from.owner
-                or old.entries.keys().isdisjoint(template.id for template in learned_from.templates)
+                or not old.entries.keys() >= {template.id for template in learned_from.templates}
             ):
-                raise UnknownBank(f"another template bank is called {name!r} by now")
+                raise UnknownBank(
+                    f"Bank {name!r} is another one by now, or lost templates that the adaptation learned "
+                    "from. Adapt it again."
+                )
             return None if old.adaptation == digest else replace(old, adaptation=digest)
 
         self.store.change(check_name(name), edit, {} if digest is None else {digest: blob})
 
     def share(self, name: str, shared: bool) -> None:
-        """Let all keys use the bank, or its owner alone; UnknownBank."""
+        """Let all keys use the bank, or its owner alone. Raises UnknownBank."""
 
         def edit(old: Index) -> Index | None:
-            self._require(name, old)
+            _require(name, old)
             return None if old.shared == shared else replace(old, shared=shared)
 
         self.store.change(check_name(name), edit, {})
 
     def delete(self, name: str) -> None:
-        """Delete a bank and its templates; UnknownBank. Its version lives on, should it be made again."""
+        """Delete a bank and its templates, also a damaged one. Raises UnknownBank."""
 
         def edit(old: Index) -> Index:
-            self._require(name, old)
+            _require(name, old)
             return Index()
 
-        self.store.change(check_name(name), edit, {})
+        try:
+            self.store.change(check_name(name), edit, {})
+        except DamagedBank:
+            self.store.reset(name, Index())
+        with self._lock:
+            self._cache.pop(name, None)
+            self.damaged.pop(name, None)
 
     def refresh(
         self, encode: Encode, model: str, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> int:
-        """Encode anew every template whose model digest is not `model`; from now on use only `model`.
+        """Encode every template again whose model digest is not `model`; then use only `model`.
 
-        encode: templates -> the same with fresh feature and memories, or an error each; progress(done,
-        total). Returns how many were encoded. One that fails is left in the bank, out of retrieval, with a
-        warning in the log.
+        encode: templates -> the same with new feature and memories, or an error each; progress(done, total).
+        Returns how many were encoded. A template that fails stays in the bank, out of retrieval, with a
+        warning in the log. Damaged banks are set aside.
         """
         self.model = None
-        stale = [(n, t) for n in self.store.names() for t in self.get(n).templates if t.model != model]
+        stale = [(b.name, t) for b in self.all() for t in b.templates if t.model != model]
         for start in range(0, len(stale), REENCODE_BATCH):
             part = stale[start : start + REENCODE_BATCH]
             for (name, template), fresh in zip(part, encode([t for _, t in part]), strict=True):
@@ -319,6 +211,22 @@ class TemplateBanks:
             progress(min(start + REENCODE_BATCH, len(stale)), len(stale))
         self.model = model
         return len(stale)
+
+    def all(self) -> list[Bank]:
+        """Return all readable banks by name; others are in `damaged` afterwards."""
+        banks = []
+        for name in self.store.names():
+            try:
+                banks.append(self.get(name))
+            except UnknownBank:  # deleted
+                continue
+            except DamagedBank as error:
+                log.debug("bank %s is set aside: %s", name, error)
+        return banks
+
+    def list(self) -> list[BankInfo]:
+        """Return the descriptions of all readable banks by name."""
+        return [bank.info() for bank in self.all()]
 
     def _replace(self, name: str, template: Template) -> None:
         blob = template.to_blob()
@@ -331,37 +239,68 @@ class TemplateBanks:
 
         self.store.change(name, edit, {blob_digest(blob): blob})
 
-    @staticmethod
-    def _require(name: str, index: Index) -> None:
-        if not index.exists:
-            raise UnknownBank(f"there is no template bank {name!r}")
+    def _check_quota(self, name: str, new: Index, quota: Quota) -> None:
+        own = [new]
+        for other in self.store.names():
+            if other == name:
+                continue
+            try:
+                index = self.store.read(other)
+            except DamagedBank:  # its owner is not known
+                continue
+            if index.exists and index.owner == new.owner:
+                own.append(index)
+        for what, used, most in (
+            ("banks", len(own), quota.banks),
+            ("templates", sum(len(index.entries) for index in own), quota.templates),
+            ("bytes of templates", sum(index.nbytes for index in own), quota.nbytes),
+        ):
+            if most and used > most:
+                raise TooLarge(
+                    f"Key {new.owner!r} would own {used} {what}, at most {most}. Delete templates or banks, "
+                    "or ask an admin for a larger quota."
+                )
 
-    def _damaged(self, name: str) -> set[str]:
-        """Return the ids whose blob cannot be read; adding them again repairs them."""
+    def _read(self, name: str) -> Index:
+        try:
+            index = self.store.read(name)
+        except DamagedBank as error:
+            if self.damaged.get(name) != str(error):
+                log.error("%s", error)
+            self.damaged[name] = str(error)
+            self._cache.pop(name, None)
+            raise
+        self.damaged.pop(name, None)
+        return index
+
+    def _unreadable(self, name: str) -> set[str]:
+        """Return the ids of templates whose blob cannot be read; adding them again repairs them."""
         while True:
             try:
                 bank = self.get(name)
             except UnknownBank:
                 return set()
             index = self.store.read(name)
-            if index.version == bank.version:  # else what another process has just added would seem damaged
-                return index.entries.keys() - {template.id for template in bank.templates}
+            if index.state == bank.state:  # else what another process has just added would seem damaged
+                return index.entries.keys() - bank.entries.keys()
 
-    def _load(self, name: str, index: Index, cached: Bank | None) -> Bank | None:
-        """Read the templates that `cached` does not hold; None when the bank changed meanwhile."""
-        held = {(t.id, t.model): t for t in cached.templates} if cached else {}
-        templates = []
+    def _load(self, name: str, index: Index, cached: Bank | None) -> tuple[Bank, bool]:
+        """Read the templates that `cached` does not hold. Returns the bank and whether it is complete."""
+        held = {t.id: (cached.entries[t.id], t) for t in cached.templates} if cached else {}
+        templates, entries = [], {}
         for identity, entry in index.entries.items():
-            template = held.get((identity, entry.model)) or self._read_template(name, identity, entry)
+            known, template = held.get(identity, (None, None))
+            if known != entry:
+                template = self._read_template(name, identity, entry)
             if template is not None:
                 templates.append(template)
-            elif self.store.version(name) != index.version:
-                return None
+                entries[identity] = entry
         adaptation = self._read_adaptation(name, index, cached)
+        whole = len(templates) == len(index.entries) and (index.adaptation is None or adaptation is not None)
         if adaptation is not None and self.model not in (None, adaptation.model):
             adaptation = None
-        about = (self.model, adaptation, index.owner, index.shared)
-        return Bank(name, index.version, tuple(templates), *about)
+        about = (self.model, adaptation, index.owner, index.shared, entries, index.state)
+        return Bank(name, index.version, tuple(templates), *about), whole
 
     def _read_adaptation(self, name: str, index: Index, cached: Bank | None) -> Adaptation | None:
         if index.adaptation is None:
@@ -387,10 +326,7 @@ class TemplateBanks:
             log.warning("bank %s: %s; it is ignored", name, error)
             return None
 
-    def list(self) -> list[BankInfo]:
-        """Return all banks by name."""
-        found = []
-        for name in self.store.names():
-            with contextlib.suppress(UnknownBank):  # deleted meanwhile
-                found.append(self.get(name).info())
-        return found
+
+def _require(name: str, index: Index) -> None:
+    if not index.exists:
+        raise UnknownBank(f"There is no template bank {name!r}. GET /banks lists them.")

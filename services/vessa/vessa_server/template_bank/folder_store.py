@@ -2,61 +2,72 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vessa import atomic_write
-from vessa.errors import StoreUnavailable
-from vessa_server.storage.files import RETRY_AFTER_S, disk
-from vessa_server.template_bank.index import Edit, Index, checked_blob, named_blobs
+from vessa.atomic_write import write_bytes
+from vessa.errors import DamagedBank, StoreUnavailable
+from vessa_server.storage.disk_reserve import DiskReserve
+from vessa_server.storage.files import RETRY_AFTER_S, close_to_others, disk
+from vessa_server.template_bank.index import Edit, Index, checked_blob, named_blobs, state_of
+
+log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 20.0
+_SUFFIX = ".safetensors"
 
 
 class FolderStore:
-    """Keeps each bank in `<folder>/<bank>/`: `index.json` and `blobs/<sha256>.safetensors`.
+    """Keep each bank in `<folder>/<bank>/`: `index.json` and `blobs/<sha256>.safetensors`.
 
-    Files are written beside their place, synced and renamed. One lock file orders the writers, of this
-    process and of others; readers need no lock.
+    Folders have mode 0700 and files 0600. Files are written under a fresh name, synced and renamed. One lock
+    file orders the writers of all processes; readers need no lock. A reserve of disk space lets changes that
+    only remove templates succeed on a full disk.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        """Create the folder if needed; StoreUnavailable when that fails."""
+        """Create the folder if needed. Raises StoreUnavailable when that fails."""
         self.folder = Path(folder).expanduser()
-        self._versions: dict[str, tuple[tuple[int, int, int], int]] = {}
+        self._states: dict[str, tuple[tuple[int, int, int], str]] = {}
         with disk("opened"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            close_to_others(self.folder)
+        self._reserve = DiskReserve(self.folder / ".reserve")
+        self._reserve.fill()
 
     def names(self) -> list[str]:
-        """Return the existing banks, sorted."""
+        """Return the names of the existing banks and of those with a damaged index, sorted."""
         with disk("read"):
-            found = sorted(path.parent.name for path in self.folder.glob("*/index.json"))
-        return [name for name in found if self.read(name).exists]
+            found = sorted(path.parent.name for path in self.folder.glob("[!.]*/index.json"))
+        return [name for name in found if self._may_exist(name)]
 
-    def version(self, bank: str) -> int:
-        """Return the bank's version; reads the file only when it was replaced."""
+    def state(self, bank: str) -> str:
+        """Return the digest of the stored index; reads the file only when it was replaced."""
+        path = self.folder / bank / "index.json"
         with disk("read"):
             try:
-                stat = (self.folder / bank / "index.json").stat()
+                stat = path.stat()
+                signature = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+                known = self._states.get(bank)
+                if known is None or known[0] != signature:
+                    # If the file is replaced in between, the old signature makes the next call read again.
+                    known = self._states[bank] = (signature, state_of(path.read_bytes()))
             except FileNotFoundError:
-                return 0
-        signature = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        known = self._versions.get(bank)
-        if known is None or known[0] != signature:
-            # Should the file be replaced in between, the old signature makes the next call read again.
-            known = self._versions[bank] = (signature, self.read(bank).version)
+                return ""
         return known[1]
 
     def read(self, bank: str) -> Index:
         """Return the bank's index."""
         with disk("read"):
             try:
-                return Index.from_json((self.folder / bank / "index.json").read_bytes())
+                data = (self.folder / bank / "index.json").read_bytes()
             except FileNotFoundError:
                 return Index()
+        return Index.from_json(data, bank)
 
     def blob(self, bank: str, digest: str) -> bytes | None:
         """Return a blob, or None when it is missing or damaged."""
@@ -67,24 +78,52 @@ class FolderStore:
                 data = None
         return checked_blob(bank, digest, data)
 
+    def blobs(self, bank: str) -> list[str]:
+        """Return the digests under which blobs are stored."""
+        with disk("read"):
+            return sorted(p.name.removesuffix(_SUFFIX) for p in (self.folder / bank / "blobs").glob("[!.]*"))
+
     def change(self, bank: str, edit: Edit, blobs: Mapping[str, bytes]) -> Index:
-        """Apply `edit` under the lock: blobs first, then the index, then what no index names is removed."""
+        """Apply `edit` under the lock: write blobs, then the index, then remove what it does not name."""
         with self._locked():
             old = self.read(bank)
             wanted = edit(old)
             if wanted is None:
                 return old
-            new = replace(wanted, version=old.version + 1)
-            with disk("written"):
-                (self.folder / bank / "blobs").mkdir(parents=True, exist_ok=True)
-                for digest, data in named_blobs(blobs, new).items():
-                    atomic_write.write_bytes(self._blob_path(bank, digest), data)
-                atomic_write.write_bytes(self.folder / bank / "index.json", new.to_json())
-                self._sweep(bank, new)
-            return new
+            return self._store(bank, replace(wanted, version=old.version + 1), blobs)
+
+    def reset(self, bank: str, index: Index) -> Index:
+        """Store an index whatever is stored now."""
+        with self._locked():
+            return self._store(bank, index, {})
+
+    def _may_exist(self, bank: str) -> bool:
+        try:
+            return self.read(bank).exists
+        except DamagedBank:
+            return True
+
+    def _store(self, bank: str, wanted: Index, blobs: Mapping[str, bytes]) -> Index:
+        new, data = wanted.stored()
+        fresh = named_blobs(blobs, new)
+
+        def write() -> None:
+            for folder in (self.folder / bank, self.folder / bank / "blobs"):
+                folder.mkdir(exist_ok=True, mode=0o700)
+            for digest, blob in fresh.items():
+                write_bytes(self._blob_path(bank, digest), blob, 0o600)
+            write_bytes(self.folder / bank / "index.json", data, 0o600)
+            self._sweep(bank, new)
+
+        with disk("written"):
+            if fresh:
+                write()
+            else:  # nothing is added: the reserve may pay for the new index
+                self._reserve.spend(write)
+        return new
 
     def _blob_path(self, bank: str, digest: str) -> Path:
-        return self.folder / bank / "blobs" / f"{digest}.safetensors"
+        return self.folder / bank / "blobs" / f"{digest}{_SUFFIX}"
 
     def _sweep(self, bank: str, index: Index) -> None:
         # Leftovers of deleted templates and of writers that were killed. Safe: every writer holds the lock.
@@ -107,7 +146,9 @@ class FolderStore:
                 except OSError:
                     if time.monotonic() > deadline:
                         raise StoreUnavailable(
-                            "another process holds the template store's lock", retry_after=RETRY_AFTER_S
+                            f"Another process has held the template store's lock for {LOCK_WAIT_S:g} s. "
+                            "Retry later.",
+                            retry_after=RETRY_AFTER_S,
                         ) from None
                     time.sleep(0.01)
             yield

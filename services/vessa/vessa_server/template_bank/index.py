@@ -1,30 +1,33 @@
-"""The index of a template bank and the interface of its stores.
+"""Define the index of a template bank and the interface of its stores.
 
-A store holds, per bank, one versioned *index* (what the bank contains, small JSON) and immutable *blobs*
-named by their sha256 (safetensors, one a template). A change rewrites the index under a transaction, so
-another process sees either the old bank or the new one, and a process killed at any point leaves the old
-one. Versions only grow, also across the deletion of a bank: a label cached under (bank, version) can never
-be mistaken for a newer one.
+A store holds one *index* per bank (what the bank contains, small JSON) and immutable *blobs* named by their
+SHA-256 (safetensors, one per template). A change rewrites the index in a transaction: another process sees
+the old bank or the new one, and a process killed at any point leaves the old one.
+
+Two things identify a state. `Index.state` is the digest of the stored index: a cache compares it, so that a
+store restored from a backup is never mistaken for a newer one. `Index.version` only counts changes, for
+people.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from vessa.errors import StoreUnavailable
+from vessa.errors import DamagedBank
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index says about one template.
+    """Describe one template in the index.
 
-    blob: sha256 hex of its bytes; classes: {id: name} of the classes in its mask; height, width: pixels;
-    model: digest of the weights its feature and memories come from.
+    blob: SHA-256 (hex) of its bytes; classes: {id: name} of the classes in its mask; height, width: px;
+    model: digest of the weights that made its feature and memories; size: bytes of the blob, 0 when a
+    release before 0.2 wrote the entry
     """
 
     blob: str
@@ -33,14 +36,17 @@ class Entry:
     height: int
     width: int
     model: str
+    size: int = 0
 
 
 @dataclass(frozen=True)
 class Index:
-    """One state of a bank: version, whether it exists (deleted ones keep counting), id -> entry.
+    """Hold one state of a bank.
 
-    adaptation: sha256 hex of the blob with the bank's own weights, None without; owner: name of the key that
-    made the bank, None for one made before keys had names; shared: whether other keys may use it
+    version: number of changes so far, also across a deletion; exists: False for a deleted bank; entries: by
+    template id; adaptation: SHA-256 (hex) of the blob with the bank's own weights, None without; owner: name
+    of the key that made the bank, None when unknown; shared: whether other keys may use it; state: digest of
+    the stored bytes this was read from, empty for an index that is not stored yet
     """
 
     version: int = 0
@@ -49,21 +55,33 @@ class Index:
     adaptation: str | None = None
     owner: str | None = None
     shared: bool = False
+    state: str = field(default="", compare=False)
 
     @property
     def blobs(self) -> set[str]:
-        """Digests of all blobs that the bank needs."""
+        """Return the digests of all blobs that the bank needs."""
         own = set() if self.adaptation is None else {self.adaptation}
         return {entry.blob for entry in self.entries.values()} | own
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the bank's templates, estimated where the entry does not record them."""
+        return sum(entry.size or 2 * entry.height * entry.width for entry in self.entries.values())
 
     def to_json(self) -> bytes:
         """Return the index as JSON."""
         entries = {key: vars(entry) for key, entry in self.entries.items()}
-        return json.dumps(vars(self) | {"entries": entries}).encode()
+        fields = {name: value for name, value in vars(self).items() if name != "state"}
+        return json.dumps(fields | {"entries": entries}).encode()
+
+    def stored(self) -> tuple["Index", bytes]:
+        """Return the index with its state, and the bytes to store."""
+        data = self.to_json()
+        return replace(self, state=state_of(data)), data
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Index":
-        """Read what `to_json` wrote; StoreUnavailable when it is damaged."""
+    def from_json(cls, data: bytes, bank: str) -> "Index":
+        """Read what `to_json` wrote. Raises DamagedBank, which names the bank, when it is damaged."""
         try:
             raw: dict[str, Any] = json.loads(data)
             entries = {
@@ -71,24 +89,36 @@ class Index:
                 for key, value in raw["entries"].items()
             }
             about = (raw.get("adaptation"), raw.get("owner"), bool(raw.get("shared", False)))
-            return cls(int(raw["version"]), bool(raw["exists"]), entries, *about)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreUnavailable("the index of a template bank is damaged; restore the store") from error
+            version, exists = int(raw["version"]), bool(raw["exists"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise damaged(bank) from error
+        return cls(version, exists, entries, *about, state=state_of(data))
 
 
-# Returns the wanted entries and whether the bank exists, or None to change nothing. May run several times.
+def damaged(bank: str) -> DamagedBank:
+    """Return the error for a bank whose index cannot be read."""
+    return DamagedBank(
+        f"Bank {bank!r} is set aside: its index is damaged. An admin can repair it "
+        "(vessa-server store check --repair) or delete it."
+    )
+
+
+# Returns the new index, or None to change nothing. May run several times.
 Edit = Callable[[Index], Index | None]
 
 
 class Store(Protocol):
-    """Atomic, versioned keeper of bank indexes and blobs. Every method may raise StoreUnavailable."""
+    """Keep bank indexes and blobs, with atomic changes. Every method may raise StoreUnavailable.
+
+    Methods that read an index raise DamagedBank when it cannot be read.
+    """
 
     def names(self) -> list[str]:
-        """Return the existing banks, sorted."""
+        """Return the names of the existing banks and of those with a damaged index, sorted."""
         ...
 
-    def version(self, bank: str) -> int:
-        """Return the bank's version cheaply, 0 when it never existed."""
+    def state(self, bank: str) -> str:
+        """Return the digest of the stored index cheaply, empty when there is none."""
         ...
 
     def read(self, bank: str) -> Index:
@@ -100,17 +130,33 @@ class Store(Protocol):
         ...
 
     def change(self, bank: str, edit: Edit, blobs: Mapping[str, bytes]) -> Index:
-        """Apply `edit` and add those of `blobs` (by digest) that the new index names; raises the version."""
+        """Apply `edit`, store those of `blobs` (by digest) that the new index names, raise the version.
+
+        Blobs that the new index does not name are removed.
+        """
+        ...
+
+    def reset(self, bank: str, index: Index) -> Index:
+        """Store an index whatever is stored now, also in place of a damaged one; remove other blobs."""
+        ...
+
+    def blobs(self, bank: str) -> list[str]:
+        """Return the digests under which blobs of the bank are stored, damaged and unused ones too."""
         ...
 
 
 def blob_digest(data: bytes) -> str:
-    """Return the name of a blob: its sha256, hex."""
+    """Return the name of a blob: its SHA-256, hex."""
     return hashlib.sha256(data).hexdigest()
 
 
+def state_of(data: bytes) -> str:
+    """Return the identity of a stored index: the digest and the length of its bytes."""
+    return f"{blob_digest(data)}:{len(data)}"
+
+
 def named_blobs(blobs: Mapping[str, bytes], index: Index) -> dict[str, bytes]:
-    """Return the blobs that the index names: what an edit turned down must not stay behind."""
+    """Return the blobs that the index names; those of a refused edit are not stored."""
     return {digest: data for digest, data in blobs.items() if digest in index.blobs}
 
 

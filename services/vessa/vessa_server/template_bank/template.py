@@ -91,7 +91,7 @@ class Template:
     def entry(self, blob: bytes) -> Entry:
         """Return what the index says about this template."""
         height, width = self.mask.shape
-        return Entry(blob_digest(blob), self.group, self.classes, height, width, self.model)
+        return Entry(blob_digest(blob), self.group, self.classes, height, width, self.model, len(blob))
 
     def info(self, bank: str, *, created: bool = False) -> TemplateInfo:
         """Return the public description."""
