@@ -17,8 +17,8 @@ from vessa_server import evaluation
 from vessa_server.cli.main import app
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
 from vessa_server.inference.annotator import Annotator, load_annotator
-from vessa_server.inference.stage_timer import STAGES
 from vessa_server.model.weights import directory
+from vessa_server.observability.stage_timer import STAGES
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.decoder_weights import Adaptation

@@ -108,7 +108,7 @@ def evaluate(
                     rows[name].seeds.append(score_labels(dataset, cases, found))
                     labels.setdefault(variant.name, found)
                 if draw == 0 and name == variants[0]:
-                    stages = dict(annotator.clock.seconds)
+                    stages = dict(annotator.stage_seconds())
     cases = _cases(dataset, banks[0], test)
     images = sum(len(c.slices) for c in cases)
     figures = _figures(list(rows.items())) | {

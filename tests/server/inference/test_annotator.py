@@ -115,25 +115,25 @@ def test_an_image_seen_before_needs_no_pixels(annotator):
 def test_a_request_with_prompts_alone_only_decodes(annotator):
     item = query()
     first = the_only(annotator.segment([item]))
-    spent = dict(annotator.clock.seconds)
+    spent = dict(annotator.stage_seconds())
     box = np.full((2, 4), -1, np.float32)
     box[0] = 5, 5, 40, 30
     prompted = SegmentItem(item.image_id, None, "abdomen", boxes=box)
     answers = [the_only([a]) for a in annotator.segment([prompted, prompted])]
-    assert annotator.clock.seconds["language"] == spent["language"]
-    assert annotator.clock.seconds["attend"] == spent["attend"]
+    assert annotator.stage_seconds()["language"] == spent["language"]
+    assert annotator.stage_seconds()["attend"] == spent["attend"]
     assert np.array_equal(answers[0].labels, answers[1].labels)
     assert answers[0].scores != first.scores
     # another class, or another template, is another look
     annotator.segment([SegmentItem(item.image_id, None, "abdomen", template_choice="top3")])
-    assert annotator.clock.seconds["attend"] > spent["attend"]
+    assert annotator.stage_seconds()["attend"] > spent["attend"]
 
 
 def test_one_budget_counts_images_what_was_kept_of_each_class_and_templates(model, annotator):
     item = query()
     roomy = Annotator(model[0], annotator.banks, 1 << 30, model[1])
     roomy.segment([item])
-    whole, kept = roomy._held.nbytes, dict(roomy._held)
+    whole, kept = roomy._cache.nbytes, dict(roomy._cache)
     assert whole == sum(value.nbytes for value in kept.values())
     assert {key[0] for key in kept if key != item.image_id} == {"memory", "prefix"}
     grown = kept[item.image_id].nbytes
@@ -142,14 +142,14 @@ def test_one_budget_counts_images_what_was_kept_of_each_class_and_templates(mode
     tight = Annotator(model[0], annotator.banks, grown - 1, model[1])
     the_only(tight.segment([item]))
     assert not tight.holds(item.image_id)
-    assert tight._held.nbytes < grown
+    assert tight._cache.nbytes < grown
 
 
 def test_an_image_is_not_lost_to_its_neighbors_in_a_batch(model, annotator):
     first = query(1)
     size = Annotator(model[0], annotator.banks, 1 << 30, model[1])
     size.segment([first])
-    tight = Annotator(model[0], annotator.banks, size._held.nbytes, model[1])  # room for one image
+    tight = Annotator(model[0], annotator.banks, size._cache.nbytes, model[1])  # room for one image
     the_only(tight.segment([first]))
     assert tight.holds(first.image_id)
     answers = tight.segment([query(2), SegmentItem(first.image_id, None, "abdomen"), first])

@@ -1,4 +1,4 @@
-"""The C library's memory allocator, told to keep what it gets."""
+"""Tune the C library's allocator: freed memory stays with the process."""
 
 import ctypes
 import sys
@@ -8,11 +8,11 @@ _KEPT = 256 << 20  # bytes
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory be used again instead of going back to the kernel; nothing where it is not glibc.
+    """Let freed memory be reused instead of returned to the kernel; does nothing without glibc.
 
-    torch frees and asks for the same few megabytes in every layer; each time the kernel would clear the pages
-    anew. This process then holds up to 256 MiB more than it uses. Called before there are other threads, they
-    share one arena too: a thread's own gives its memory back whatever was said.
+    torch frees and allocates the same few megabytes in every layer; the kernel would clear the pages each
+    time. The process then holds up to 256 MiB more than it uses. Call this before other threads start: they
+    then share one arena. An arena of a thread's own returns its memory in spite of these options.
     """
     if not sys.platform.startswith("linux"):
         return

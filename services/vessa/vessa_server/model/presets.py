@@ -46,8 +46,8 @@ class RetrieverPreset:
 class Preset:
     """All sizes of one annotator.
 
-    language None: DINOv2 retrieval and SAM 2.1 memory alone; closer: whether a second look is taken at
-    the part of the image where the first has found something (see `vessa_server.inference.zoom`)
+    language None: DINOv2 retrieval and SAM 2.1 memory alone; closer: whether the region of
+    interest is segmented a second time, magnified (see `vessa_server.inference.region_of_interest`)
     """
 
     name: str = "nano"

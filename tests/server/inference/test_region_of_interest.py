@@ -6,9 +6,11 @@ import torch
 
 from vessa.codec import image_digest
 from vessa.mask_geometry import box_of
-from vessa_server.inference import annotator as annotator_module
+from vessa_server.inference import first_pass
 from vessa_server.inference.annotator import Annotator
-from vessa_server.inference.zoom import Found, find, prompted_box, union, window_around
+from vessa_server.inference.first_pass import read_first_pass
+from vessa_server.inference.image_views import FirstPass
+from vessa_server.inference.region_of_interest import prompted_box, union, window_around
 from vessa_server.model.geometry import Square, Window
 from vessa_server.model.weights import directory
 from vessa_server.template_bank.bank import TemplateBanks
@@ -38,17 +40,17 @@ def test_specks_beside_the_largest_piece_do_not_widen_the_window():
     logits[0, :, 2:6, 4:10] = 5
     logits[0, :, 18, 18] = 5
     square = Square(100, 200)  # 50 rows of nothing above the image
-    found = find(logits, [1, 4], square)
+    found = read_first_pass(logits, [1, 4], square)
     assert found.box == (40, -30, 100, 10)
     assert found.areas == {1: 2500, 4: 0}
     assert found.layout(Window(0, 0, 100)) == {1: 0.5, 4: 0}
     logits[1, :, 0:2, 0:2] = 9
-    assert find(logits, [1, 4], square).box == (0, -50, 100, 10)
+    assert read_first_pass(logits, [1, 4], square).box == (0, -50, 100, 10)
     logits[0, :, 16:20, 16:20] = 5  # a second piece, as of many nuclei
-    assert find(logits, [1, 4], square).box == (0, -50, 200, 150)
+    assert read_first_pass(logits, [1, 4], square).box == (0, -50, 200, 150)
     inside = Square(100, 200, Window(10, 20, 40))
-    assert find(logits[:1, :, :12], [1], inside).box == (28, 14, 40, 22)
-    nothing = find(-torch.ones(1, 1, 20, 20), [1], square)
+    assert read_first_pass(logits[:1, :, :12], [1], inside).box == (28, 14, 40, 22)
+    nothing = read_first_pass(-torch.ones(1, 1, 20, 20), [1], square)
     assert nothing.box is None
     assert nothing.layout(Window(0, 0, 10)) is None
 
@@ -123,7 +125,7 @@ BOX = np.array([[34, 22, 46, 32]], np.float32)
 
 def found_there(monkeypatch, box):
     """Untrained weights find anything; where they find it is told here."""
-    monkeypatch.setattr(annotator_module, "find", lambda logits, ids, square: Found(box, {1: 100.0}))
+    monkeypatch.setattr(first_pass, "read_first_pass", lambda logits, ids, square: FirstPass(box, {1: 100.0}))
 
 
 def test_templates_are_seen_whole_and_closely(annotator):
@@ -149,12 +151,13 @@ def test_nothing_is_drawn_outside_of_a_closer_look(annotator, monkeypatch):
 def test_a_closer_look_is_kept_with_its_image(annotator, monkeypatch):
     found_there(monkeypatch, (30.0, 20.0, 50.0, 40.0))
     first = annotator.segment([asked()])[0]
-    spent = dict(annotator.clock.seconds)
+    spent = dict(annotator.stage_seconds())
     by_id = SegmentItem(asked().image_id, None, "bank")
     point = {"points": np.array([[[36, 28]]], np.float32), "point_labels": np.array([[1]], np.int8)}
     again, prompted = annotator.segment([by_id, SegmentItem(by_id.image_id, None, "bank", **point)])
     for stage in ("encode", "language", "attend"):
-        assert annotator.clock.seconds[stage] == spent[stage], stage  # prompts inside the window only decode
+        # A prompt inside the window only runs the mask decoder.
+        assert annotator.stage_seconds()[stage] == spent[stage], stage
     assert (first.labels != again.labels).mean() < 1e-2
     assert not np.array_equal(again.confidence, prompted.confidence)
 
@@ -185,9 +188,9 @@ def test_many_windows_on_one_image_in_one_batch(annotator, monkeypatch):
     for item, result in zip(items, together, strict=True):
         alone = annotator.segment([item])[0]
         assert (alone.labels != result.labels).mean() < 1e-2
-    seen = annotator._held.get(items[0].image_id)
-    assert len(seen.closer) == 4
-    assert annotator._held.nbytes == sum(held.nbytes for _, held in annotator._held)
+    view = annotator._cache.get(items[0].image_id)
+    assert len(view.zoomed) == 4
+    assert annotator._cache.nbytes == sum(held.nbytes for _, held in annotator._cache)
 
 
 def test_weights_from_before_the_second_look_look_once(nano_weights, tmp_path, monkeypatch):
@@ -197,6 +200,6 @@ def test_weights_from_before_the_second_look_look_once(nano_weights, tmp_path, m
     annotator.banks.add(
         "bank", annotator.encode_templates([TemplateItem(*example(1), {1: "liver"}, "patient1")])
     )
-    monkeypatch.setattr(annotator_module, "find", lambda *_: pytest.fail("no first look was due"))
+    monkeypatch.setattr(first_pass, "read_first_pass", lambda *_: pytest.fail("no first look was due"))
     annotator.segment([asked()])
     assert annotator.banks.get("bank").templates[0].close is None

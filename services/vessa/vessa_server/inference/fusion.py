@@ -1,0 +1,49 @@
+"""Fuse the masks of all classes into one label map: p_v = softmax over [0, z_1 .. z_K] (Sec. 3.2, p_v)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vessa.schemas import TemplateUse
+from vessa_server.inference.query import ClassQuery, Query
+from vessa_server.types import SegmentResult
+
+
+def fuse(query: Query, classes: Sequence[ClassQuery], masks: Sequence[tuple[Tensor, float]]) -> SegmentResult:
+    """Fuse the classes' mask logits on the image's own grid; the background has logit 0.
+
+    masks: logits (1, 1, h, w) and predicted IoU of each class
+    Pixels outside the zoomed view are background with full confidence.
+    """
+    item, square = query.item, query.view.square
+    size, adaptation = query.whole.image.shape[:2], query.bank.adaptation
+    logits = square.leave(torch.cat([mask for mask, _ in masks], dim=1))[0]  # (K, h, w)
+    probability = torch.cat([torch.zeros_like(logits[:1]), logits]).softmax(0)
+    confidence, winner = probability.max(0)
+    ids = np.array([0] + [c.class_id for c in classes], np.uint8)
+    labels, confidences = np.zeros(size, np.uint8), np.full(size, 255, np.uint8)
+    labels[square.seen] = ids[winner.cpu().numpy()]
+    confidences[square.seen] = (confidence * 255).round().byte().cpu().numpy()
+    probabilities = None
+    if item.probabilities:
+        probabilities = np.zeros((len(ids), *size), np.float16)
+        probabilities[0] = 1
+        probabilities[:, *square.seen] = probability.half().cpu().numpy()
+    return SegmentResult(
+        image_id=item.image_id,
+        labels=labels,
+        confidence=confidences,
+        probabilities=probabilities,
+        class_ids=tuple(c.class_id for c in classes),
+        class_names=tuple(c.class_name for c in classes),
+        scores={c.class_name: round(score, 4) for c, (_, score) in zip(classes, masks, strict=True)},
+        templates={
+            c.class_name: [TemplateUse(id=t.id, group=t.group, similarity=round(s, 4)) for t, s in c.matches]
+            for c in classes
+        },
+        bank_version=query.bank.version,
+        bank_digest=query.bank.digest,
+        adaptation=None if adaptation is None else adaptation.digest,
+    )
