@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from vessa.errors import QueueFull, UnknownBank, VessaError
 from vessa.schemas import AdaptationInfo
-from vessa_server.adaptation.finetune import adapt
 from vessa_server.model.vessa import Vessa
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.retrieval import Bank
@@ -84,6 +83,9 @@ class AdaptationRunner:
             self._states[_key(bank)] = AdaptationInfo(
                 bank=bank.name, state="running", progress=min(share, 1.0)
             )
+
+        # Imported here: it brings all of Stage 1's data code, which a worker that never adapts need not load.
+        from vessa_server.adaptation.finetune import adapt
 
         try:
             found, figures = adapt(
