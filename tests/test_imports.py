@@ -1,56 +1,14 @@
-"""Who may import whom: the rules that keep the client free of torch and the two processes apart."""
+"""Hold the import rules by folder: the client free of torch, the two sides apart, no circles."""
 
 from __future__ import annotations
 
 import ast
+import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
+import layout
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {
-    "vessa": ROOT / "shared" / "vessa",
-    "vessa_server": ROOT / "services" / "vessa" / "vessa_server",
-    "vessa_trainer": ROOT / "trainer" / "vessa_trainer",
-}
-TORCH = {"torch", "torchvision", "timm", "sam2", "transformers"}
-WEB = {"fastapi", "starlette", "uvicorn"}
-# In the server: the folders and modules that may speak HTTP, and those that may know torch.
-HTTP_PARTS = {"app", "api"}
-TORCH_PARTS = {"adaptation", "inference", "model", "pretraining"}
-
-
-def modules(package: str) -> list[Path]:
-    """All Python files of one distribution's package."""
-    return sorted(PACKAGES[package].rglob("*.py"))
-
-
-def imported(source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of every import, also those inside functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            # ruff's TID252 bans relative imports; one that got in would escape these rules
-            assert node.level == 0, f"relative import on line {node.lineno}"
-            yield node.lineno, node.module or ""
-
-
-def breaches(package: str, forbidden: set[str], exempt: set[str] | None = None) -> list[str]:
-    """Return 'file:line imports name' for each forbidden top-level name outside `exempt`."""
-    base = PACKAGES[package]
-    found = []
-    for path in modules(package):
-        part = path.relative_to(base).with_suffix("").parts[0]
-        if part in (exempt or set()):
-            continue
-        for line, name in imported(path.read_text(encoding="utf-8")):
-            if name.split(".")[0] in forbidden:
-                found.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
-    return found
+from layout import HTTP_PARTS, PACKAGES, TORCH, TORCH_PARTS, WEB, breaches, imported, modules
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -70,12 +28,12 @@ def test_package_keeps_to_its_side(package: str, forbidden: set[str]) -> None:
     assert breaches(package, forbidden) == []
 
 
-def test_web_framework_stays_in_app_and_api() -> None:
-    assert breaches("vessa_server", WEB, exempt=HTTP_PARTS) == []
+def test_web_framework_stays_in_its_parts() -> None:
+    assert breaches("vessa_server", WEB, HTTP_PARTS) == []
 
 
 def test_torch_stays_in_its_four_folders() -> None:
-    assert breaches("vessa_server", TORCH, exempt=TORCH_PARTS) == []
+    assert breaches("vessa_server", TORCH, TORCH_PARTS) == []
 
 
 def test_model_and_pretraining_know_nothing_of_the_service() -> None:
@@ -90,24 +48,47 @@ def test_model_and_pretraining_know_nothing_of_the_service() -> None:
         "template_bank",
         "volume_jobs",
     }
-    base = PACKAGES["vessa_server"]
     found = [
-        f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for part in ("model", "pretraining")
-        for path in sorted((base / part).rglob("*.py"))
-        for line, name in imported(path.read_text(encoding="utf-8"))
-        if name.split(".")[0] == "vessa_server" and name.split(".")[1:2] and name.split(".")[1] in above
+        f"{module.name}:{line} imports {name}"
+        for module in modules("vessa_server")
+        if module.part in ("model", "pretraining")
+        for line, name in imported(module)
+        if name.split(".")[0] == "vessa_server" and name.split(".")[1] in above
     ]
     assert found == []
 
 
+def test_modules_import_each_other_in_no_circle() -> None:
+    found = [module for package in PACKAGES for module in modules(package)]
+    assert layout.circles(layout.import_graph(found)) == []
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"d"}}
+    assert layout.circles(graph) == [["a", "b", "c"]]
+
+
+def test_folders_stay_narrow() -> None:
+    sizes = layout.folder_sizes([module for package in PACKAGES for module in modules(package)])
+    assert {folder: size for folder, size in sizes.items() if size > 12} == {}
+
+
+def test_layout_ends_in_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    layout.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["circles"] == figures["fastapi_outside"] == figures["torch_outside"] == 0
+    assert figures["widest_folder"] <= 12
+
+
 @pytest.mark.parametrize(
-    "path", [path for package in PACKAGES for path in modules(package) if path.name == "losses.py"], ids=str
+    "module",
+    [m for package in PACKAGES for m in modules(package) if m.path.name == "losses.py"],
+    ids=lambda module: module.name,
 )
-def test_losses_import_torch_alone(path: Path) -> None:
+def test_losses_import_torch_alone(module: layout.Module) -> None:
     others = {
         name.split(".")[0]
-        for _, name in imported(path.read_text(encoding="utf-8"))
+        for _, name in imported(module)
         if name.split(".")[0] not in {"torch", *sys.stdlib_module_names}
     }
     assert others == set()
@@ -116,23 +97,20 @@ def test_losses_import_torch_alone(path: Path) -> None:
 def test_no_module_is_named_after_a_dependency_or_after_nothing() -> None:
     dependencies = {"redis", "torch", "numpy", "httpx", "pydantic", "safetensors", "training", *TORCH, *WEB}
     nothing = {"utils", "util", "helpers", "helper", "misc", "common"}
-    names = {path: path.stem for package in PACKAGES for path in modules(package)}
-    names |= {path.parent: path.parent.name for path in names if path.name == "__init__.py"}
-    assert [str(path) for path, name in names.items() if name in dependencies | nothing] == []
+    names = [module.name for package in PACKAGES for module in modules(package)]
+    assert [name for name in names if name.rpartition(".")[2] in dependencies | nothing] == []
 
 
 def test_nothing_runs_code_from_a_file() -> None:
     """No pickle, no torch.load of objects, no YAML tags, no pickled arrays."""
     found = []
-    for path in (path for package in PACKAGES for path in modules(package)):
-        source = path.read_text(encoding="utf-8")
-        where = path.relative_to(ROOT)
+    for module in (module for package in PACKAGES for module in modules(package)):
         found += [
-            f"{where}:{line} imports {name}"
-            for line, name in imported(source)
+            f"{module.name}:{line} imports {name}"
+            for line, name in imported(module)
             if name.split(".")[0] in {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
         ]
-        found += [f"{where}:{call.lineno}" for call in ast.walk(ast.parse(source)) if _runs_code(call)]
+        found += [f"{module.name}:{call.lineno}" for call in ast.walk(module.tree) if _runs_code(call)]
     assert found == []
 
 

@@ -65,11 +65,11 @@ def sentences(text: str) -> Iterator[tuple[int, str]]:
             blocks.append((start, words))
             start, words = number + (not line.strip()), ""
         words += " " + re.sub(r"^\s*([-*]|\d+\.|#+|>)\s", "", line).strip()
-    for start, block in [*blocks, (start, words)]:
+    for first, block in [*blocks, (start, words)]:
         plain = re.sub(r"`[^`]*`", "CODE", re.sub(r"\]\([^)]*\)", "]", block))
         for sentence in re.split(r"(?<=[.!?:])[)*\"]*\s+(?=[^a-z])", plain):
             if sentence.strip():
-                yield start, sentence.strip()
+                yield first, sentence.strip()
 
 
 def too_long(text: str) -> list[str]:
@@ -85,7 +85,9 @@ def modules() -> list[Path]:
 
 
 def test_sentences_are_short() -> None:
-    found = [f"{path.relative_to(ROOT)} {line}" for path in markdown_files() for line in too_long(path.read_text())]
+    found = [
+        f"{path.relative_to(ROOT)} {line}" for path in markdown_files() for line in too_long(path.read_text())
+    ]
     assert found == []
 
 
