@@ -23,7 +23,7 @@ SHELL := /bin/sh
 PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
            tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
            tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
-.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-compose test-vllm test-ray nginx docs docs-serve layout check-prose
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
 
 BIN := .venv/bin
 # The stamp is named by what setup installs, so that a change of the lock is noticed and a fresh checkout's
@@ -112,6 +112,10 @@ bench-scale: setup redis nginx
 
 test-compose: setup
 	@$(BIN)/python tests/compose/run.py $(ARGS)
+
+# Takes minutes: the wheels are installed into a fresh environment, which runs the README.
+dist: setup redis
+	$(BIN)/python scripts/dist.py
 
 layout: setup
 	@$(BIN)/python scripts/layout.py

@@ -100,6 +100,15 @@ def test_distributions_agree_on_version_license_and_python() -> None:
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_package_and_changelog_carry_the_version_of_the_distribution(name: str) -> None:
+    package = DISTRIBUTIONS[name] / name.replace("-", "_") / "__init__.py"
+    version = project(name)["version"]
+    assert f'__version__ = "{version}"' in package.read_text(encoding="utf-8")
+    assert f"## {version} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_each_distribution_has_its_command(name: str) -> None:
     assert project(name)["scripts"] == {name: f"{name.replace('-', '_')}.cli:main"}
 

@@ -1,3 +1,3 @@
 """Semi-supervised segmentation with an EMA teacher and, when asked, labels from a VESSA annotator."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
