@@ -243,7 +243,7 @@ def predict(
     ],
     flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: slower.")] = False,
     axis: Annotated[
-        str, typer.Option(help="How volumes are cut: auto, axial, coronal or sagittal.")
+        str, typer.Option(help="How volumes are cut: auto (as in training), axial, coronal or sagittal.")
     ] = "auto",
     nifti: Annotated[bool, typer.Option("--nifti", help="NIfTI for DICOM, too.")] = False,
     as_json: Json = False,
@@ -253,7 +253,13 @@ def predict(
 
     result = run_on(run, source, out, _console, flips=flips, axis=axis, nifti=nifti)
     _say(f"{result['masks']} masks in {out}, {result['skipped']} were there")
+    for name, why in result["failed"].items():
+        _say(f"no mask {name}: {why}", style="red")
+    if result["failed"]:
+        _say(f"{len(result['failed'])} files could not be segmented", style="red")
     _finish(result, as_json)
+    if result["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

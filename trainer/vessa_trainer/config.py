@@ -36,6 +36,7 @@ class DataConfig:
     unlabeled: split file of the training patients
     val: split file of the validation patients, which choose the checkpoint
     test: split file of the test patients, which are scored once
+    channel: name or number of the channel to learn from, for nnU-Net data sets with several
     split_seed: seed of the drawn splits
     labeled_groups: labeled patients of drawn splits; null takes all annotated ones where others are not
     annotated, else 1
@@ -50,6 +51,7 @@ class DataConfig:
     unlabeled: str = "splits/train.txt"
     val: str = "splits/val.txt"
     test: str = "splits/test.txt"
+    channel: str | None = None
     split_seed: int = 0
     labeled_groups: int | None = None
     val_share: float = 0.1

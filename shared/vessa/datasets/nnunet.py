@@ -23,9 +23,9 @@ class NnUnet(Dataset):
 
     A slice is the array at [:, :, z] transposed, so that rows run along the second axis; nothing is
     flipped (this is the order in which ITK, and so nnU-Net, sees the file), and spacing comes from
-    the header as (z, y, x) mm. Intensities become uint8 as everywhere (`vessa.volumes.Volume.shown`). The
-    first channel is used. A case is its own group unless dataset.json has {"groups": {case: group}},
-    which nnU-Net ignores.
+    the header as (z, y, x) mm. Intensities become uint8 as everywhere (`vessa.volumes.Volume.shown`). One
+    channel is read, the first unless `select_channel` chose another. A case is its own group unless
+    dataset.json has {"groups": {case: group}}, which nnU-Net ignores.
     """
 
     def __init__(self, root: Path) -> None:
@@ -42,7 +42,12 @@ class NnUnet(Dataset):
             raise InvalidDataset(
                 f'{self.root}/dataset.json must hold {{"labels": {{"background": 0, ...}}}} with an id each'
             ) from error
-        self.modality = str(channels.get("0", "")) if isinstance(channels, dict) else ""
+        names = channels if isinstance(channels, dict) else {}
+        self.channels: tuple[str, ...] = tuple(
+            str(names[str(i)]) for i in range(len(names)) if str(i) in names
+        )
+        self.channel = 0
+        self.modality = self.channels[0] if self.channels else ""
         self.licence = str(meta.get("licence", meta.get("license", "")))
         if not self._files:
             raise InvalidDataset(f"{self.root} holds no imagesTr/<case>{_CHANNEL}.nii.gz")
@@ -73,13 +78,28 @@ class NnUnet(Dataset):
         """Return all cases, sorted by name."""
         return self._cases
 
+    def select_channel(self, channel: str) -> None:
+        """Read this channel from now on. channel: its name or its number. Raises InvalidDataset."""
+        numbers = {name: i for i, name in enumerate(self.channels)}
+        numbers |= {str(i): i for i in range(max(1, len(self.channels)))}
+        if channel not in numbers:
+            raise InvalidDataset(
+                f"'{self.name}' has no channel '{channel}'; it has {', '.join(self.channels)}"
+            )
+        self.channel = numbers[channel]
+        self.modality = self.channels[self.channel] if self.channels else ""
+
     def volume_path(self, case: Case) -> Path:
-        """Return the file that holds a case's image."""
-        return self._files[case.name]
+        """Return the file that holds a case's image in the selected channel."""
+        return self._channel_file(case.name)
+
+    def _channel_file(self, case: str) -> Path:
+        first = self._files[case]
+        return first.with_name(first.name.replace(f"{_CHANNEL}.nii", f"_{self.channel:04d}.nii"))
 
     def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels, uint8 (H, W)."""
-        return _volume(self._files[item.case]).image(2, item.index)
+        return _volume(self._channel_file(item.case)).image(2, item.index)
 
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
         """Return the class ids, uint8 (H, W); None for a case without labels.

@@ -13,7 +13,6 @@ from vessa.volumes.nifti import read_nifti_header
 from vessa_trainer.data.training_data import TrainingData
 
 NNUNET_AXIS = 2  # along which nnU-Net data sets are cut, see `vessa.datasets.NnUnet`
-_PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 _RULES = {
     "volume": "uint8 by the volume's window, else by its 0.5 and 99.5 percentiles",
     "case": "uint8 by the smallest and largest value of the case",
@@ -25,10 +24,13 @@ _RULES = {
 class Geometry:
     """How training images came out of their files.
 
-    layout: class of the data set; axis: array axis of the volumes that slices were cut along, None for
-    pictures; orientations: of the training volumes, such as "LPS"; intensities: how values became uint8;
-    spacing: smallest and largest pixel spacing in the slices, mm, None where unknown; stored_ids: the ids
-    that predicted masks hold, background first
+    layout: class of the data set
+    axis: array axis along which volumes were cut, None for pictures
+    orientations: of the training volumes, such as "LPS"
+    intensities: how values became uint8
+    spacing: smallest and largest pixel spacing in the slices, mm, None where unknown
+    stored_ids: the ids that predicted masks hold, background first
+    channel: number of the channel that was read
     """
 
     layout: str
@@ -37,6 +39,7 @@ class Geometry:
     intensities: str
     spacing: tuple[float, float] | None
     stored_ids: tuple[int, ...]
+    channel: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint's metadata."""
@@ -53,18 +56,49 @@ class Geometry:
             data["intensities"],
             None if spacing is None else (spacing[0], spacing[1]),
             tuple(data["stored_ids"]),
+            data["channel"],
         )
-
-    @property
-    def planes(self) -> tuple[str, ...]:
-        """Anatomical planes of the training slices: axial, coronal or sagittal."""
-        return () if self.axis is None else tuple(sorted({_PLANES[o[self.axis]] for o in self.orientations}))
 
 
 def orientation_of(affine: np.ndarray) -> str:
     """Return the directions of a volume's axes, such as "LPS"."""
     codes: Any = nib.orientations.aff2axcodes(affine)
     return "".join(code or "?" for code in codes)
+
+
+def turned(array: np.ndarray, affine: np.ndarray, orientation: str) -> np.ndarray:
+    """Turn a volume (I, J, K) so that its axes run along an orientation; nothing is resampled."""
+    return _turn(array, _orientation(affine), _target(orientation))
+
+
+def turned_back(array: np.ndarray, affine: np.ndarray, orientation: str) -> np.ndarray:
+    """Undo `turned`: return the array in the order of the volume with this affine."""
+    return _turn(array, _target(orientation), _orientation(affine))
+
+
+def turned_spacing(
+    spacing: tuple[float, float, float], affine: np.ndarray, orientation: str
+) -> tuple[float, float, float]:
+    """Return the spacing along the axes of a volume that `turned` has turned."""
+    transform: Any = nib.orientations.ornt_transform(_orientation(affine), _target(orientation))
+    found = [0.0, 0.0, 0.0]
+    for own, (axis, _) in zip(spacing, transform, strict=True):
+        found[int(axis)] = own
+    return found[0], found[1], found[2]
+
+
+def _orientation(affine: np.ndarray) -> Any:
+    return nib.orientations.io_orientation(affine)
+
+
+def _target(orientation: str) -> Any:
+    return nib.orientations.axcodes2ornt(tuple(orientation))
+
+
+def _turn(array: np.ndarray, start: Any, end: Any) -> np.ndarray:
+    transform: Any = nib.orientations.ornt_transform(start, end)
+    found: np.ndarray = nib.orientations.apply_orientation(array, transform)
+    return found
 
 
 def geometry_of(dataset: Dataset, cases: Sequence[Case]) -> Geometry:
@@ -85,4 +119,5 @@ def geometry_of(dataset: Dataset, cases: Sequence[Case]) -> Geometry:
         intensities=_RULES[rule],
         spacing=(min(spacings), max(spacings)) if spacings else None,
         stored_ids=stored_ids,
+        channel=source.channel if isinstance(source, NnUnet) else 0,
     )

@@ -56,6 +56,12 @@ def _about_patients(dataset: Dataset, examination: Examination) -> tuple[list[st
         warnings.append(
             f"all {len(items)} images are of one patient, '{example.group}'. If they are not, {change}"
         )
+    channels = getattr(getattr(dataset, "source", dataset), "channels", ())
+    if len(channels) > 1:
+        warnings.append(
+            f"{len(channels)} channels ({', '.join(channels)}): a run learns from one. Choose it with "
+            f"--set data.channel={channels[-1]}"
+        )
     ignored = sum(patient.ignored for patient in patients.values())
     if ignored:
         warnings.append(f"{ignored} masks mark pixels to ignore: they are neither learned from nor scored")

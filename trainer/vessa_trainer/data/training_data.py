@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vessa.datasets import Case, Dataset, Slice, open_dataset
+from vessa.datasets import Case, Dataset, NnUnet, Slice, open_dataset
 from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset
+from vessa_trainer.config import DataConfig
 
 _UNNAMED = -1
 
@@ -75,9 +76,24 @@ class TrainingData(Dataset):
         return self.source.has_split(name_or_path)
 
 
-def open_training_data(root: str | Path) -> TrainingData:
-    """Open the data set in a folder for training. Raises InvalidDataset."""
-    return TrainingData(open_dataset(root))
+def open_training_data(config: DataConfig) -> TrainingData:
+    """Open the data set of a config for training.
+
+    Raises InvalidDataset, also for several channels of which the config chooses none.
+    """
+    source = open_dataset(config.root)
+    channels = source.channels if isinstance(source, NnUnet) else ()
+    if config.channel is not None and isinstance(source, NnUnet):
+        source.select_channel(config.channel)
+    elif config.channel is not None:
+        raise InvalidDataset(f"data.channel is '{config.channel}', but '{source.name}' has no named channels")
+    elif len(channels) > 1:
+        raise InvalidDataset(
+            f"'{source.name}' has {len(channels)} channels ({', '.join(channels)}); a student learns from "
+            "one. "
+            f"Choose it: --set data.channel={channels[-1]}"
+        )
+    return TrainingData(source)
 
 
 def to_stored(labels: np.ndarray, stored_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Shown
 
-from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset
 from vessa.report.cases import annotated, best_median_worst
 from vessa.report.page import Page
 from vessa.report.tables import Row, Table, cards, missed, table
 from vessa_trainer.config import DEFAULT_METHODS, Config, shareable
 from vessa_trainer.data.splits import cases_of, read_splits
+from vessa_trainer.data.training_data import open_training_data
 from vessa_trainer.experiments.methods import Runs, find_methods, run_methods
 from vessa_trainer.reporting.plots import bars_figure, comparison_figure
 
@@ -43,7 +43,7 @@ def compare(
     budgets = _budgets(config, labeled)
     results: dict[str, dict[str, Any]] = {}
     for name, budget in budgets.items():
-        dataset = open_dataset(budget.data.root)
+        dataset = open_training_data(budget.data)
         cases = annotated(dataset, cases_of(dataset, read_splits(dataset, budget.data).test))
         if not cases:
             raise InvalidDataset("no test patient has a mask: there is nothing to compare by")
@@ -84,7 +84,7 @@ def _budgets(config: Config, labeled: Sequence[str]) -> dict[str, Config]:
 
 
 def _write_page(config: Config, runs: Runs, seeds: int) -> None:
-    dataset, rows = open_dataset(config.data.root), runs.rows()
+    dataset, rows = open_training_data(config.data), runs.rows()
     splits = read_splits(dataset, config.data)
     out, classes = Path(config.out), list(rows[0].seeds[0].by_class)
     page = Page(f"{dataset.name}: {', '.join(m.title for m in runs.methods)}")

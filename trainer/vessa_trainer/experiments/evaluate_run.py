@@ -23,7 +23,7 @@ def evaluate_run(run: Path, split: str, data: Path | None) -> tuple[str, Scores]
     config = load_config(run / "config.yaml")
     if data is not None:
         config = replace(config, data=replace(config.data, root=str(data)))
-    dataset = open_training_data(config.data.root)
+    dataset = open_training_data(config.data)
     model, channels, classes = load_best(run, config)
     if classes != dataset.classes:
         raise InvalidDataset(

@@ -10,12 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from vessa import atomic_write
-from vessa.datasets import Dataset, open_dataset
+from vessa.datasets import Dataset
 from vessa.errors import InvalidConfig, InvalidDataset
 from vessa.report.cases import annotated
 from vessa.report.tables import Row, missed
 from vessa_trainer.config import Config, overlaid
 from vessa_trainer.data.splits import cases_of
+from vessa_trainer.data.training_data import open_training_data
 from vessa_trainer.experiments.compare import METRICS, figures
 from vessa_trainer.experiments.methods import Runs, find_methods, run_methods
 from vessa_trainer.reporting.plots import bars_figure, budgets_figure
@@ -129,7 +130,7 @@ def run_table(
     served. Returns figures by percent. Raises what `run_methods` does.
     """
     published, out = TABLES[name], Path(config.out)
-    dataset = open_dataset(config.data.root)
+    dataset = open_training_data(config.data)
     split = split_patients(dataset, config.data.split_seed)
     if not annotated(dataset, cases_of(dataset, split.test)):
         raise InvalidDataset("no test patient has a mask: there is nothing to score")

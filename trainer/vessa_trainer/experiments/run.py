@@ -66,7 +66,7 @@ class RunData:
 
 def open_run_data(config: Config) -> RunData:
     """Open every file that a run needs. Raises InvalidDataset that names what would spoil the training."""
-    data = open_training_data(config.data.root)
+    data = open_training_data(config.data)
     plan, examination = plan_splits(data, config.data), examine(data)
     require_trainable(config, plan, examination)
     return RunData(data, plan, examination, data_identity(data, plan, examination))

@@ -1,10 +1,11 @@
-"""What `vessa-trainer predict` reads and writes: each output file, its images and its format."""
+"""Find what `vessa-trainer predict` reads and writes: each output file, its images and its format."""
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -12,35 +13,34 @@ import numpy as np
 from PIL import Image
 
 from vessa.datasets import Case, Dataset, NnUnet, Slice, Ssl4mis, open_dataset
-from vessa.errors import InvalidDataset, VessaError
+from vessa.errors import InvalidDataset
 from vessa.images import read_image
-from vessa.volumes import Volume, is_volume, read_volume, write_labels
-from vessa.volumes.grid import slice_of
+from vessa.volumes import is_volume
+from vessa_trainer.prediction.volumes import CutVolume, VolumeOptions
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_NIFTI = (".nii", ".nii.gz")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")  # as nnU-Net names its images
 
 
 @dataclass(frozen=True)
 class Output:
-    """One file to write. name: in the output folder; images: reads its slices, uint8 (H, W[, 3]).
+    """One file to write.
 
-    encode: makes the file's bytes of their class ids, uint8 (H, W) each; inputs: the files it is made of.
+    name: in the output folder
+    images: reads its slices, uint8 (H, W[, 3])
+    encode: makes the file's bytes of their class ids, uint8 (H, W) each
+    inputs: the files it is made of
+    caution: says what differs from training, None where nothing does
+    is_volume: whether the images are the slices of one volume
     """
 
     name: str
     images: Callable[[], Sequence[np.ndarray]]
     encode: Callable[[list[np.ndarray]], bytes]
     inputs: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True)
-class VolumeOptions:
-    """How volumes are cut (see `Volume.axis`) and written; nifti: also for DICOM; source: of the labels."""
-
-    axis: str
-    nifti: bool
-    classes: dict[int, str]
-    source: str
+    caution: Callable[[], str | None] = lambda: None
+    is_volume: bool = False
 
 
 def find_outputs(source: Path, options: VolumeOptions) -> list[Output]:
@@ -67,11 +67,9 @@ def _in_data_set(folder: Path, options: VolumeOptions) -> list[Output]:
     except InvalidDataset:
         return []
     if isinstance(dataset, NnUnet):
-        # cut as in training, along the last axis
-        return [
-            _nifti(dataset.volume_path(case), f"{case.name}.nii.gz", options, axis=2)
-            for case in dataset.cases()
-        ]
+        # File by file, so that one damaged file does not hide the others.
+        parts = [folder / name for name in ("imagesTr", "imagesTs") if (folder / name).is_dir()]
+        return [output for part in parts for output in _nifti_files(part, options)]
     if isinstance(dataset, Ssl4mis):
         return [_hdf5(dataset, case) for case in dataset.cases()]
     return [_slice(dataset, item) for item in dataset.slices()]
@@ -80,14 +78,44 @@ def _in_data_set(folder: Path, options: VolumeOptions) -> list[Output]:
 def _in_folder(folder: Path, options: VolumeOptions) -> list[Output]:
     if is_volume(folder):
         return [_volume(folder, options)]
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = _files(folder) if folder.is_dir() else []
     found = [_picture(p) for p in files if p.suffix.lower() in _PICTURES]
-    found += [_volume(p, options) for p in files if p.name.endswith((".nii", ".nii.gz"))]
+    found += _nifti_files(folder, options) if folder.is_dir() else []
     if not found:
         raise InvalidDataset(
             f"{folder} is no data set and holds no PNG, JPEG or TIFF images, NIfTI files or DICOM series"
         )
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder by name, without hidden ones such as macOS's ._ files."""
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+
+
+def _nifti_files(folder: Path, options: VolumeOptions) -> list[Output]:
+    """List the NIfTI files of a folder; of nnU-Net's files of several channels those of the run's channel."""
+    files = [p for p in _files(folder) if p.name.lower().endswith(_NIFTI)]
+    cases = {p: match for p in files if (match := _CHANNEL.fullmatch(_stem(p)))}
+    channels = {match["channel"] for match in cases.values()}
+    if not _by_channel(options) or len(cases) < len(files):
+        return [_volume(p, options) for p in files]
+    wanted = f"{options.geometry.channel:04d}" if options.geometry is not None else "0000"
+    if wanted not in channels:
+        raise InvalidDataset(
+            f"{folder} holds the channels {', '.join(sorted(channels))}; the run was trained on channel "
+            f"{wanted}"
+        )
+    return [_volume(p, options) for p, match in cases.items() if match["channel"] == wanted]
+
+
+def _by_channel(options: VolumeOptions) -> bool:
+    """Whether files are named as in nnU-Net: so they are where the run was trained on such files."""
+    return options.geometry is not None and options.geometry.layout == NnUnet.__name__
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def _picture(path: Path) -> Output:
@@ -114,50 +142,24 @@ def _hdf5(dataset: Ssl4mis, case: Case) -> Output:
         return data.getvalue()
 
     folders = tuple(dataset.root / name / "_" for name in (".", "data", "data/slices"))
-    return Output(f"{case.name}.h5", lambda: [dataset.image(s) for s in case.slices], encode, folders)
+    return Output(
+        f"{case.name}.h5", lambda: [dataset.image(s) for s in case.slices], encode, folders, is_volume=True
+    )
 
 
 def _volume(path: Path, options: VolumeOptions) -> Output:
+    """A volume as labels on its grid; nnU-Net's channel number is no part of the case's name."""
     name = path.resolve().name
-    if name.endswith((".nii", ".nii.gz")):
-        return _nifti(path, f"{name.split('.nii')[0]}.nii.gz", options, axis=None)
+    cut = CutVolume(path, options)
+    if name.lower().endswith(_NIFTI):
+        match = _CHANNEL.fullmatch(_stem(path)) if _by_channel(options) else None
+        return _labels_of(cut, f"{match['case'] if match else _stem(path)}.nii.gz", "nifti", (path,))
     stem = name if path.is_dir() else path.stem
     inside = (path / "_",) if path.is_dir() else (path,)
     if options.nifti:
-        return _nifti(path, f"{stem}.nii.gz", options, axis=None, inputs=inside)
-    return _nifti(path, f"{stem}.dcm", options, axis=None, kind="dicom-seg", inputs=inside)
+        return _labels_of(cut, f"{stem}.nii.gz", "nifti", inside)
+    return _labels_of(cut, f"{stem}.dcm", "dicom-seg", inside)
 
 
-def _nifti(
-    path: Path,
-    name: str,
-    options: VolumeOptions,
-    *,
-    axis: int | None,
-    kind: str = "nifti",
-    inputs: tuple[Path, ...] = (),
-) -> Output:
-    def images() -> list[np.ndarray]:
-        volume, along = _read(path), _along(axis, path, options)
-        return [volume.image(along, i) for i in range(volume.shape[along])]
-
-    def encode(labels: list[np.ndarray]) -> bytes:
-        volume, along = _read(path), _along(axis, path, options)
-        whole = np.zeros(volume.shape, np.uint8)
-        for index, one in enumerate(labels):
-            slice_of(whole, along, index)[...] = one
-        return write_labels(volume, whole, options.classes, options.source, kind)
-
-    return Output(name, images, encode, inputs or (path,))
-
-
-def _along(axis: int | None, path: Path, options: VolumeOptions) -> int:
-    return _read(path).axis(options.axis) if axis is None else axis
-
-
-@lru_cache(maxsize=1)
-def _read(path: Path) -> Volume:
-    try:
-        return read_volume(path)
-    except VessaError as error:
-        raise type(error)(f"{path}: {error}") from error
+def _labels_of(cut: CutVolume, name: str, kind: str, inputs: tuple[Path, ...]) -> Output:
+    return Output(name, cut.images, partial(cut.encode, kind=kind), inputs, cut.caution, is_volume=True)

@@ -1,52 +1,92 @@
-"""What a trained run is used for: class maps of images, of data sets and of whole files."""
+"""Segment images, data sets and whole files by a trained run."""
 
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from vessa import atomic_write
-from vessa.errors import InvalidDataset
-from vessa_trainer.config import load_config
-from vessa_trainer.prediction.output_files import Output, VolumeOptions, find_outputs
+from vessa.errors import InvalidDataset, VessaError
+from vessa_trainer.config import Config, load_config
+from vessa_trainer.data.geometry import Geometry
+from vessa_trainer.data.training_data import to_stored
+from vessa_trainer.prediction.output_files import Output, find_outputs
+from vessa_trainer.prediction.volumes import VolumeOptions
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_slice
 
 SETTINGS = "predict.json"  # beside the masks: what they were made by
+_log = logging.getLogger(__name__)
 
 
 def predict(
     run: Path, source: Path, out: Path, console: Console, *, flips: bool, axis: str, nifti: bool
-) -> dict[str, object]:
-    """Segment a file or folder with a run's best teacher, into `out`; returns the counts.
+) -> dict[str, Any]:
+    """Segment a file or folder with the teacher that a run delivered, into `out`; returns the counts.
 
-    What is there already is skipped, so that a stopped prediction goes on; see `find_outputs` for what is
-    read. Raises InvalidDataset when `out` holds the images themselves, or masks made in another way.
+    Volumes are cut and channels chosen as in training. Masks that are there already are skipped, so that a
+    stopped prediction continues; see `find_outputs` for what is read. A file that cannot be read is listed
+    under "failed" and does not stop the others. Raises InvalidDataset when `out` holds the images themselves,
+    or masks made in another way.
     """
     config = load_config(run / "config.yaml", [])
     model, channels, classes = load_best(run, config)
-    name = run.resolve().name
-    outputs = find_outputs(source, VolumeOptions(axis, nifti, classes, f"student {name}"))
+    geometry = read_geometry(run)
+    stored_ids = tuple(range(max(classes) + 1)) if geometry is None else geometry.stored_ids
+    named = {stored_ids[i]: name for i, name in classes.items()}
+    options = VolumeOptions(axis, nifti, named, f"student {run.resolve().name}", geometry)
+    outputs = find_outputs(source, options)
     _check_folder(source, out, outputs)
     folder = (source if source.is_dir() else source.parent).resolve()  # names are paths below it
     _claim(out, outputs, {"weights": _digest(run), "flips": flips, "axis": axis, "source": str(folder)})
     missing = [output for output in outputs if not (out / output.name).exists()]
-    for output in track(missing, "predicting", console=console, transient=True):
-        images, labels = output.images(), []
-        for start in range(0, len(images), config.batch_eval):
-            part = images[start : start + config.batch_eval]
-            probabilities = predict_slice(model, part, config, channels, flips=flips)
-            labels += [p.argmax(0).byte().numpy() for p in probabilities]
-        atomic_write.write_bytes(out / output.name, output.encode(labels))
+    failed, cautions = {}, Counter[str]()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("predicting", total=len(missing))
+        for output in missing:
+            try:
+                labels = _labels(output, model, config, channels, flips=flips)
+                data = output.encode([to_stored(one, stored_ids) for one in labels])
+            except (VessaError, OSError) as error:
+                failed[output.name] = str(error)
+            else:
+                cautions.update([text] if (text := output.caution()) else [])
+                atomic_write.write_bytes(out / output.name, data)
+            bar.advance(task)
+    for text, count in cautions.items():
+        _log.warning("%d of %d files: %s", count, len(missing), text)
     return {
-        "masks": len(outputs),
+        "masks": len(outputs) - len(failed),
         "skipped": len(outputs) - len(missing),
+        "failed": failed,
         "out": str(out),
-        "classes": classes,
+        "classes": named,
     }
+
+
+def read_geometry(run: Path) -> Geometry | None:
+    """Return the geometry of a run's training; None for a run of an earlier version."""
+    _, metadata = checkpoint.read(run / checkpoint.BEST)
+    if "geometry" not in metadata:
+        _log.warning("the run does not record how its images were cut: volumes are cut as --axis says")
+        return None
+    return Geometry.from_dict(metadata["geometry"])
+
+
+def _labels(output: Output, model: Any, config: Config, channels: int, *, flips: bool) -> list[np.ndarray]:
+    images, labels = output.images(), []
+    for start in range(0, len(images), config.batch_eval):
+        part = images[start : start + config.batch_eval]
+        probabilities = predict_slice(model, part, config, channels, flips=flips)
+        labels += [p.argmax(0).byte().numpy() for p in probabilities]
+    return labels
 
 
 def _check_folder(source: Path, out: Path, outputs: Sequence[Output]) -> None:
