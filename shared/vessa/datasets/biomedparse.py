@@ -120,6 +120,12 @@ class BiomedParse(Dataset):
             labels[flat[target]] = self._ids[target]
         return labels
 
+    def has_split(self, name_or_path: str | Path) -> bool:
+        """Tell whether `split` would find patients."""
+        if str(name_or_path) in _PARTS:
+            return any((self.root / str(name_or_path)).glob("*.png"))
+        return super().has_split(name_or_path)
+
     def split(self, name_or_path: str | Path) -> tuple[str, ...]:
         """Return the groups of "train" or "test", or read a split file."""
         if str(name_or_path) in _PARTS:

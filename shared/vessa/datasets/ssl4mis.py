@@ -1,6 +1,9 @@
 """SSL4MIS HDF5: `data/slices/*.h5`, `data/*.h5` volumes (ACDC as UniMatch and its peers use it)."""
 
+import json
+import logging
 import re
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,12 +11,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from vessa.datasets.base import Case, Dataset, Slice
+from vessa.datasets.base import IGNORE, Case, Dataset, Slice
 from vessa.errors import InvalidDataset
 
 _SLICE = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)_slice_(?P<index>\d+)")
 _VOLUME = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)")
 _ACDC = {1: "right ventricle cavity", 2: "left ventricle myocardium", 3: "left ventricle cavity"}
+_ACDC_CASE = re.compile(r"patient\d{3}_frame\d+")
+_log = logging.getLogger(__name__)
 
 
 def slices_folder(root: Path) -> Path | None:
@@ -39,11 +44,11 @@ class Ssl4mis(Dataset):
     `patient001_frame01.h5` is the whole case. The copy that the field shares has slices of the
     training patients and volumes of all: a case is read from its slices where it has them. Images
     become uint8 by their case's own range, so that the slices of a volume stay comparable.
-    """
 
-    classes = _ACDC
-    modality = "cine cardiac MRI short-axis"
-    licence = "as its source: see the ACDC challenge"
+    meta.json names the classes: {"classes": {"0": "background", "1": ...}, "modality", "licence"}. Without it
+    a folder whose cases are named as ACDC's has ACDC's classes; in any other the ids found in the labels are
+    called "class 1" and so on, with a warning.
+    """
 
     def __init__(self, root: Path) -> None:
         """Open a folder. Raises InvalidDataset when it holds no slice or volume files."""
@@ -52,6 +57,39 @@ class Ssl4mis(Dataset):
         if self._slices is None and self._volumes is None:
             raise InvalidDataset(f"{self.root} holds neither data/slices/*_slice_*.h5 nor data/*.h5")
         self._ranges: dict[str, tuple[float, float]] = {}
+        self._name_classes()
+
+    def _name_classes(self) -> None:
+        path = self.root / "meta.json"
+        if path.is_file():
+            try:
+                meta = json.loads(path.read_text(encoding="utf-8-sig"))
+                self.classes = {int(c): str(n) for c, n in meta["classes"].items() if int(c) != 0}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InvalidDataset(
+                    f'{path} must hold {{"classes": {{"0": "background", "1": "..."}}}}'
+                ) from error
+            self.modality, self.licence = str(meta.get("modality", "")), str(meta.get("licence", ""))
+        elif all(_ACDC_CASE.fullmatch(name) for name in self._cases):
+            self.classes = dict(_ACDC)
+            self.modality = "cine cardiac MRI short-axis"
+            self.licence = "as its source: see the ACDC challenge"
+        else:
+            self.classes = {i: f"class {i}" for i in self._ids_in_labels()}
+            example = {"classes": {"0": "background", **{str(i): n for i, n in self.classes.items()}}}
+            names = ", ".join(self.classes.values())
+            text = "'%s' names no classes: the ids in its labels are called %s. Name them in %s: %s"
+            _log.warning(text, self.name, names, path.name, json.dumps(example))
+
+    def _ids_in_labels(self) -> list[int]:
+        """Return the ids above 0 that occur in some label, sorted."""
+        found: set[int] = set()
+        for case in self._cases.values():
+            for item in case.slices:
+                with suppress(InvalidDataset):  # `verify` names the file
+                    mask = self.mask(item)
+                    found |= set() if mask is None else set(np.unique(mask).tolist())
+        return sorted(found - {0, IGNORE})
 
     @cached_property
     def _cases(self) -> dict[str, Case]:

@@ -295,3 +295,16 @@ def test_an_unknown_layout_is_told_of_the_known_ones(tmp_path):
     (tmp_path / "meta.json").write_text('{"classes": {}}')
     with pytest.raises(InvalidDataset, match="holds no PNG"):
         open_dataset(tmp_path)
+
+
+def test_a_data_set_of_ones_own_in_ssl4mis_form_keeps_its_classes(tmp_path, caplog):
+    folder = tmp_path / "data/slices"
+    folder.mkdir(parents=True)
+    label = np.zeros((4, 4), np.uint8)
+    label[1:3, 1:3] = 1
+    for name in ("lesion000_slice_1", "lesion001_slice_1"):
+        h5(folder / f"{name}.h5", np.eye(4), label)
+    assert open_dataset(tmp_path).classes == {1: "class 1"}
+    assert 'Name them in meta.json: {"classes": {"0": "background", "1": "class 1"}}' in caplog.text
+    (tmp_path / "meta.json").write_text('{"classes": {"0": "background", "1": "lesion"}}')
+    assert open_dataset(tmp_path).classes == {1: "lesion"}

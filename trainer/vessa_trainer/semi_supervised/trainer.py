@@ -436,8 +436,11 @@ class Run:
         tensors, _ = checkpoint.read(self.out / checkpoint.BEST)
         model = deepcopy(self.teacher)
         checkpoint.load_module(model, tensors, "teacher")
-        val = evaluate(model, self.dataset, self.val_cases, self.config, self.channels)
-        test_cases = cases_of(self.dataset, self.splits.test)
+        # Patients whose masks show no class have no score: whatever a model draws there would count as 0.
+        val_cases = self.val_cases if self.selects else []
+        val = evaluate(model, self.dataset, val_cases, self.config, self.channels)
+        scored = shows_class(self.splits.test, examine(self.dataset))
+        test_cases = cases_of(self.dataset, self.splits.test) if scored else []
         test = evaluate(model, self.dataset, test_cases, self.config, self.channels)
         return RunResult(self.out, self.step, self.best_step, self.selects, val, test, self.seconds)
 

@@ -31,8 +31,8 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> N
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:
     """Return the operating system's error that safetensors wraps into its text, such as a full disk."""
-    code = re.search(r"code: (\d+)", str(error))
-    number = int(code[1]) if code else errno.EIO
+    code = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    number = int(code[1] or code[2]) if code else errno.EIO
     return OSError(number, os.strerror(number), str(path))
 
 
