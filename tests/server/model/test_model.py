@@ -122,6 +122,20 @@ def test_memory_language_and_prompts_each_change_the_mask(model, images, masks):
 
 
 @torch.inference_mode()
+def test_classes_of_one_image_share_its_work_and_not_its_result(model, images, masks):
+    segmenter = model.segmenter
+    features = segmenter.encode_images(images)
+    memory = segmenter.encode_memory(features, masks)[:, None][[0, 1, 1, 0]]
+    rows = torch.tensor([1, 0, 1, 1])
+    shared = model.draw(features, memory, None, rows=rows)[0]
+    apart = model.draw(features[rows], memory, None)[0]
+    assert torch.allclose(shared, apart, atol=1e-4)
+    assert not torch.allclose(shared[0], shared[2], atol=1e-4)
+    alone = model.draw(features, None, None, rows=rows)[0]
+    assert torch.allclose(alone, model.draw(features[rows], None, None)[0], atol=1e-4)
+
+
+@torch.inference_mode()
 def test_several_templates_share_the_memory(model, images, masks):
     features = model.segmenter.encode_images(images)
     memory = model.segmenter.encode_memory(features, masks)

@@ -126,7 +126,8 @@ class _Student:
         """Run all that stays as it is."""
         batch = batch.to(self.model.device)
         features, memories, h_seg = served(self.model, batch)
-        return _Seen(batch, self.segmenter.attend(features, memories), h_seg, features)
+        embedding = self.segmenter.attend(features, memories, batch.rows)
+        return _Seen(batch, embedding, h_seg, features[batch.rows])
 
     def loss(self, seen: _Seen) -> Tensor:
         """Eq. 3; a share of the masks is drawn with the prompts that a student would send."""

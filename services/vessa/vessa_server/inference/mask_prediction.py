@@ -94,8 +94,10 @@ class MaskPredictor:
                 h_seg = None if "language" in self.without else self._language.prompt(some)
             with self._timer.stage("attend"):
                 memories = None if "memory" in self.without else self._memory.stack(some)
-                features = _join([q.view.features for q in some])
-                embedding = self._model.segmenter.attend(features, memories)
+                images = {id(q.view): q.view.features for q in some}  # an image serves all of its classes
+                order = {view: row for row, view in enumerate(images)}
+                rows = torch.tensor([order[id(q.view)] for q in some], device=self._model.device)
+                embedding = self._model.segmenter.attend(_join(list(images.values())), memories, rows)
             for row, q in enumerate(some):
                 vector = None if h_seg is None else h_seg[row : row + 1].clone()
                 q.view.conditioned[q.key] = ConditionedFeatures(embedding[row : row + 1].clone(), vector)

@@ -94,12 +94,15 @@ class Correlation(nn.Module):
         """Map template tokens (B, M, C) to keys (B, M, 64)."""
         return self.key(tokens)
 
-    def forward(self, tokens: Tensor, keys: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(
+        self, tokens: Tensor, rows: Tensor, keys: Tensor, mask: Tensor, size: tuple[int, int]
+    ) -> Tensor:
         """Return (N, C, h, w) to add to the embedding.
 
-        tokens: (N, h * w, C) target; keys: (N, M, 64); mask: (N, M) template mask in [0, 1]
+        tokens: (B, h * w, C) of the targets; rows: (N,) the target of each mask; keys: (N, M, 64);
+        mask: (N, M) template mask in [0, 1]
         """
-        query = self._split(self.query(tokens)) * self.log_scale.exp()[None, :, None, None]
+        query = (self._split(self.query(tokens)) * self.log_scale.exp()[None, :, None, None])[rows]
         value = mask[:, None, :, None].expand(-1, self.heads, -1, query.shape[-1])
         # The fused kernel never holds the (h * w, M) map; it wants values as wide as the keys.
         read = F.scaled_dot_product_attention(query, self._split(keys), value.contiguous(), scale=1.0)
@@ -184,32 +187,54 @@ class Segmenter(nn.Module):
         """Object-pointer tokens at the end of each template's memory."""
         return self.sam.hidden_dim // MEMORY_DIM if self.sam.use_obj_ptrs_in_encoder else 0
 
-    def attend(self, features: ImageFeatures, memories: Tensor | None) -> Tensor:
-        """Let N targets look at their templates.
+    def attend(self, features: ImageFeatures, memories: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Let N masks' targets look at their templates.
 
-        memories: (N, T, M, memory_width), T templates each; None for the ablation without memory
-        Returns (N, C, h, w), the embedding for the mask decoder.
+        features: of B images; memories: (N, T, M, memory_width), T templates each, None for the ablation
+        without memory; rows: (N,) int64, the image of each mask, None where each image has one mask
+        Returns (N, C, h, w), the embedding for the mask decoder. What depends on the image alone is
+        computed once for all of its masks.
         """
         count, channels, height, width = features.embedding.shape
+        rows = torch.arange(count, device=features.embedding.device) if rows is None else rows
         if memories is None:
-            return features.embedding + self.sam.no_mem_embed.view(1, channels, 1, 1)
+            return features.embedding[rows] + self.sam.no_mem_embed.view(1, channels, 1, 1)
         spatial_tokens = height * width
-        spatial = memories[:, :, :spatial_tokens, :MEMORY_DIM].flatten(1, 2).transpose(0, 1)
-        pointers = memories[:, :, spatial_tokens:, :MEMORY_DIM].flatten(1, 2).transpose(0, 1)
-        memory = torch.cat([spatial, pointers])
-        attended = self.sam.memory_attention(
-            curr=[features.embedding.flatten(2).permute(2, 0, 1)],
-            curr_pos=[features.position],
-            memory=memory,
-            memory_pos=self._memory_position(memory, memories.shape[1]).expand(-1, count, -1),
-            num_obj_ptr_tokens=pointers.shape[0],
-        )
-        embedding = attended.permute(1, 2, 0).reshape(count, channels, height, width)
+        spatial = memories[:, :, :spatial_tokens, :MEMORY_DIM].flatten(1, 2)
+        pointers = memories[:, :, spatial_tokens:, :MEMORY_DIM].flatten(1, 2)
+        memory = torch.cat([spatial, pointers], 1)
+        position = self._memory_position(memory.transpose(0, 1), memories.shape[1]).transpose(0, 1)
+        attended = self._attend_memory(features, memory, position, pointers.shape[1], rows)
+        embedding = attended.transpose(1, 2).unflatten(2, (height, width))
         if self.correlation is not None:
             keys = memories[:, :, :spatial_tokens, MEMORY_DIM : 2 * MEMORY_DIM].flatten(1, 2)
             mask = memories[:, :, :spatial_tokens, 2 * MEMORY_DIM].flatten(1, 2)
-            embedding = embedding + self.correlation(self._tokens(features), keys, mask, (height, width))
+            tokens = self._tokens(features)
+            embedding = embedding + self.correlation(tokens, rows, keys, mask, (height, width))
         return embedding
+
+    def _attend_memory(
+        self, features: ImageFeatures, memory: Tensor, position: Tensor, pointers: int, rows: Tensor
+    ) -> Tensor:
+        """Run SAM 2's memory attention, with the first self-attention once for each image.
+
+        memory: (N, tokens, 64); position: (1, tokens, 64); pointers: object-pointer tokens at its end
+        Returns (N, h * w, C), as `MemoryAttention.forward` does for N separate images.
+        """
+        attention = self.sam.memory_attention
+        target_position = features.position.transpose(0, 1)
+        target = features.embedding.flatten(2).transpose(1, 2)
+        if attention.pos_enc_at_input:
+            target = target + 0.1 * target_position
+        for index, layer in enumerate(attention.layers):
+            target = layer._forward_sa(target, target_position)
+            if index == 0:
+                target, target_position = target[rows], target_position[rows]
+            target = layer._forward_ca(target, memory, target_position, position, pointers)
+            hidden = layer.activation(layer.linear1(layer.norm3(target)))
+            target = target + layer.dropout3(layer.linear2(layer.dropout(hidden)))
+        normed: Tensor = attention.norm(target)
+        return normed
 
     def _memory_position(self, memory: Tensor, templates: int) -> Tensor:
         """Position encoding of the memory tokens (tokens, 1, 64), as SAM 2 gives it to a video.

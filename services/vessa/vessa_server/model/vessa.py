@@ -63,10 +63,12 @@ class Vessa(nn.Module):
         memories: Tensor | None,
         h_seg: Tensor | None,
         prompts: PromptBatch | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw one mask for each of N (target, class) pairs; see `Segmenter.attend` and `decode`."""
-        embedding = self.segmenter.attend(features, memories)
-        return self.segmenter.decode(embedding, features.details, h_seg, prompts or PromptBatch())
+        embedding = self.segmenter.attend(features, memories, rows)
+        details = features.details if rows is None else features[rows].details
+        return self.segmenter.decode(embedding, details, h_seg, prompts or PromptBatch())
 
 
 def overlay(images: Tensor, masks: Tensor, opacity: float = 0.4) -> Tensor:

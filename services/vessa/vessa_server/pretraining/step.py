@@ -243,6 +243,7 @@ def training_loss(
             memories if memory else None,
             h_seg if language or not memory else None,
             batch.prompts,
+            rows,
         )
         if layouts is not None:
             vectors = model.retriever(layouts.views)
@@ -267,16 +268,16 @@ def training_loss(
 
 
 def encode_episodes(segmenter: Segmenter, batch: TaskBatch) -> tuple[ImageFeatures, Tensor]:
-    """Encode the N masks' targets, and their templates as memories (N, T, M, memory_width)."""
+    """Encode the B targets, and the templates of N masks as memories (N, T, M, memory_width)."""
     episodes, count = batch.templates.shape[:2]
     features = segmenter.encode_images(torch.cat([batch.templates.flatten(0, 1), batch.targets]))
     shown = (batch.rows[:, None] * count + torch.arange(count, device=batch.rows.device)).flatten()
     memories = segmenter.encode_memory(features[shown], batch.template_masks.flatten(0, 1)[:, None])
-    return features[episodes * count + batch.rows], memories.unflatten(0, (-1, count))
+    return features[episodes * count :], memories.unflatten(0, (-1, count))
 
 
 def served(model: Vessa, batch: TaskBatch) -> tuple[ImageFeatures, Tensor, Tensor | None]:
-    """Encode N masks' targets and templates as the service does: features, memories, states at <SEG>."""
+    """Encode B targets and N masks' templates as the service does: features, memories, states at <SEG>."""
     features, memories = encode_episodes(model.segmenter, batch)
     h_seg = None
     if model.language is not None:
@@ -289,6 +290,6 @@ def served(model: Vessa, batch: TaskBatch) -> tuple[ImageFeatures, Tensor, Tenso
 def validation_scores(model: Vessa, _: nn.Module, batch: TaskBatch) -> Tensor:
     """Dice of each mask (N,), drawn without prompts."""
     features, memories, h_seg = served(model, batch)
-    logits, _iou, _presence = model.draw(features, memories, h_seg)
+    logits, _iou, _presence = model.draw(features, memories, h_seg, rows=batch.rows)
     logits = resize(logits, (batch.target_masks.shape[-2], batch.target_masks.shape[-1]))
     return soft_dice((logits > 0).float() * 40 - 20, batch.target_masks, 1e-3)
