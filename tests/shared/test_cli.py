@@ -143,7 +143,7 @@ def test_suggestions_are_ranked_by_patient(run: Any, folder: Path, bank: str) ->
     }
     first, second = (one["gain"] for one in result["suggestions"])
     assert 1 >= first >= second >= 0
-    assert "p5_00 is left out" in err
+    assert "p5_00 is skipped" in err
     assert re.search(r"1 .*p\d.*\d%", err)
 
 
@@ -164,7 +164,7 @@ def test_nothing_to_annotate_is_said(folder: Path, tmp_path: Path) -> None:
     done = vessa("suggest", folder, VESSA_URL=NO_SERVICE)
     assert done.returncode == 1
     assert "invalid_dataset" in done.stderr
-    assert "no image without a mask" in done.stderr
+    assert "no readable image without a mask" in done.stderr
 
 
 def test_without_json_nothing_is_on_stdout(run: Any, folder: Path, bank: str, tmp_path: Path) -> None:
@@ -190,6 +190,23 @@ def test_only_png_keeps_class_ids(run: Any, folder: Path, bank: str, option: str
     assert not list(tmp_path.glob("mask.*"))
 
 
+def test_verify_passes_a_sound_folder_and_names_its_splits(run: Any, folder: Path) -> None:
+    code, out, err = run("verify", folder, "--json")
+    assert code == 0
+    result = last(out)
+    assert (result["images"], result["groups"], result["errors"], result["splits"]) == (3, 3, 0, ["train"])
+    assert "layout: PngFolder" in err
+
+
+def test_verify_fails_on_a_patient_in_two_splits_and_says_what_to_do(run: Any, folder: Path) -> None:
+    (folder / "splits" / "test.txt").write_text("p1\np2\n")
+    code, out, _ = run("verify", folder)
+    assert code == 1
+    assert "error: split_overlap: train, test: groups in both: ['p2']" in out
+    assert "To do: leave each patient in one split only" in out
+    assert run("verify", folder, "--split", "train")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -201,7 +218,7 @@ def test_only_png_keeps_class_ids(run: Any, folder: Path, bank: str, option: str
         (["segment", "disks/images/p1_00.png", "--bank", "a b"], "vessa: invalid_request: a bank name is"),
         (["seed", "nowhere"], "vessa: invalid_dataset: "),
         (["seed", "disks", "--groups", "p9"], "vessa: invalid_dataset: 'disks' has no groups ['p9']"),
-        (["seed", "disks", "--groups", "p3"], "vessa: invalid_dataset: no annotated image among 1 groups"),
+        (["seed", "disks", "--groups", "p3"], "vessa: invalid_dataset: no mask of the 1 groups of"),
     ],
 )  # fmt: skip
 def test_a_failure_is_one_clear_line_and_code_1(

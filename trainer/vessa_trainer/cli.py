@@ -284,7 +284,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find what would spoil training: sizes, class ids, empty masks, duplicates, patients in two splits.
+    """Check a data folder as `vessa verify` does, and show how a run reads and splits it.
 
     Prints how images are grouped into patients, which splits are read or drawn, and what each of them holds.
     """

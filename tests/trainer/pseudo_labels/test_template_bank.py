@@ -10,7 +10,7 @@ from PIL import Image
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset, UnknownBank
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_bank, seed_labeled
+from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_groups, seed_labeled
 
 LABELED = "splits/labeled_1.txt"
 
@@ -36,7 +36,7 @@ def test_the_bank_holds_the_labeled_slices_that_show_a_class(client, own, tiny, 
     groups = labeled_of(own, tiny)
     first = slices_of(own, groups)[0]
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(own.root / "masks" / f"{first.name}.png")
-    info = seed_bank(client, own, groups, bank)
+    info = seed_groups(client, own, groups, bank)
     assert info.templates == 2
     assert info.groups == list(groups)
     assert info.classes == own.classes
@@ -45,28 +45,28 @@ def test_the_bank_holds_the_labeled_slices_that_show_a_class(client, own, tiny, 
 def test_a_labeled_slice_without_mask_is_no_template(client, own, tiny, bank):
     groups = labeled_of(own, tiny)
     (own.root / "masks" / f"{slices_of(own, groups)[0].name}.png").unlink()
-    assert seed_bank(client, own, groups, bank).templates == 2
+    assert seed_groups(client, own, groups, bank).templates == 2
 
 
 def test_seeding_twice_changes_nothing(client, dataset, tiny, bank):
-    first = seed_bank(client, dataset, labeled_of(dataset, tiny), bank)
-    assert seed_bank(client, dataset, labeled_of(dataset, tiny), bank) == first
+    first = seed_groups(client, dataset, labeled_of(dataset, tiny), bank)
+    assert seed_groups(client, dataset, labeled_of(dataset, tiny), bank) == first
 
 
 def test_groups_without_any_class_are_refused(client, own, tiny, bank):
     for path in (own.root / "masks").iterdir():
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(path)
-    with pytest.raises(InvalidDataset, match="the labeled groups of 'heart' hold no mask with a class"):
-        seed_bank(client, own, labeled_of(own, tiny), bank)
+    with pytest.raises(InvalidDataset, match="no mask of the 1 groups of 'heart' shows a class"):
+        seed_groups(client, own, labeled_of(own, tiny), bank)
     with pytest.raises(UnknownBank):
         client.bank(bank)
 
 
 def test_templates_of_other_patients_are_said(client, dataset, tiny, bank, caplog):
     splits = read_splits(dataset, tiny().data)
-    seed_bank(client, dataset, splits.labeled, bank)
+    seed_groups(client, dataset, splits.labeled, bank)
     assert caplog.text == ""
-    seed_bank(client, dataset, splits.unlabeled[:1], bank)
+    seed_groups(client, dataset, splits.unlabeled[:1], bank)
     assert "groups that are not labeled here" in caplog.text
     assert splits.labeled[0] in caplog.text
 
@@ -103,7 +103,7 @@ def test_the_annotator_takes_the_name_whatever_the_folder_is_called(phantoms, tm
     dataset.name = folder  # as of a folder that is no link
     name = bank_name(dataset, LABELED, labeled_of(dataset, tiny))
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name)
-    assert seed_bank(client, dataset, labeled_of(dataset, tiny), name).templates == 3
+    assert seed_groups(client, dataset, labeled_of(dataset, tiny), name).templates == 3
 
 
 def test_a_config_may_name_its_bank(client, dataset, tiny):

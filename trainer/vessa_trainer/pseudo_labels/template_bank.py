@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from vessa.bulk.seed_bank import annotated_slices, seed_bank
 from vessa.client import AnnotatorClient
 from vessa.client.transport import find_key
 from vessa.codec import image_digest
-from vessa.datasets import Dataset, Slice
-from vessa.errors import InvalidConfig, InvalidDataset, UnknownBank
+from vessa.datasets import Dataset
+from vessa.errors import InvalidConfig, UnknownBank
 from vessa.schemas import BankInfo
 from vessa_trainer.config import Config
 from vessa_trainer.data.splits import read_splits
 
 _log = logging.getLogger(__name__)
-_BATCH = 16
 _LONGEST = 55  # characters before the digest: the annotator takes names of 64
 
 
@@ -33,7 +32,10 @@ def bank_name(dataset: Dataset, split: str, groups: Sequence[str], owner: str = 
     owner: sets the banks of several keys apart, where the common name is taken
     """
     parts: list[Any] = [sorted(groups), sorted(dataset.classes.items()), *([owner] if owner else [])]
-    parts += [[s.name, image_digest(dataset.image(s)), image_digest(m)] for s, m in _shown(dataset, groups)]
+    parts += [
+        [item.name, image_digest(dataset.image(item)), image_digest(mask)]
+        for item, mask in annotated_slices(dataset, groups)
+    ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
     plain = f"{dataset.name}-{Path(split).stem}"
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in plain)
@@ -44,12 +46,12 @@ def seed_labeled(client: AnnotatorClient, dataset: Dataset, config: Config) -> B
     """Fill the bank of a config with its labeled groups.
 
     Where another key owns the bank of this name, this key gets a bank of its own. Raises InvalidConfig when
-    the config names a bank of another key, and what `seed_bank` raises.
+    the config names a bank of another key, and what `seed_groups` raises.
     """
     labeled = read_splits(dataset, config.data).labeled
     name, own = _names(dataset, labeled, config)
     try:
-        return seed_bank(client, dataset, labeled, name)
+        return seed_groups(client, dataset, labeled, name)
     except UnknownBank as error:  # to others a key's bank does not exist
         if own is None:
             raise InvalidConfig(
@@ -57,7 +59,7 @@ def seed_labeled(client: AnnotatorClient, dataset: Dataset, config: Config) -> B
                 "to share it"
             ) from error
     _log.warning("bank %s belongs to another key: this run fills %s, a bank of its own", name, own)
-    return seed_bank(client, dataset, labeled, own)
+    return seed_groups(client, dataset, labeled, own)
 
 
 def find_bank(client: AnnotatorClient, dataset: Dataset, config: Config) -> BankInfo:
@@ -81,41 +83,22 @@ def _names(dataset: Dataset, labeled: Sequence[str], config: Config) -> tuple[st
     return bank_name(dataset, split, labeled), bank_name(dataset, split, labeled, owner)
 
 
-def seed_bank(client: AnnotatorClient, dataset: Dataset, groups: Sequence[str], bank: str) -> BankInfo:
-    """Put every labeled slice that shows a class into a template bank; what is there already stays.
+def seed_groups(client: AnnotatorClient, dataset: Dataset, groups: Sequence[str], bank: str) -> BankInfo:
+    """Add the labeled slices of some groups to a template bank, with a progress bar.
 
-    Raises InvalidDataset when the groups show no class, and VessaError when the annotator refuses a
-    template or does not answer.
+    Logs a warning when the bank has templates of other groups. Raises InvalidDataset when no mask shows a
+    class, and errors of the service.
     """
-    shown = _shown(dataset, groups)
-    if not shown:
-        raise InvalidDataset(
-            f"the labeled groups of '{dataset.name}' hold no mask with a class: {sorted(groups)[:5]}"
-        )
     with Progress(transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"seeding bank {bank}", total=len(shown))
-        for start in range(0, len(shown), _BATCH):
-            part = shown[start : start + _BATCH]
-            client.add_templates(
-                bank,
-                [dataset.image(item) for item, _ in part],
-                [mask for _, mask in part],
-                dataset.classes,
-                [item.group for item, _ in part],
-            )
-            bar.advance(task, len(part))
-    info = client.bank(bank)
+        task = bar.add_task(f"seeding bank {bank}")
+        info = seed_bank(
+            client,
+            dataset,
+            groups,
+            bank,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        ).bank
     others = sorted(set(info.groups) - set(groups))
     if others:
-        _log.warning("bank %s also holds templates of groups that are not labeled here: %s", bank, others[:5])
+        _log.warning("bank %s also has templates of groups that are not labeled here: %s", bank, others[:5])
     return info
-
-
-def _shown(dataset: Dataset, groups: Sequence[str]) -> list[tuple[Slice, np.ndarray]]:
-    """Slices of some groups whose mask shows a class, and the masks."""
-    wanted = set(groups)
-    return [
-        (item, mask)
-        for item in dataset.slices()
-        if item.group in wanted and (mask := dataset.mask(item)) is not None and mask.any()
-    ]

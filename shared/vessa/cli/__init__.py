@@ -1,0 +1,5 @@
+"""The command line `vessa`."""
+
+from vessa.cli.main import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,29 @@
+"""Use an annotator: fill banks, segment images and volumes, annotate folders, check data."""
+
+import logging
+
+import typer
+
+from vessa.cli.banks import adapt, banks, seed
+from vessa.cli.folders import annotate, suggest
+from vessa.cli.options import complain
+from vessa.cli.segment import annotation, segment
+from vessa.cli.verify import verify
+from vessa.errors import VessaError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+for _command in (seed, segment, annotation, annotate, suggest, banks, adapt, verify):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line; a VessaError or an OSError becomes one line on stderr and exit code 1."""
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # its log lines do not name the cause of a retry
+    try:
+        app()
+    except VessaError as error:
+        complain(f"{error.code}: {error}")
+        raise SystemExit(1) from error
+    except OSError as error:
+        complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        raise SystemExit(1) from error
