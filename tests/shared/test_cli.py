@@ -215,7 +215,7 @@ def test_verify_fails_on_a_patient_in_two_splits_and_says_what_to_do(run: Any, f
         (["segment", "text.png"], "vessa: invalid_image: text.png is not a readable PNG, JPEG, TIFF image"),
         (["segment", "none.png"], "vessa: invalid_image: no such file: none.png"),
         (["segment", "disks/images/p1_00.png", "--bank", "no-such"], "vessa: unknown_bank: "),
-        (["segment", "disks/images/p1_00.png", "--bank", "a b"], "vessa: invalid_request: a bank name is"),
+        (["segment", "disks/images/p1_00.png", "--bank", "a b"], "vessa: invalid_request: A bank name is"),
         (["seed", "nowhere"], "vessa: invalid_dataset: "),
         (["seed", "disks", "--groups", "p9"], "vessa: invalid_dataset: 'disks' has no groups ['p9']"),
         (["seed", "disks", "--groups", "p3"], "vessa: invalid_dataset: no mask of the 1 groups of"),

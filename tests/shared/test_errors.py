@@ -25,7 +25,7 @@ STABLE = {
     "invalid_dataset": 422, "invalid_config": 422, "invalid_weights": 422, "queue_full": 429, "internal": 500,
     "not_ready": 503, "store_unavailable": 503, "deadline_exceeded": 504, "unreachable": 0, "bad_response": 0,
     "job_unfinished": 409, "unknown_job": 404, "limit_reached": 429, "language_unavailable": 503,
-    "unknown_annotation": 404,
+    "unknown_annotation": 404, "damaged_bank": 500,
 }  # fmt: skip
 
 
