@@ -1,40 +1,46 @@
 # Every target does its own set-up: `make demo` and `make test` are all that a fresh machine needs.
-#   setup   .venv with the locked dependencies and the three distributions, editable
-#   demo    phantoms -> annotator -> trainer -> report, on two CPU cores (examples/demo.sh)
-#   test    the tests (without the slow ones) with coverage; test-all: the slow ones too
-#   check   lint, format, types
-#   format  let ruff rewrite what it can
-#   lock    resolve requirements.in anew into requirements.lock
-#   bench-trainer      our step beside UniMatch V2's, waiting for labels, what cached labels cost; ends in JSON too
-#   bench-scale        two replicas behind nginx over one, what a kill -9 under load loses; ends in JSON
-#   test-vllm   our language model in the real vLLM, on the CPU, beside the one in process; ends in JSON
-#   test-ray    replicas under Ray Serve: brings Ray into .venv, changes nothing that is locked
-#   test-compose       the compose stack: its job, offline, with each container killed; needs docker and root
-#   bench-service      HTTP beside the bare model, batches, LitServe, overload; the last line is one JSON object
-#   bench-suggest      suggested patients against random ones: ARGS="--data FOLDER"; minutes, taken up where it stopped
-#   proving     the proving ground with many more inputs than CI's: PROVING_EFFORT=20; docs/explanation/reliability.md
-#   soak        20 minutes of mixed load, slope of the service's memory: ARGS="--minutes N"; ends in JSON
-#   bench-annotator    time per image, new and seen before; the last line is one JSON object
-# PYTHON=/path/to/python3 chooses the interpreter of a new .venv, PYTEST_ARGS goes to pytest, WORKERS=4 runs the
-# tests by four processes, ARGS goes to the demo and the benchmarks.
+#   setup            .venv with the locked dependencies and the three distributions, editable
+#   demo             phantoms, annotator, trainer and report on two CPU cores (examples/demo.sh)
+#   test             the tests without the slow ones, with coverage
+#   test-all         the slow tests too
+#   check            lint, format and types
+#   check-prose      the rules of prose (tests/test_prose.py) and spelling
+#   format           let ruff rewrite what it can
+#   docs             build the documentation site into site/, strictly
+#   docs-serve       show the documentation site on http://127.0.0.1:8000
+#   layout           modules per folder, longest functions, import circles; ends in JSON
+#   lock             resolve requirements.in into requirements.lock
+#   dist             build the wheels, check them, and run the README with them outside the checkout
+#   bench-annotator  time per image, new and cached; ends in JSON
+#   bench-service    HTTP against the bare model, batches, LitServe, overload; ends in JSON
+#   bench-trainer    our step against UniMatch V2's, waiting for labels, cost of cached labels; ends in JSON
+#   bench-scale      two replicas behind nginx against one, and kill -9 under load; ends in JSON
+#   bench-suggest    suggested patients against random ones: ARGS="--data FOLDER"; minutes, resumed
+#   proving          the proving ground with PROVING_EFFORT=20 times the inputs (docs/explanation/reliability.md)
+#   soak             20 minutes of mixed load and the slope of memory: ARGS="--minutes N"; ends in JSON
+#   test-compose     the compose stack: offline, and with each container killed; needs docker and root
+#   test-ray         replicas under Ray Serve; installs Ray into .venv and changes no locked package
+#   test-vllm        our language model in a real vLLM on the CPU; ends in JSON
+# PYTHON=/path/to/python3 chooses the interpreter of a new .venv. PYTEST_ARGS goes to pytest, ARGS to the demo and
+# the benchmarks. WORKERS=4 runs the tests in four processes.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-# What the proving ground is made of; all of it is in `test` too, with fewer inputs.
+# The proving ground. `test` runs all of it too, with fewer inputs.
 PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
            tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
            tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
 .PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
 
 BIN := .venv/bin
-# The stamp is named by what setup installs, so that a change of the lock is noticed and a fresh checkout's
-# file times are not.
+# The stamp is named by a checksum of its inputs: a changed lock is noticed, and the file times of a fresh
+# checkout do not matter.
 SETUP_INPUTS := requirements.lock shared/pyproject.toml services/vessa/pyproject.toml trainer/pyproject.toml \
                 scripts/setup.sh scripts/install-lock.sh
 STAMP := .venv/.setup-$(shell cat $(SETUP_INPUTS) | cksum | tr -d ' ')
-# These carry the method and the wire format: every line and branch of them is tested.
+# These files carry the method and the wire format, so every line and branch of them must be tested.
 FULLY_COVERED := shared/vessa/codec.py shared/vessa/metrics.py \
                  $(addprefix trainer/vessa_trainer/,semi_supervised/losses.py semi_supervised/schedule.py data/augmentation.py)
-# Files side by side; each worker computes with one thread, or they would wait for each other's.
+# Each worker runs whole files with one computing thread; more threads would wait for each other.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 comma := ,
@@ -59,14 +65,14 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(ARGS)
 
 test: setup redis nginx
-	@ls $(FULLY_COVERED) >/dev/null  # a renamed file would leave the report, and the gate, unseen
+	@ls $(FULLY_COVERED) >/dev/null  # a renamed file must not leave the gate unnoticed
 	$(PYTEST) -m "not slow and not vllm" --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report --include='$(subst $(space),$(comma),$(strip $(FULLY_COVERED)))' --fail-under=100
 
 test-all: setup redis nginx
 	$(PYTEST) -m "not vllm" --cov --cov-report=term $(PYTEST_ARGS)
 
-# VLLM_ENV=FOLDER is where vLLM's own environment is or will be made; 2.5 GB, its pins are not ours.
+# VLLM_ENV=FOLDER is the place of vLLM's own environment (2.5 GB), because its pins differ from ours.
 VLLM_ENV ?= .venv-vllm
 test-vllm: setup
 	@if scripts/vllm/env.sh "$(VLLM_ENV)"; then \
@@ -90,9 +96,9 @@ format: setup
 $(BIN)/uv:
 	@$(MAKE) setup
 
-# Keeps the locked versions where it can; ARGS=--upgrade takes the newest instead. Needs no finished set-up, so
-# that a new dependency can be locked before it is installed.
-# No index address may get into the file: whoever installs it uses the index of their own configuration.
+# Keep the locked versions where possible; ARGS=--upgrade takes the newest. The target needs no finished set-up,
+# so that a new dependency can be locked before it is installed. The file must name no index, because every
+# machine installs from the index of its own configuration.
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements.in --output-file requirements.lock --quiet --universal --generate-hashes \
 	    --python-version 3.11 --fork-strategy fewest --custom-compile-command "make lock" --no-annotate --no-emit-index-url \

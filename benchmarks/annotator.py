@@ -1,7 +1,7 @@
-"""How long the annotator takes for one image with three classes, new and seen before.
+"""Measure the annotator's time for one image with three classes, new and cached.
 
 Both kinds are measured in turn in one run of the bare annotator (no HTTP), so that a noisy machine
-slows both alike; medians are taken. The last line is one JSON object.
+slows both alike. Medians count. The last line is one JSON object.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The annotator behind LitServe, with LitServe's own batching: the peer of `benchmarks/service.py`.
+"""Serve the annotator by LitServe, with LitServe's own batching: the peer of `benchmarks/service.py`.
 
 python benchmarks/litserve_peer.py PORT STORE_FOLDER WEIGHTS MAX_BATCH WAIT_S
 """

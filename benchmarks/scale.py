@@ -1,12 +1,12 @@
-"""Two annotators behind nginx over one, each on one core with one thread, and what a kill -9 loses.
+"""Compare two annotators behind nginx with one, each on one core with one thread, and count losses.
 
-One, the other and both are measured in turn, so that a noisy machine slows all alike; medians are taken. Load
-comes as binary batches through nginx (deploy/nginx), banks are in a Redis of this run's own. The last line is
-one JSON object: two_over_one, images_per_s, lost (requests without a right answer), seen_at_once (a template
-added through one replica is used by the other in the very next request).
+One, the other and both are measured in turn, so that a noisy machine slows all alike. Medians count. Load
+comes as binary batches through nginx (deploy/nginx). Banks are in a Redis of this run. The last line is one
+JSON object: two_over_one, images_per_s, lost (requests without a correct answer after kill -9 of a replica)
+and seen_at_once (the other replica uses a new template in the next request).
 
-`--share 0.4` measures 1, 2 and 4 replicas instead, each held to that share of a core by the kernel (control
-groups, needs root), so that four on two cores have something of their own: two_over_one, four_over_one.
+`--share 0.4` measures 1, 2 and 4 replicas instead. The kernel holds each to that share of a core (control
+groups, needs root), so that four replicas fit on two cores: two_over_one, four_over_one.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Cluster:
         self.ports = [free_port() for _ in cores]
         self._redis, self._weights, self._cores = free_port(), weights, cores
         self.annotators: list[subprocess.Popen[bytes]] = []
-        self.url = ""  # in front of all
+        self.url = ""  # address of nginx
 
     def __enter__(self) -> "Cluster":
         try:
@@ -97,7 +97,7 @@ class Cluster:
             "VESSA_LOG_LEVEL": "warning",
             "VESSA_AUDIT_FILE": str(self.folder / f"audit-{place}.jsonl"),
             "XDG_CONFIG_HOME": str(self.folder),
-            "XDG_DATA_HOME": str(self.folder),  # where jobs lie: those of whoever runs this stay untouched
+            "XDG_DATA_HOME": str(self.folder),  # place of the jobs, apart from the user's own
             "OMP_NUM_THREADS": "1",
         }
         core = self._cores[place]
@@ -163,9 +163,9 @@ def add(client: AnnotatorClient, bank: str, seed: int, size: int) -> str:
 
 
 def seen_at_once(one: AnnotatorClient, other: AnnotatorClient, size: int, rounds: int = 5) -> bool:
-    """Whether each template added through one is what the other's very next answer is drawn by."""
+    """Check that the other replica uses each new template in its next answer."""
     for i in range(rounds):
-        added = add(one, "fresh", 500 + i, size)  # of its own image it is the most similar template
+        added = add(one, "fresh", 500 + i, size)  # the most similar template of its own image
         answer = other.segment([example(500 + i, size)[0]], bank="fresh")[0]
         if answer.templates["square"][0].id != added or answer.bank_version != i + 1:
             return False
@@ -194,7 +194,7 @@ def lost_by_a_kill(cluster: Cluster, images: Sequence[Any], threads: int = 4) ->
     begun = threading.Semaphore(0)
 
     def send(image: Any) -> bool:
-        with cluster.client(attempts=1) as client:  # nginx repeats, not the client
+        with cluster.client(attempts=1) as client:  # nginx retries, not the client
             begun.release()
             try:
                 return client.segment([image], bank="bench")[0].error is None
@@ -214,7 +214,7 @@ def lost_by_a_kill(cluster: Cluster, images: Sequence[Any], threads: int = 4) ->
 @contextmanager
 def share_of_a_core(process: int, share: float) -> Iterator[None]:
     """Hold a process, and all that it starts, to a share of a core, until it has ended."""
-    period = 20_000  # microseconds: short beside an image
+    period = 20_000  # microseconds, much shorter than an image
     quota = round(share * period)
     first = Path("/sys/fs/cgroup/cpu")  # version 1 has a tree for each controller, version 2 one for all
     if first.is_dir():
@@ -234,7 +234,7 @@ def share_of_a_core(process: int, share: float) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the process has not ended: the group goes with the machine
+        with suppress(OSError):  # a group with a live process cannot be removed
             group.rmdir()
 
 

@@ -1,18 +1,18 @@
-"""What the service costs over the bare model, what its batches bring, and how it bears overload.
+"""Measure the service against the bare model: cost of HTTP, gain of batches, behavior under overload.
 
-One run with the same weights and images: the bare annotator in a loop, the service, the service with batches
-of one, and LitServe around the same annotator (`litserve_peer.py`). Each server is a process of its own with
-one computing thread, so that there is a core for the clients; what is compared takes turns in rounds, and the
+One run uses the same weights and images for the bare annotator in a loop, the service, the service with
+batches of one, and LitServe around the same annotator (`litserve_peer.py`). Each server is a process of its
+own with one computing thread, which leaves a core to the clients. Servers take turns in rounds, and the
 median over the rounds counts. The last line is one JSON object.
 
     http_over_bare              images/s in binary batches through HTTP over those of the loop
     batched_over_single         16 clients with one image each: our batches over batches of one
     over_litserve               the same clients: our service over LitServe with batching
-    prompts_only_over_full      the same clients: requests/s with points on images that the service holds over
-                                those with new images; ..._alone: of one client, by how long it waits
-    p99_overload_over_capacity  p99 of what is answered at three times the rate that the service can bear,
-                                over p99 with as many clients as it admits
-    refused_without_retry_after, lost      of the requests under overload
+    prompts_only_over_full      the same clients: requests/s with points on cached images over requests/s
+                                with new images; ..._alone: one client, by its waiting time
+    p99_overload_over_capacity  p99 of answered requests at three times the capacity over p99 with as many
+                                clients as the service admits
+    refused_without_retry_after, lost      counts of the requests under overload
 """
 
 import argparse
@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BANK = "bench"
 MAX_BATCH, WAIT_S = 8, 0.005
 POINTINGS = 4  # requests with points on each image
-TURNS = 3  # of the servers that are compared, in each round: short ones, since a shared machine drifts
+TURNS = 3  # of the compared servers in each round; short, since a shared machine drifts
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -76,7 +76,7 @@ class Images:
 
 @dataclass
 class Load:
-    """What happened to requests. seconds: of the answered ones."""
+    """Outcomes of requests. seconds: times of the answered ones."""
 
     seconds: list[float] = field(default_factory=list)
     refused: int = 0
@@ -214,7 +214,7 @@ async def concurrent(
             some = images.take(2 * options.clients)
             times = [0.0, 0.0, 0.0]
             for place in range(3):
-                which = (place + turn) % 3  # none is always the first
+                which = (place + turn) % 3  # no server is always first
                 with paused(*(s.process for i, s in enumerate((batched, single, peer)) if i != which)):
                     times[which] = await crowd(senders[which], some, options.clients)
             rounds.append((times[0], times[1], times[2]))
@@ -265,7 +265,7 @@ async def prompted_crowd(
             async def again(image_id: str, points: dict[str, list[Prompts]] = points) -> None:
                 check(await client.segment(bank=BANK, image_ids=[image_id], prompts=points[image_id]))
 
-            # several times, or a round of a second would be mostly its beginning and its end
+            # several times, because the start and end of a short round dominate it
             pairs.append((seconds, await crowd(again, POINTINGS * list(points), options.clients) / POINTINGS))
         return pairs[1:]  # the first was the warm-up
 
@@ -327,7 +327,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             say("full and prompts alone", full)
             crowded_prompts = asyncio.run(prompted_crowd(batched, images, options))
             say("clients with new images, with points on them", crowded_prompts)
-    # Anew, as the others are: what a server has come to hold costs it a few per cent.
+    # A fresh server, as the others are: full caches cost a few per cent.
     with contextlib.ExitStack() as servers:
         batched = servers.enter_context(annotating(folder, "crowded", options, MAX_BATCH))
         single = servers.enter_context(annotating(folder, "single", options, 1))

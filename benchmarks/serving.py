@@ -1,4 +1,4 @@
-"""Services of a benchmark's own, each in a process group that ends with the block."""
+"""Start services of a benchmark, each in a process group that ends with the block."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    """Whether something says 200."""
+    """Return whether an address answers 200."""
     try:
         return httpx.get(url, timeout=5).status_code == 200
     except httpx.TransportError:

@@ -1,10 +1,11 @@
-"""Whether the service's memory grows: minutes of mixed load, and the slope of what the process holds.
+"""Measure the growth of the service's memory over minutes of mixed load.
 
-Clients segment in every format, add and remove templates, send what must be refused, run jobs, and leave in
-the middle. It begins with full batches alone: the allocator keeps what the largest took, and what comes by
-chance later would look like growth. The slope is a least-squares line through the processes' own memory after
-the warm-up; its 95 % confidence interval is of the means of ten blocks of samples, since neighbors depend on
-each other. The last line is one JSON object. A slope whose interval lies above `--most` MiB/h is an error.
+Clients segment in every format, add and remove templates, send invalid requests, run jobs, and disconnect
+in the middle. The load starts with full batches alone, because the allocator keeps what the largest batch
+took, and a later one would look like growth. The slope is a least-squares line through the processes' own
+memory after the warm-up. Its 95 % confidence interval uses the means of ten blocks of samples, since
+neighboring samples depend on each other. The last line is one JSON object. A slope whose interval lies
+above `--most` MiB/h is an error.
 """
 
 import argparse
@@ -229,7 +230,7 @@ def start(folder: Path, weights: str) -> tuple[subprocess.Popen[bytes], str, str
     settings = {
         "VESSA_API_KEY": key, "VESSA_PORT": str(port), "VESSA_STORE": f"folder:{folder / 'banks'}",
         "VESSA_WEIGHTS": weights, "VESSA_DEVICE": "cpu", "VESSA_THREADS": "1", "OMP_NUM_THREADS": "1",
-        # Features and annotations are full before the slope counts.
+        # Fill the caches of features and annotations before the slope is measured.
         "VESSA_FEATURE_CACHE_BYTES": str(64 << 20), "VESSA_ANNOTATION_BYTES": str(4 << 20),
         "XDG_CONFIG_HOME": str(folder),
         "VESSA_LOG_LEVEL": "warning",
@@ -282,7 +283,7 @@ def main() -> None:
                     print(f"{line}  {counts.total()} requests  {held(url, key)}", flush=True)
                 time.sleep(1.0)
             for one in running:
-                one.result()  # a client that died of something says so
+                one.result()  # raises the error of a failed client
             ready = httpx.get(f"{url}/readyz", timeout=30).status_code == 200
         finally:
             process.terminate()

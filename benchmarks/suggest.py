@@ -1,8 +1,8 @@
-"""What suggested patients are worth: VESSA alone by a bank of 3, suggested or drawn at random.
+"""Compare banks of three suggested patients with random banks, by VESSA alone.
 
-Every bank is of patients of `splits/train.txt` and annotates every `--every`-th slice of the test patients;
-the mean over classes and volumes of the Dice of those slices is compared. Templates are encoded once. What
-was measured is kept in `--out`, so that a run that was stopped goes on. The last line is one JSON object.
+Every bank holds patients of `splits/train.txt` and annotates every `--every`-th slice of the test patients.
+The mean Dice over classes and volumes of those slices is compared. Templates are encoded once. Results are
+stored in `--out`, so that a stopped run resumes. The last line is one JSON object.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Bench:
         self.templates: dict[str, list[Template]] = {}
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.touch()
-        self.of = [dataset.name, annotator.model_digest, every]  # what results can be compared
+        self.of = [dataset.name, annotator.model_digest, every]  # key of comparable results
         lines = [json.loads(line) for line in kept.read_text().splitlines()]
         same = [line for line in lines if line["of"] == self.of]
         self.known = {(tuple(line["patients"]), line["on"]): line["dice"] for line in same}

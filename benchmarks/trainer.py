@@ -1,14 +1,13 @@
-"""How fast the trainer's step is, how long it waits for labels, and what cached labels cost.
+"""Measure the trainer's step, its waiting for labels, and the cost of cached labels.
 
-Four figures, each of two things measured in turn in one run, so that a busy machine slows both alike:
-- step_over_upstream: our step with bf16: true over a re-statement of UniMatch V2's own (`upstream_step.py`),
-  same network, crop, batch and threads; step_over_upstream_float32 is ours without bfloat16.
-- label_wait_share: of the wall time of VESSA-assisted steps beside a real annotator with the shipped weights.
-  The warm-up is as many steps as the trainer looks ahead, and one. After it come images that were never
-  labeled, until each was once (label_wait_share_first_pass, by itself), and then labels asked for again with
-  feedback.
+Each figure compares two things measured in turn in one run, so that a busy machine slows both alike:
+- step_over_upstream: our step with bf16: true over UniMatch V2's own as rewritten in `upstream_step.py`, same
+  network, crop, batch and threads; step_over_upstream_float32 is ours without bfloat16.
+- label_wait_share: share of the wall time of VESSA-assisted steps beside a real annotator with the shipped
+  weights. The warm-up is one step more than the trainer looks ahead. Then come images without a label
+  (label_wait_share_first_pass), and then labels requested again with feedback.
 - redis_batch_over_step: one batch of those labels from a real Redis, unpacked, over our step.
-- cached_over_raw_bytes: a label as it is cached over the class probabilities as float32.
+- cached_over_raw_bytes: a cached label over the class probabilities as float32.
 The last line is one JSON object.
 """
 

@@ -1,9 +1,9 @@
-"""UniMatch V2's training step as its public code takes it, written out anew to be timed beside ours.
+"""Take UniMatch V2's training step as its public code does, written from scratch, to be timed beside ours.
 
-Float32 in the usual memory layout; each image is opened, scaled, cropped, mirrored and changed by itself with
-PIL; the teacher's average is a Python loop over tensors; AdamW as torch builds it by default. Upstream lets
-worker processes prepare the views; here they are prepared in line, as ours are, so that both steps are all
-that one process does.
+The step uses float32 in the usual memory layout. Each image is opened, scaled, cropped, mirrored and
+changed alone with PIL. The teacher's average is a Python loop over tensors, and AdamW is torch's default.
+Upstream lets worker processes prepare the views; here both steps prepare them in line, so that each step is
+the whole work of one process.
 """
 
 import math

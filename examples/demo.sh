@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole main job on synthetic hearts: data, annotator, both trainings, one table, one report.
-#   bash examples/demo.sh [FOLDER]      FOLDER defaults to runs/demo; a second call resumes there
-# VESSA_DEMO_PORT: where the annotator listens; VESSA_DEMO_STEPS: training steps in place of the config's.
+# Run the main task on synthetic hearts: data, annotator, both trainings, one table, one report.
+#   bash examples/demo.sh [FOLDER]      FOLDER defaults to runs/demo; a second call resumes in it
+# VESSA_DEMO_PORT: port of the annotator; VESSA_DEMO_STEPS: training steps in place of the configuration's.
 set -euo pipefail
 folder=${1:-runs/demo}
 port=${VESSA_DEMO_PORT:-8799}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
-# The demo's annotator has its own key and bank folder, so that it never touches yours.
+# The demo's annotator has a key and a bank folder of its own, so that it does not touch yours.
 VESSA_API_KEY=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')
 export VESSA_API_KEY VESSA_STORE="folder:$folder/banks" VESSA_PORT=$port XDG_CONFIG_HOME="$folder/config"
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install one system package where this user may; otherwise say the one line that does it, and fail.
+# Install one system package if this user may; otherwise print the command for it and fail.
 #
 #   scripts/apt-install.sh PACKAGE
 set -eu

@@ -1,15 +1,15 @@
 #!/bin/sh
-# Install requirements.lock into one Python environment, every file checked against its hash.
+# Install requirements.lock into one Python environment and check every file against its hash.
 #
 #   scripts/install-lock.sh PYTHON [--runtime]
 #
 # --runtime    leaves out the tools section of requirements.in (container images)
-# TORCH_INDEX  (environment) address of a package index that holds builds of torch and torchvision without CUDA.
-#              They are then taken from there at the locked versions, without the lock's
-#              hashes, which belong to other files; the CUDA libraries of the lock are left out.
+# TORCH_INDEX  (environment) address of a package index with builds of torch and torchvision without CUDA.
+#              They are installed from there at the locked versions, without the lock's hashes, which belong to
+#              other files. The CUDA libraries of the lock are left out.
 #
-# The order matters: sam2 builds against an installed torch, and sam2, iopath and antlr4 are source
-# distributions that build with the setuptools that is already there (no build isolation, nothing unlocked).
+# The order matters: sam2 builds against an installed torch. sam2, iopath and antlr4 are source distributions and
+# build with the installed setuptools, without build isolation, so that nothing unlocked is fetched.
 set -eu
 cd "$(dirname "$0")/.."
 python=$1

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Make .venv with the locked dependencies and the three distributions, editable.
 #
-#   scripts/setup.sh STAMP     STAMP is created when everything is in place
+#   scripts/setup.sh STAMP     creates STAMP at the end
 #
-# PYTHON  (environment) the interpreter to use; default: the first of 3.11 to 3.13 on PATH
+# PYTHON  (environment) the interpreter; default: the first of 3.11 to 3.13 on PATH
 set -eu
 cd "$(dirname "$0")/.."
 stamp=$1

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Make the Python environment of vLLM for the tests, on a CPU; its pins are its own.
+# Make the Python environment of vLLM for the tests, on a CPU, with pins of its own.
 #
 #   scripts/vllm/env.sh FOLDER
 #
-# 2.5 GB. Packages come from the index and the folders that pip is configured for; torch is the build without
-# CUDA where one of them has it. A folder that is complete already is left as it is.
+# It takes 2.5 GB. Packages come from the index and the folders of pip's configuration; torch is the build without
+# CUDA if one of them has it. A complete folder is not touched.
 set -eu
 cd "$(dirname "$0")/../.."
 folder=$1
@@ -25,8 +25,8 @@ $uv venv --quiet --clear --python .venv/bin/python "$folder"
 $uv pip install --quiet --python "$folder/bin/python" "$@" --override scripts/vllm/overrides.txt \
     vllm==0.33.0 setuptools
 $uv pip install --quiet --python "$folder/bin/python" --no-deps --no-build-isolation ./scripts/vllm
-# PyPI's torchvision is built for CUDA and cannot load its operators beside a torch without. The processors use
-# none of them, but torchvision states facts about two when it is imported, and they must exist by then.
+# PyPI's torchvision is built for CUDA and cannot load its operators beside a torch without CUDA. The image
+# processors use none of them, but the import of torchvision registers facts about two, which must exist then.
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo 'import vllm_on_cpu_images' > "$site/vllm_on_cpu_images.pth"
 touch "$stamp"

@@ -1,8 +1,8 @@
-"""Lets the wheel of vLLM that PyPI has, built for GPUs, serve a small model on a CPU.
+"""Serve a small model on a CPU with the wheel of vLLM from PyPI, which is built for GPUs.
 
-The wheel holds vLLM's CPU platform but not the compiled operators that it calls. Here are the six that a
-decoder needs, in plain PyTorch: right, not fast, for tests alone. vLLM calls `register` in each process.
-A build of vLLM for CPUs has its own operators and keeps them.
+The wheel holds vLLM's CPU platform but not the compiled operators that it calls. This module has the six
+operators of a decoder in plain PyTorch: correct, slow, for tests alone. vLLM calls `register` in each
+process. A build of vLLM for CPUs has operators of its own and keeps them.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ _SCHEMAS = {
     "compute_slot_mapping_kernel_impl": "(Tensor query_start_loc, Tensor positions, Tensor blocks, "
     "Tensor(a!) slots, SymInt block_size) -> ()",
 }
-_kept: list[torch.library.Library] = []  # a library that is collected takes its operators with it
+_kept: list[torch.library.Library] = []  # a collected library would take its operators with it
 
 
 def register() -> None:

@@ -1,13 +1,13 @@
-"""Lets torchvision's transforms run beside a torch without CUDA (see env.sh); read at each start of Python.
+"""Define two operators before torchvision is imported beside a torch without CUDA (see env.sh).
 
-It only waits for torchvision: importing torch here would cost each start seconds.
+Python reads this module at each start, so it only waits for torchvision: importing torch would take seconds.
 """
 
 import sys
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-OPERATORS = ("nms", "qnms")  # those that torchvision states facts about when it is imported
+OPERATORS = ("nms", "qnms")  # the import of torchvision registers facts about these
 
 
 class _BeforeTorchvision:
