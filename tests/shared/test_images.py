@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vessa.colors import OPACITY, class_color
 from vessa.errors import InvalidImage, TooLarge
 from vessa.images import read_image, to_bytes
-from vessa.overlay import class_color, overlay
+from vessa.overlay import overlay
 
 GRAY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 COLOR = np.stack([GRAY, GRAY // 2, 255 - GRAY], axis=-1)
@@ -106,7 +107,16 @@ def test_an_overlay_colors_classes_and_leaves_the_rest():
     assert picture.shape == (6, 8, 3)
     assert np.array_equal(picture[labels == 0], np.repeat(GRAY[labels == 0][:, None], 3, 1))
     assert np.array_equal(picture[1, 1], class_color(2))  # contour
-    inner = GRAY[2, 3] * 0.55 + class_color(2) * 0.45
+    inner = GRAY[2, 3] * (1 - OPACITY) + np.array(class_color(2)) * OPACITY
     assert np.abs(picture[2, 3] - inner).max() <= 1
     assert np.array_equal(overlay(COLOR, labels)[0], COLOR[0])
-    assert len({tuple(class_color(i)) for i in range(1, 7)}) == 6
+    assert len({class_color(i) for i in range(1, 29)}) == 28
+
+
+def test_a_wide_contour_lies_inside_its_class():
+    labels = np.zeros((12, 12), np.uint8)
+    labels[2:10, 2:10] = 1
+    picture = overlay(np.zeros((12, 12), np.uint8), labels, contour=2)
+    full = (picture == class_color(1)).all(-1)
+    assert full.sum() == 8 * 8 - 4 * 4
+    assert not full[labels == 0].any()

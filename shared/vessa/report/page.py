@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from vessa import atomic_write
-from vessa.overlay import class_color, overlay
+from vessa.colors import class_hex
+from vessa.overlay import overlay
 from vessa.report.cases import Overlay, Pixels
 
 _HEIGHT = 200  # px of a picture on the page; twice as many in it, for sharp print
@@ -104,7 +105,7 @@ class Page:
             return
         self.heading("Best, median and worst case")
         legend = "".join(
-            f"<span><i style='background:rgb({_rgb(c)})'></i>{html.escape(n)}</span>"
+            f"<span><i style='background:{class_hex(c)}'></i>{html.escape(n)}</span>"
             for c, n in classes.items()
         )
         self._parts.append(f"<p class='legend'>{legend}</p>")
@@ -168,7 +169,3 @@ def _figure(pixels: Pixels, name: str, caption: str) -> str:
 
 def _data(stream: io.BytesIO) -> str:
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _rgb(class_id: int) -> str:
-    return ",".join(f"{v:.0f}" for v in class_color(class_id))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vessa import atomic_write
+from vessa.colors import CHART_COLORS, class_hex
 
 mpl.use("Agg")
 
 _INK, _GRID = "#1c2430", "#dfe4ea"
-PALETTE = ("#7a8794", "#0b6e99", "#d9822b", "#6a9a3b", "#9b59b6", "#c0392b")
 _SMOOTH = 15  # rows of metrics.jsonl over which a noisy curve is averaged
 
 
@@ -52,15 +53,15 @@ def progress_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     _curves(axes[0, 0], rows, {k: k.removeprefix("loss_") for k in _LOSSES}, smooth=True)
     _finish(axes[0, 0], "loss", bottom=0)
     for key, name, color in (
-        ("val_teacher", "teacher", PALETTE[1]),
-        ("val_student", "student", PALETTE[2]),
-        ("val_vessa", "VESSA", PALETTE[3]),
+        ("val_teacher", "teacher", CHART_COLORS[1]),
+        ("val_student", "student", CHART_COLORS[2]),
+        ("val_vessa", "VESSA", CHART_COLORS[3]),
     ):
         points = validation_dice(rows, key)
         if points:
             axes[0, 1].plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=color)
     _finish(axes[0, 1], "validation Dice", bottom=0, top=1)
-    for color, (name, points) in zip(PALETTE[1:] * 4, _class_curves(rows), strict=False):
+    for color, (name, points) in zip(map(class_hex, count(1)), _class_curves(rows), strict=False):
         axes[0, 2].plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=color)
     _finish(axes[0, 2], "validation Dice of the teacher", bottom=0, top=1)
     _curves(axes[1, 0], rows, _SHARES, smooth=True)
@@ -92,7 +93,7 @@ def comparison_figure(runs: Mapping[str, Sequence[Path]]) -> Figure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
     for index, (name, paths) in enumerate(runs.items()):
-        color = PALETTE[index % len(PALETTE)]
+        color = CHART_COLORS[index % len(CHART_COLORS)]
         curves = [dict(validation_dice(read_metrics(p), "val_teacher")) for p in paths]
         for curve in curves:
             axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.8, alpha=0.45)
@@ -116,7 +117,9 @@ def bars_figure(
     for index, (name, by_class) in enumerate(methods.items()):
         left = np.arange(len(classes)) + (index - (len(methods) - 1) / 2) * width
         heights = [float(np.mean(v)) if len(v) else 0.0 for v in by_class]
-        axis.bar(left, heights, width * 0.92, color=PALETTE[index % len(PALETTE)], alpha=0.85, label=name)
+        axis.bar(
+            left, heights, width * 0.92, color=CHART_COLORS[index % len(CHART_COLORS)], alpha=0.85, label=name
+        )
         for x, values in zip(left, by_class, strict=True):
             if len(values) > 1:
                 axis.plot([x] * len(values), values, ".", color=_INK, markersize=4)
@@ -138,7 +141,7 @@ def budgets_figure(methods: Mapping[str, Sequence[tuple[float, Sequence[float]]]
     percents = sorted({p for points in methods.values() for p, _ in points})
     places = {p: i for i, p in enumerate(percents)}  # 1, 5, 10 and 100 % side by side
     for index, (name, points) in enumerate(methods.items()):
-        color = PALETTE[index % len(PALETTE)]
+        color = CHART_COLORS[index % len(CHART_COLORS)]
         known = [(places[p], v) for p, v in points if len(v)]
         axis.plot(
             [x for x, _ in known], [float(np.mean(v)) for _, v in known],
@@ -172,7 +175,7 @@ def _curves(
         if not points:
             continue
         steps, values = (np.array(v, float) for v in zip(*points, strict=True))
-        color = PALETTE[1 + _drawn(axis) % (len(PALETTE) - 1)]
+        color = CHART_COLORS[1 + _drawn(axis) % (len(CHART_COLORS) - 1)]
         if smooth and len(points) > 2 * _SMOOTH:
             axis.plot(steps, values, color=color, linewidth=0.6, alpha=0.25)
             sums = np.convolve(values, np.ones(_SMOOTH), "same")
