@@ -1,4 +1,4 @@
-"""The proving ground: how much it tries, what it has tried, and what a process takes meanwhile."""
+"""Set the effort of the proving ground, count its inputs, and bound a process's memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ tried: Counter[str] = Counter()  # inputs, by what they were given to; printed w
 
 
 def settings(examples: int) -> hypothesis.settings:
-    """Return how Hypothesis tries: the same few examples in each run of CI, others and more with EFFORT."""
+    """Return Hypothesis's settings: the same few examples in each run of CI, more and others with EFFORT."""
     return hypothesis.settings(
         max_examples=examples * EFFORT,
         derandomize=EFFORT == 1,
@@ -36,13 +36,13 @@ def _memory(pid: int | str, name: str) -> int:
 
 
 def resident(pid: int | str = "self") -> int:
-    """Return the bytes of memory that a process has now."""
+    """Return the bytes of memory of a process."""
     return _memory(pid, "VmRSS")
 
 
 @contextlib.contextmanager
 def grows_at_most(limit: int, pid: int | str = "self") -> Iterator[None]:
-    """Fail when a process takes over `limit` more bytes at any moment of the block than before it.
+    """Fail when a process's memory grows by more than `limit` bytes at any moment of the block.
 
     The kernel keeps the peak, so that no moment is missed. Without Linux's /proc nothing is measured.
     """

@@ -1,4 +1,4 @@
-"""Real DICOM and NIfTI files of a small phantom, written by pydicom and nibabel."""
+"""Write real DICOM and NIfTI files of a small phantom with pydicom and nibabel."""
 
 import io
 
@@ -17,7 +17,7 @@ OBLIQUE = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)  # rows run left and back, columns run
 
 
 def phantom(shape=(12, 10, 6)):
-    """Intensities (I, J, K) of a bright block in a dark field, all three axes different."""
+    """Return intensities (I, J, K) of a bright block in a dark field, with three different axes."""
     i, j, k = np.indices(shape)
     return (100 + 10 * i + j + 100 * ((i > 4) & (j > 3) & (k > 1))).astype(np.int16)
 
@@ -29,7 +29,7 @@ def written(file):
 
 
 def dicom_slice(pixels, *, position=(0.0, 0.0, 0.0), orientation=(1, 0, 0, 0, 1, 0), uid="1.2.3.4", **more):
-    """One CT image as a FileDataset. pixels: integers (rows, columns)."""
+    """Return one CT image as a FileDataset. pixels: integers (rows, columns)."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = CTImageStorage
@@ -57,7 +57,7 @@ def _put_pixels(file, pixels):
 
 
 def dicom_series(voxels, *, orientation=OBLIQUE, step=3.0, **more):
-    """The slices of (I, J, K) voxels as FileDatasets, stacked along their normal."""
+    """Return the slices of (I, J, K) voxels as FileDatasets, stacked along their normal."""
     normal = np.cross(orientation[:3], orientation[3:])
     return [
         dicom_slice(
@@ -71,7 +71,7 @@ def dicom_series(voxels, *, orientation=OBLIQUE, step=3.0, **more):
 
 
 def dicom_multiframe(voxels, step=3.0):
-    """An enhanced multi-frame file whose frames are stored in reverse order, each with its position."""
+    """Return an enhanced multi-frame file with frames in reverse order, each with its position."""
     file = dicom_slice(voxels[:, :, 0].T)
     for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
         delattr(file, name)

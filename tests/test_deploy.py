@@ -1,4 +1,4 @@
-"""What is deployed: compose files in all their profiles, nginx, the dashboard, the Kubernetes example."""
+"""Check the deployment: compose files with all profiles, nginx, the dashboard, the Kubernetes example."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEPLOY = ROOT / "deploy"
 
 
 def compose_config(*files: str) -> dict[str, Any]:
-    """What compose makes of some files with all profiles; skips where there is no compose."""
+    """Return compose's configuration of some files with all profiles; skip without compose."""
     known = ["docker", "compose", "version"]
     if shutil.which("docker") is None or subprocess.run(known, capture_output=True).returncode:
         pytest.skip("no docker compose on this machine")

@@ -1,21 +1,22 @@
-"""The README's code is run as a reader would run it, top to bottom, in one folder, against a live service.
+"""Run the README's code as a reader would: top to bottom, in one folder, against a live service.
 
-How README.md is tagged. Every fenced block in bash, sh, console or python must have, on the line above its
-fence, one HTML comment (invisible when rendered):
+Tags in README.md. Every fenced block in bash, sh, console or python needs one HTML comment (invisible
+when rendered) on the line above its fence:
 
     <!-- run -->                    run it; it must end with status 0
-    <!-- run: TEXT -->              and TEXT must be in what it prints
+    <!-- run: TEXT -->              and its output must contain TEXT
     <!-- run slow -->               as `run`, but only in `make test-all` (with or without `: TEXT`)
     <!-- skip: why -->              not run, for example because it is `make test` itself
 
-What a block may count on:
+The environment of a block:
 - The working folder is one temporary folder for all blocks, with links to the repository's examples/,
-  services/, shared/, trainer/ and benchmarks/. What a block writes, later blocks read; a skipped block
-  leaves nothing.
+  services/, shared/, trainer/ and benchmarks/. Later blocks read what earlier blocks wrote. A skipped block
+  writes nothing.
 - `vessa`, `vessa-server`, `vessa-trainer` and `python` are those of the environment that runs the tests.
-- A nano annotator is up. The README writes its address as 127.0.0.1:8700; a free port is put in its place.
-- HOME is a fresh folder: the key the service made at its first start is in ~/.config/vessa/api-key, where the
-  client finds it by itself and curl can read it.
+- A nano annotator is running. The README writes its address as 127.0.0.1:8700, which is replaced by the
+  address of a free port.
+- HOME is a new folder. The service wrote its key to ~/.config/vessa/api-key, where the client finds it and
+  curl can read it.
 - bash blocks run with `set -euo pipefail`. In `console` blocks the lines that begin with `$ ` are run.
 """
 
@@ -43,7 +44,7 @@ TAG = re.compile(r"<!-- (?:(?P<run>run)(?P<slow> slow)?(?:: (?P<expect>.+?))?|sk
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. line: of its fence, from 1; expect: text its output must hold."""
+    """A fenced block. line: line of its fence, from 1; expect: text that its output must contain."""
 
     line: int
     language: str
@@ -54,7 +55,7 @@ class Block:
 
 
 def code_blocks(text: str) -> list[Block]:
-    """Return the fenced shell and Python blocks; ValueError names one whose tag is missing or wrong."""
+    """Return the fenced shell and Python blocks. Raises ValueError for a missing or wrong tag."""
     blocks, lines = [], text.splitlines()
     fence: int | None = None
     for number, line in enumerate(lines):
@@ -81,7 +82,7 @@ def code_blocks(text: str) -> list[Block]:
 
 
 def command(block: Block, address: str) -> list[str]:
-    """What runs a block, with the address of the service put in."""
+    """Return the command that runs a block, with the address of the service inserted."""
     code = block.code.replace(ADDRESS, address)
     if block.language == "python":
         return [sys.executable, "-c", code]
@@ -91,12 +92,12 @@ def command(block: Block, address: str) -> list[str]:
 
 
 def readme_blocks() -> list[Block]:
-    """The README's blocks, none where there is no README (test_readme_is_tagged then fails)."""
+    """Return the README's blocks, or none without a README (test_readme_is_tagged then fails)."""
     return code_blocks(README.read_text(encoding="utf-8")) if README.is_file() else []
 
 
 def parameters() -> list[object]:
-    """One pytest parameter for each block to run, named by its line."""
+    """Return one pytest parameter for each block to run, named by its line."""
     return [
         pytest.param(block, id=f"line{block.line}", marks=[pytest.mark.slow] if block.slow else [])
         for block in readme_blocks()
@@ -106,7 +107,7 @@ def parameters() -> list[object]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Where the reader of the README sits: folder, environment, address of the service."""
+    """The reader of the README: folder, environment, address of the service."""
 
     folder: Path
     environment: dict[str, str]
@@ -115,7 +116,7 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    """A folder, a home, and a nano annotator that is ready."""
+    """Yield a reader with a folder, a home, and a ready nano annotator."""
     folder, home = tmp_path_factory.mktemp("readme"), tmp_path_factory.mktemp("home")
     for name in ("examples", "services", "shared", "trainer", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
@@ -152,7 +153,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 180.0) -> None:
-    """Poll the readiness probe; fail with the server's last words when it dies or stays silent."""
+    """Poll the readiness probe; fail with the end of the server's log when it dies or stays silent."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -184,6 +185,19 @@ def test_readme_block(block: Block, reader: Reader) -> None:
     assert done.returncode == 0, f"README.md line {block.line}:\n{done.stdout[-4000:]}"
     if block.expect is not None:
         assert block.expect in done.stdout
+
+
+def test_readme_segments_a_patient_outside_its_bank(tmp_path: Path) -> None:
+    text = README.read_text(encoding="utf-8")
+    (phantoms,) = re.findall(r"^vessa-server (phantoms .+)$", text, re.MULTILINE)
+    (split,) = re.findall(r"^vessa seed \S+ .*--split (\S+)$", text, re.MULTILINE)
+    shown = re.findall(r"^vessa segment (\S+)/images/(\S+)_\d+\.png", text, re.MULTILINE)
+    server = Path(sys.executable).parent / "vessa-server"
+    subprocess.run([server, *phantoms.split()], cwd=tmp_path, check=True, capture_output=True)
+    assert shown
+    for folder, patient in shown:
+        assert (tmp_path / folder / "images" / f"{patient}_01.png").is_file()
+        assert patient not in (tmp_path / folder / split).read_text().split()
 
 
 EXAMPLE = """

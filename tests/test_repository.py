@@ -1,4 +1,4 @@
-"""What a clone must hold: a lock that can be trusted, versions that agree, nothing of one machine."""
+"""Check the repository: a trustworthy lock, equal versions, nothing of one machine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COMPOSE_FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
 
 
 def project(name: str) -> dict[str, Any]:
-    """The [project] table of one distribution."""
+    """Return the [project] table of a distribution."""
     return tomllib.loads((DISTRIBUTIONS[name] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def lock_entries() -> dict[str, list[str]]:
-    """Locked name -> its lines."""
+    """Return the lines of each locked package by its name."""
     entries: dict[str, list[str]] = {}
     name = ""
     for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
@@ -39,17 +39,17 @@ def lock_entries() -> dict[str, list[str]]:
 
 
 def compose_services(name: str) -> dict[str, Any]:
-    """The services of one compose file."""
+    """Return the services of a compose file."""
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))["services"]
 
 
 def normalized(requirement: str) -> str:
-    """'PyYAML>=6 ; marker' -> 'pyyaml', as package indexes compare names."""
+    """Return a requirement's name as package indexes compare it: 'PyYAML>=6 ; marker' gives 'pyyaml'."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", requirement.strip())[0]).lower()
 
 
 def tracked() -> list[Path]:
-    """The files git knows."""
+    """Return the files that git tracks."""
     try:
         listed = subprocess.run(
             ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,8 +1,8 @@
-"""The compose stack from a clean clone: the job ends with its table, offline and with containers killed too.
+"""Run the compose stack from a clean clone: to its table, offline, and with containers killed.
 
-`make test-compose`; needs docker, root (to kill the containers' processes) and the base images. The last
-line is one JSON object: times in s, image sizes in MB, the mean Dice of each scenario's methods. VESSA_STEPS:
-training steps, 40 unless set.
+`make test-compose` needs docker, root (to kill the containers' processes) and the base images. The last line
+is one JSON object: times in s, image sizes in MB, mean Dice of each scenario's methods. VESSA_STEPS sets the
+training steps (default 40).
 """
 
 import argparse
@@ -42,7 +42,7 @@ def say(text: str) -> None:
 
 
 class Stack:
-    """One compose project on a clone, with a run name and volumes of its own."""
+    """A compose project on a clone, with a separate run name and separate volumes."""
 
     def __init__(self, clone: Path, *files: str) -> None:
         self.clone = clone
@@ -63,7 +63,7 @@ class Stack:
         return done.stdout + done.stderr
 
     def state(self, service: str) -> dict[str, Any]:
-        """Return a container's State as docker tells it; empty while there is none."""
+        """Return docker's State of a container, empty while there is no container."""
         identity = self.compose("ps", "-a", "-q", service, check=False).split()
         if not identity:
             return {}
@@ -81,7 +81,7 @@ class Stack:
             time.sleep(0.3)
 
     def kill(self, service: str) -> None:
-        """Kill -9 a container's process, as for want of memory; wait until docker has started it anew."""
+        """Kill a container's process with -9, as the OOM killer does; wait until docker has restarted it."""
         self.wait(f"the start of {service}", lambda: self.state(service).get("Running", False))
         pid = int(self.state(service)["Pid"])
         say(f"kill -9 of {service}")
@@ -93,12 +93,12 @@ class Stack:
         return bool(state) and int(state["Pid"]) not in (0, pid)
 
     def lines(self) -> int:
-        """How many lines of metrics the runs have written."""
+        """Return the number of lines of metrics of all runs."""
         told = self.compose("exec", "-T", "trainer", "python", "-c", LINES, check=False).split()
         return int(told[-1]) if told and told[-1].isdigit() else 0
 
     def progress(self, what: str) -> None:
-        """Wait until the trainer has gone on."""
+        """Wait until the trainer has made progress."""
         seen = self.lines()
         self.wait(f"progress before {what}", lambda: self.lines() != seen or self._ended())
         if self._ended():
@@ -108,7 +108,7 @@ class Stack:
         return self.state("trainer").get("Status") == "exited"
 
     def result(self) -> dict[str, float]:
-        """Wait for the end of the job; check table, report and masks, return each method's Dice."""
+        """Wait for the end of the job, check table, report and masks, and return each method's Dice."""
         self.wait("the end of the trainer", self._ended)
         logs = self.compose("logs", "--no-log-prefix", "trainer")
         if self.state("trainer")["ExitCode"]:
@@ -129,13 +129,13 @@ class Stack:
 
 
 def plain(stack: Stack) -> dict[str, float]:
-    """Up, and wait for the table."""
+    """Start the stack and wait for the table."""
     stack.compose("up", "-d", "--pull", "never")
     return stack.result()
 
 
 def offline(stack: Stack) -> dict[str, float]:
-    """The same where no container has a way out."""
+    """Do the same without any connection to the outside."""
     stack.compose("up", "-d", "--pull", "never", "--no-build")
     for service in ("annotator", "trainer"):
         stack.compose("exec", "-T", service, "python", "-c", NO_WAY_OUT)
@@ -143,7 +143,7 @@ def offline(stack: Stack) -> dict[str, float]:
 
 
 def killed(stack: Stack) -> dict[str, float]:
-    """The same with each container killed once, the trainer twice, at different moments of the job."""
+    """Do the same with each container killed once, the trainer twice, at different times."""
     up = subprocess.Popen(
         [*stack._base, "up", "-d", "--pull", "never", "--no-build"], cwd=stack.clone, env=stack._environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -157,7 +157,7 @@ def killed(stack: Stack) -> dict[str, float]:
 
 
 def image_sizes() -> dict[str, int]:
-    """Size of each image on disk, MB."""
+    """Return the size of each image on disk, MB."""
     names = ("vessa-annotator", "vessa-trainer", "redis:7")
     told = [
         subprocess.check_output(["docker", "image", "inspect", "-f", "{{.Size}}", name]) for name in names

@@ -1,4 +1,4 @@
-"""An annotator that the tests of this folder may treat badly."""
+"""Start an annotator for tests that send it anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def victim(start_annotator: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A service with small limits, that anything may be sent to and all banks may be deleted of."""
+    """A service with small limits, for any request; tests may delete all its banks."""
     return start_annotator(
         tmp_path_factory.mktemp("victim"),
         VESSA_MAX_BODY_BYTES=str(8 << 20),

@@ -1,4 +1,4 @@
-"""`vessa-server serve` with a worker that hangs or dies when told to: `sick.py FILE`.
+"""Serve with a worker that hangs or dies on command: `sick.py FILE`.
 
 FILE is read before each batch: `hang` waits until it is gone, `die` ends the worker process.
 """
@@ -16,7 +16,7 @@ told, segment = Path(sys.argv[1]), Annotator.segment
 
 
 def sick_segment(self: Annotator, items: Any) -> Any:
-    """Segment, unless told otherwise."""
+    """Segment, hang or die, as the file says."""
     while told.exists():
         if told.read_text() == "die":
             raise SystemExit

@@ -1,4 +1,4 @@
-"""`make bench-service` runs to its last line; how fast anything was is not for a test to say."""
+"""Run `make bench-service` to its last line, without a judgement on speed."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What is small on the wire and large when it is believed is refused, and the service hardly grows."""
+"""Send small bodies that claim large sizes: each is refused, and the service hardly grows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = (48, 64)
 
 @pytest.fixture(scope="module")
 def bank(victim: Any) -> str:
-    """A bank to segment by; all that takes memory for the first time has been done once."""
+    """A bank for requests; first-time allocations are done."""
     mask = np.zeros(SIZE, np.uint8)
     mask[8:20, 8:20] = 1
     with AnnotatorClient(victim.url, victim.api_key) as client:
@@ -63,7 +63,7 @@ def tiff(height: int, width: int) -> bytes:
 
 
 def endless_tiff() -> bytes:
-    """Frames in a circle: the last one's next is the first."""
+    """Return a TIFF with frames in a circle: the last one points to the first."""
     file = io.BytesIO()
     first, second = (Image.fromarray(np.full((4, 4), v, np.uint8)) for v in (1, 2))
     first.save(file, "TIFF", save_all=True, append_images=[second])
@@ -77,7 +77,7 @@ def endless_tiff() -> bytes:
 
 
 def jpeg_of_many_scans(count: int) -> bytes:
-    """A progressive JPEG that goes over its 16 million pixels again and again."""
+    """Return a progressive JPEG with many scans over its 16 million pixels."""
     data = picture(np.zeros((4096, 4096), np.uint8), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + data[-2:]
@@ -109,7 +109,7 @@ BOMBS = {
 
 
 def code(answer: httpx.Response) -> str | None:
-    """Return the error's code, None for an answer; a fault of the service is neither."""
+    """Return the error's code, None for an answer; fail on a fault of the service."""
     assert answer.status_code < 500, answer.text
     return None if answer.is_success else answer.json()["error"]["code"]
 
@@ -136,7 +136,7 @@ def test_an_image_bomb_does_not_go_off(victim: Any, http: Any, bank: str, name: 
 
 
 def claimed(shape: Iterable[int]) -> bytes:
-    """A safetensors body whose header claims images of a shape, with no more than a few bytes behind it."""
+    """Return a safetensors body whose header claims images of a shape, followed by only a few bytes."""
     shape = list(shape)
     size = int(np.prod([float(side) for side in shape]))
     header = json.dumps({"images": {"dtype": "U8", "shape": shape, "data_offsets": [0, size]}}).encode()
@@ -198,7 +198,7 @@ def test_a_form_and_prompts_that_grow_when_they_are_read_are_refused(
 
 
 def send(service: Any, head: str, parts: Iterable[bytes] = (), seconds: float = 60) -> bytes:
-    """Send a request as long as it is taken; return what comes back, nothing when the service hung up."""
+    """Send a request until it is refused; return the answer, or nothing when the connection was closed."""
     host, port = service.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=seconds) as connection:
         try:

@@ -1,4 +1,4 @@
-"""`vessa annotate`: exactly one result a file, through kills, full services and files that are no images."""
+"""Annotate folders with exactly one result per file, through kills, full services and broken files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BROKEN = {"broken.png": b"\x89PNG no more", "a/empty.jpg": b"", "a/text.tif": b"
 
 
 def picture(seed: int) -> tuple[Any, Any]:
-    """A gray image with one bright square, and its mask, both uint8 (32, 40)."""
+    """Return a gray image with one bright square and its mask, both uint8 (32, 40)."""
     rng = np.random.default_rng(seed)
     y, x = rng.integers(2, 16), rng.integers(2, 24)
     mask = np.zeros((32, 40), np.uint8)
@@ -47,7 +47,7 @@ def picture(seed: int) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of images in two folders, three broken ones, and a file that is none."""
+    """A tree of images in two folders, with three broken ones and a file of another kind."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "a" / "deep").mkdir(parents=True)
     for i in range(FILES):
@@ -68,7 +68,7 @@ def seeded(service: Any, bank: str) -> Iterator[AnnotatorClient]:
 
 
 def check(images: Path, out: Path, service: Any, bank: str) -> None:
-    """One line and one mask a file, and the mask is what the service answers."""
+    """Check that each file has one line and one mask, equal to the service's answer."""
     head, *records = [json.loads(line) for line in (out / MANIFEST).read_text().splitlines()]
     assert head == {"settings": {"bank": bank, "classes": None, "by_folder": False}}
     by_file = {record["file"]: record for record in records}
@@ -134,7 +134,7 @@ def test_a_killed_job_goes_on_and_does_nothing_twice(annotator: Any, images: Pat
 def test_full_and_dying_replicas_lose_no_file(
     start_annotator: Any, redis_url: str, images: Path, tmp_path: Path
 ) -> None:
-    """One takes one request at a time and says 429 to all others; the other is killed amid the work."""
+    """One service takes one request at a time, else it answers 429; the other is killed amid the work."""
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()

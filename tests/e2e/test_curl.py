@@ -1,4 +1,4 @@
-"""Heart scans go in by curl as DICOM and NIfTI and come back as DICOM SEG and NIfTI, in the same place."""
+"""Send heart scans by curl as DICOM and NIfTI; labels come back on the same grid."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AFFINE = np.array([[-1.2, 0.4, 0.0, 90.0], [0.5, 1.1, 0.9, -40.0], [0.1, -0.3, 9
 
 @pytest.fixture(scope="module")
 def scan() -> tuple[Any, Any]:
-    """Intensities int16 and labels uint8 of one volume, (x, y, z)."""
+    """Return intensities int16 and labels uint8 of one volume, (x, y, z)."""
     dataset = open_dataset(ACDC)
     slices = [s for s in dataset.slices() if s.name.startswith(SCAN)]
     images, masks = ([read(s) for s in slices] for read in (dataset.image, dataset.mask))
@@ -39,7 +39,7 @@ def scan() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def service(start_annotator: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The shipped nano weights, and a bank of one patient."""
+    """A service with the shipped nano weights and a bank of one patient."""
     started = start_annotator(tmp_path_factory.mktemp("curl"), VESSA_WEIGHTS="nano")
     dataset = open_dataset(ACDC)
     slices = [s for s in dataset.slices() if s.group == TEMPLATES]
@@ -56,7 +56,7 @@ def curl(service: Any, path: str, *arguments: str | Path) -> bytes:
 
 
 def result(service: Any, *files: Path) -> bytes:
-    """Send a volume as a job, wait for it, and return what came back."""
+    """Send a volume as a job, wait for it, and return the result."""
     images = [argument for file in files for argument in ("-F", f"image=@{file}")]
     job = json.loads(curl(service, "/jobs", *images, "-F", "bank=heart"))["id"]
     for _ in range(600):
@@ -69,7 +69,7 @@ def result(service: Any, *files: Path) -> bytes:
 
 
 def dice(labels: Any, truth: Any) -> float:
-    """Mean Dice of the three classes of a volume."""
+    """Return the mean Dice of the three classes of a volume."""
     both = [(labels == c, truth == c) for c in (1, 2, 3)]
     return float(np.mean([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in both]))
 

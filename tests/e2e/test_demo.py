@@ -1,4 +1,4 @@
-"""The demo as `make demo` runs it, on less data and for fewer steps."""
+"""Run the demo as `make demo` does, on less data and for fewer steps."""
 
 from __future__ import annotations
 

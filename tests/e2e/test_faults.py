@@ -1,4 +1,4 @@
-"""What happens to others, and to what is stored, when a client or the annotator's process goes away."""
+"""Kill clients and the annotator's process: other clients and stored data stay intact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES = {1: "disk"}
 
 
 def example(seed: int) -> tuple[Any, Any]:
-    """A gray image with one bright disk, and its mask, both uint8 (48, 64); all seeds differ."""
+    """Return a gray image with one bright disk and its mask, both uint8 (48, 64); all seeds differ."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:48, :64]
     mask = (np.hypot(y - rng.integers(16, 32), x - rng.integers(16, 48)) < 9).astype(np.uint8)
@@ -105,7 +105,7 @@ def test_a_kill_amid_requests_loses_nothing_that_was_acknowledged(
 
 
 def post(service: Any, body: bytes) -> bytes:
-    """A request as it is on the wire."""
+    """Return a request as bytes on the wire."""
     host = service.url.removeprefix("http://")
     lines = ("POST /segment HTTP/1.1", f"Host: {host}", f"Authorization: Bearer {service.api_key}",
              f"Content-Type: {MEDIA_TYPE}", f"Content-Length: {len(body)}", "", "")  # fmt: skip
@@ -113,7 +113,7 @@ def post(service: Any, body: bytes) -> bytes:
 
 
 def test_clients_that_leave_disturb_no_others(annotator: Any) -> None:
-    """They leave before, in and after the body, more of them than the service has places for requests."""
+    """More clients than the service has request slots leave before, in and after the body."""
     with client_of(annotator, attempts=1) as client:
         add(client, "leavers", 0)
         query = example(1)[0]

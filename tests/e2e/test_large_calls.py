@@ -1,4 +1,4 @@
-"""Large calls of both clients against a running annotator: split, in order, ids first, several at once."""
+"""Split large calls of both clients: in order, ids first, several requests at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bank(annotator: Any, images: list[Any]) -> str:
 
 
 def both(annotator: Any, images: list[Any], **options: Any) -> list[list[Annotation]]:
-    """What the sync and the async client answer, asked at the same time."""
+    """Return the answers of the sync and the async client, asked at the same time."""
 
     async def ask() -> list[list[Annotation]]:
         with AnnotatorClient(annotator.url, annotator.api_key, timeout=280) as sync:

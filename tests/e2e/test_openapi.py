@@ -1,4 +1,4 @@
-"""Requests made of the OpenAPI document, good and bad: each answer is one that the document declares."""
+"""Send valid and invalid requests of the OpenAPI document: each answer is declared there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOCUMENT = create_app(Settings(api_key="k" * 20)).openapi()
 
 
 def can_be_wrong(about: dict[str, Any]) -> bool:
-    """Whether an operation takes anything but free text."""
+    """Return whether an operation takes anything except free text."""
     schemas = [parameter["schema"] for parameter in about.get("parameters", ())]
     return "requestBody" in about or any(schema.keys() - {"type", "title"} for schema in schemas)
 
@@ -74,7 +74,7 @@ def as_it_is(context: Any, value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def schema(victim: Any) -> Any:
-    """The document that the service serves, with the address where it does."""
+    """The OpenAPI document of the service, with its address."""
     headers = {"Authorization": f"Bearer {victim.api_key}"}
     served = httpx.get(f"{victim.url}/openapi.json", headers=headers).json()
     assert served == DOCUMENT

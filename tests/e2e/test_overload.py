@@ -1,4 +1,4 @@
-"""More than the service takes: slow bodies, no place left, and callers that come back until all is done."""
+"""Overload the service: slow bodies, full queues, and callers that retry until all is done."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PLACES = 2
 
 @pytest.fixture(scope="module")
 def narrow(start_annotator: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An annotator with places for two requests, each of which must send its body within a second."""
+    """An annotator with slots for two requests; each must send its body within a second."""
     folder = tmp_path_factory.mktemp("narrow")
     return start_annotator(folder, VESSA_MAX_REQUESTS=str(PLACES), VESSA_BODY_TIMEOUT_S="1")
 
 
 def connect(service: Any) -> socket.socket:
-    """Begin a POST /segment that announces 1000 bytes and sends ten."""
+    """Start a POST /segment that announces 1000 bytes and sends ten."""
     host, port = service.url.removeprefix("http://").split(":")
     lines = ("POST /segment HTTP/1.1", f"Host: {host}", f"Authorization: Bearer {service.api_key}",
              f"Content-Type: {MEDIA_TYPE}", "Content-Length: 1000", "", "0123456789")  # fmt: skip

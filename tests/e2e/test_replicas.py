@@ -1,4 +1,4 @@
-"""Two annotators behind nginx, one Redis: a change is seen at once, nothing is lost, also by a kill."""
+"""Run two annotators behind nginx with one Redis: changes apply at once, and a kill loses nothing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_body_too_large_for_nginx_is_refused_in_our_words(cluster: Any) -> Non
 
 
 def test_a_kill_under_load_loses_no_request(cluster: Any) -> None:
-    """Last: of the two, one is gone afterwards, and then both."""
+    """This test runs last: it stops one of the two replicas, and then both."""
     with cluster.client() as front:
         scale.add(front, "bench", 0, SIZE)
         images = [scale.example(200 + i, SIZE)[0] for i in range(24)]

@@ -1,4 +1,4 @@
-"""A device that hangs or dies, a full disk, damaged weights, one bad item among good ones."""
+"""Break the service: a device that hangs or dies, a full disk, damaged weights, one bad item."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE = (32, 40)
 
 
 def example(seed: int) -> tuple[Any, Any]:
-    """A gray image with a bright square, and its mask, both uint8; all seeds differ."""
+    """Return a gray image with a bright square and its mask, both uint8; all seeds differ."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(SIZE, np.uint8)
     mask[8:20, 10:26] = 1
@@ -121,7 +121,7 @@ def test_a_killed_service_leaves_no_worker_process(start_annotator: Any, tmp_pat
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte of its own."""
+    """A separate file system of one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = os.geteuid() == 0 and shutil.which("mount")
@@ -175,7 +175,7 @@ def test_a_full_disk_takes_nothing_and_loses_nothing(
 
 @pytest.mark.parametrize(("name", "cut"), [("segmenter.safetensors", False), ("vessa.json", True)])
 def test_damaged_weights_do_not_serve(nano_weights: Path, tmp_path: Path, name: str, cut: bool) -> None:
-    """One bit of the tensors, half of the description; test_model.py tries all files."""
+    """One bit of the tensors and half of the description; test_model.py damages all files."""
     weights = tmp_path / "weights"
     shutil.copytree(nano_weights, weights)
     data = bytearray((weights / name).read_bytes())

@@ -1,4 +1,4 @@
-"""`kill -9` of a real training run, and of what it talks to: the run that is taken up is the run."""
+"""Kill a real training run and its services: the resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hearts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Trainer:
-    """`vessa-trainer fit` in processes of its own, all with one config and one run directory."""
+    """Run `vessa-trainer fit` in separate processes with one config and one run directory."""
 
     def __init__(self, out: Path, data: Path, keys: dict[str, Any]) -> None:
         self.out, self.config = out, out.with_suffix(".yaml")
@@ -62,7 +62,7 @@ class Trainer:
         return summary
 
     def kill(self, when: Callable[[], bool]) -> None:
-        """Start, and kill as soon as something is so."""
+        """Start the run and kill it as soon as a condition holds."""
         process = self.start()
         wait_until(lambda: when() or process.poll() is not None, pause=0.0005)
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -75,11 +75,11 @@ class Trainer:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def reached(self, step: int) -> bool:
-        """Whether the process under way has logged a step; one that begins drops rows it will write again."""
+        """Return whether the process has logged a step; a new process first removes later rows."""
         return any(row["step"] >= step for row in self.rows())
 
     def away(self) -> set[str]:
-        """What is noted to have gone away so far."""
+        """Return the outages that are recorded so far."""
         path = self.out / "incidents.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         return {row["what"] for row in map(json.loads, lines) if row["away"]}
@@ -135,7 +135,7 @@ def test_a_run_killed_within_a_step_and_within_a_write_is_the_same_run(
 
 
 def assisted(annotator: Any, cache: str, **keys: Any) -> dict[str, Any]:
-    """Keys of a run with VESSA and feedback that one seed determines."""
+    """Return the config of a run with VESSA and feedback that one seed determines."""
     return {
         "semi": {"method": "vessa"},
         "annotator": {"url": annotator.url, "api_key": annotator.api_key, "patience_s": 200},
@@ -151,7 +151,7 @@ def assisted(annotator: Any, cache: str, **keys: Any) -> dict[str, Any]:
 def test_three_kills_at_random_steps_change_nothing(
     trainer_of: Callable[..., Trainer], annotator: Any, tmp_path: Path, method: str
 ) -> None:
-    """For VESSA each run has a cache of its own, and two kills fall into a round of feedback."""
+    """Each VESSA run has a cache of its own, and two kills fall into a feedback round."""
     trainers = []
     for name in ("whole", "killed"):
         keys = {} if method == "unimatch_v2" else assisted(annotator, f"folder:{tmp_path / name}-labels")

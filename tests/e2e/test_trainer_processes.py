@@ -1,4 +1,4 @@
-"""`torchrun -m vessa_trainer fit`: two processes are one with the same batches."""
+"""Train with `torchrun -m vessa_trainer fit`: two processes equal one with the same batches."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fit(tmp_path: Path, hearts: Path) -> Callable[..., dict[str, Any]]:
 
 
 def images_seen(service: Any) -> float:
-    """How many images the annotator has labeled."""
+    """Return the number of images that the annotator has labeled."""
     headers = {"Authorization": f"Bearer {service.api_key}"}
     text = httpx.get(f"{service.url}/metrics", headers=headers).text
     return sum(float(v) for v in re.findall(r"^vessa_batch_items_sum (\S+)$", text, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU that serves the shipped nano weights; skipped where its environment is not there."""
+"""Start a real vLLM on the CPU with the shipped nano weights; skip without its environment."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ FIGURES: dict[str, Any] = {}
 
 
 def pytest_unconfigure() -> None:
-    """End with the figures, as one JSON line."""
+    """Print the figures as one JSON line at the end."""
     if FIGURES:
         print(json.dumps(FIGURES))
 
 
 @pytest.fixture
 def figures() -> dict[str, Any]:
-    """What the last line shows."""
+    """The figures of the last line."""
     return FIGURES
 
 
 class Vllm:
-    """One vLLM: started, killed, started again on the same port."""
+    """A vLLM that starts, stops and restarts on one port."""
 
     def __init__(self, port: int, log: Path) -> None:
         self.key, self.port, self.log, self.url = KEY, port, log, f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, seconds: float = 500) -> None:
-        """Start it and wait until it answers; fail with its log otherwise."""
+        """Start vLLM and wait until it answers; fail with its log otherwise."""
         language = directory.find("nano") / "language"
         command = [*serve_command(language, "float32"), "--host", "127.0.0.1", "--port", str(self.port)]
         command[0] = str(ENVIRONMENT / "bin" / "vllm")
@@ -69,14 +69,14 @@ class Vllm:
         pytest.fail(f"vLLM did not start:\n{self.log.read_text()[-4000:]}")
 
     def stop(self, signal: int = 15) -> None:
-        """End it with the processes that it started."""
+        """Stop vLLM and the processes that it started."""
         assert self.process is not None
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal)
         self.process.wait(60)
 
     def metric(self, name: str) -> float:
-        """Sum one of its own counters."""
+        """Return the sum of one of vLLM's counters."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0] == name)
 
@@ -97,7 +97,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
 
 @pytest.fixture
 def connect(vllm: Vllm) -> Iterator[Callable[..., LanguageService]]:
-    """Open a client of it: `connect(weights, key=...)`."""
+    """Return a function that opens a client: `connect(weights, key=...)`."""
     services: list[LanguageService] = []
 
     def make(weights: Any = "nano", key: str = KEY) -> LanguageService:

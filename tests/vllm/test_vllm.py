@@ -1,6 +1,6 @@
-"""The real vLLM beside the language model in process: states, masks, prefix cache, and its failures.
+"""Compare a real vLLM with the language model in process: states, masks, prefix cache, failures.
 
-The last line that `make test-vllm` prints is one JSON object of the figures.
+`make test-vllm` prints the figures as one JSON object in its last line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pixels(count: int, seed: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def ask(reader: Any, seed: int = 0) -> torch.Tensor:
-    """States of four conversations: two templates, two targets."""
+    """Return the states of four conversations: two templates, two targets."""
     overlays = pixels(2, seed)[[0, 0, 1, 0]]
     read = reader.read_templates(overlays, NAMES, ["Segment it."] * 4)
     return reader.states_after(read, pixels(2, seed + 1), [0, 0, 0, 1])
@@ -53,7 +53,7 @@ def in_process():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Real images where they are, phantoms otherwise."""
+    """Return real images if they are available, else phantoms."""
     if ACDC.is_dir():
         return open_dataset(ACDC)
     folder = tmp_path_factory.mktemp("phantoms")
@@ -136,7 +136,7 @@ def test_a_killed_vllm_is_told_and_used_again_when_it_is_back(vllm, connect, in_
 
 
 def wait_for(service: Any, seconds: float = 120) -> None:
-    """Wait until the service can be used again."""
+    """Wait until the service is ready again."""
     deadline = time.monotonic() + seconds
     while True:
         try:
