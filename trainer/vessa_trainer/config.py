@@ -466,6 +466,12 @@ def _check(config: Config) -> None:
             raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
     if student.crop % student.multiple:
         raise InvalidConfig(f"student.crop must be a multiple of {student.multiple}, got {student.crop}")
+    if student.name == "unet" and config.batch_labeled == 1 and student.crop == student.multiple:
+        raise InvalidConfig(
+            f"batch_labeled 1 with student.crop {student.crop} leaves one pixel at the U-Net's deepest "
+            "level, of "
+            "which BatchNorm has no statistics. Set batch_labeled=2 or more, or a larger crop"
+        )
     unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
     if unknown:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")

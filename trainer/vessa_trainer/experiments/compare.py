@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Shown
+from rich.text import Text
 
 from vessa.errors import InvalidConfig, InvalidDataset
 from vessa.report.cases import annotated, best_median_worst
@@ -125,12 +126,12 @@ def _write_page(config: Config, runs: Runs, seeds: int) -> None:
 
 
 def _print(console: Console, scores: Table, title: str) -> None:
-    shown = Shown(title=title)
+    shown = Shown(title=Text(title))
     for index, heading in enumerate(scores.header):
-        shown.add_column(heading, justify="left" if index < 2 else "right")
+        shown.add_column(Text(heading), justify="left" if index < 2 else "right")
     for i, line in enumerate(scores.lines):
         last = i + 1 == len(scores.lines) or scores.lines[i + 1][0] != line[0]
-        cells = [f"[bold]{c}[/bold]" if (i, j) in scores.best else c for j, c in enumerate(line)]
+        cells = [Text(c, "bold" if (i, j) in scores.best else "") for j, c in enumerate(line)]
         shown.add_row(*cells, end_section=last)
     console.print(shown)
 

@@ -1,4 +1,4 @@
-"""Methods by the names of their configs, trained side by side: what comparisons and tables are made of."""
+"""Train methods side by side, by the names of their configs, for comparisons and tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from vessa.client import AnnotatorClient
 from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig
 from vessa.report.tables import Row, scores_from
 from vessa_trainer.config import Config, overlaid, read_tree, shipped
 from vessa_trainer.experiments.annotator_labels import read_labels
-from vessa_trainer.experiments.run import finished, fit
+from vessa_trainer.experiments.run import RunData, finished, fit, open_run_data
 from vessa_trainer.pseudo_labels.annotator_check import choose
+from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 from vessa_trainer.students.inference import load_best, predict_labels
 
 
@@ -101,16 +103,45 @@ def run_methods(
 ) -> Runs:
     """Train what is not trained yet below `base.out`, a folder for each method and seed.
 
-    urls: services of which each annotated method takes the first that is what its config names. Finished
-    runs are taken as they are, an unfinished one is taken up. Raises InvalidConfig when a run there has
-    another config, or when runs of one kind of annotator would be labeled by different weights;
-    InvalidDataset; Interrupted, after saving.
+    urls: services of which each annotated method takes the first that is what its config names. Data,
+    annotators, keys and banks are checked before anything is trained. Finished runs are taken as they are, an
+    unfinished one is continued. Raises InvalidConfig when a run there has another config or other data, or
+    when runs of one kind of annotator would be labeled by different weights; InvalidDataset; Interrupted,
+    after saving.
     """
     runs = Runs(list(methods))
     for method in methods:
         runs.configs[method.name] = [method.config(base, s, cell) for s in method.seeds(base, seeds)]
     every = [config for method in methods for config in runs.configs[method.name]]
-    done = [finished(config) for config in every]  # whatever does not fit is said before anything is trained
+    opened = {config.out: open_run_data(config) for config in every}
+    opened[every[0].out].announce(console)
+    done = [finished(config, opened[config.out]) for config in every]
+    address = _annotators(every, done, urls, opened)
+    for method in methods:
+        runs.summaries[method.name] = []
+        for config in runs.configs[method.name]:
+            console.print(
+                f"{method.title}, seed {config.seed}: {config.out}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            url = address.get(config.annotator.serves, config.annotator.url)
+            run = replace(config, annotator=replace(config.annotator, url=url))
+            runs.summaries[method.name].append(fit(run, resume_line=resume_line, announce=False))
+    return runs
+
+
+def _annotators(
+    every: Sequence[Config],
+    done: Sequence[Mapping[str, Any] | None],
+    urls: Sequence[str | None],
+    opened: Mapping[str, RunData],
+) -> dict[str | None, str | None]:
+    """Return the address of each kind of annotator that unfinished runs need; fill their banks.
+
+    A key that may not fill a bank is so refused before anything is trained.
+    """
     labelers: dict[str | None, dict[str, str]] = {}
     for config, summary in zip(every, done, strict=True):
         if config.annotated and summary is not None:
@@ -121,14 +152,9 @@ def run_methods(
         if config.annotated and summary is None and serves not in address:
             address[serves], info = choose(urls, config.annotator)
             _same_labeler(labelers, config, info.model_dump())
-    for method in methods:
-        runs.summaries[method.name] = []
-        for config in runs.configs[method.name]:
-            console.print(f"{method.title}, seed {config.seed}: {config.out}", highlight=False)
-            url = address.get(config.annotator.serves, config.annotator.url)
-            run = replace(config, annotator=replace(config.annotator, url=url))
-            runs.summaries[method.name].append(fit(run, resume_line=resume_line))
-    return runs
+            with AnnotatorClient(address[serves], config.annotator.api_key) as client:
+                seed_labeled(client, opened[config.out].data, config)
+    return address
 
 
 def _same_labeler(

@@ -55,11 +55,10 @@ class RunData:
     identity: Identity
 
     def announce(self, console: Console | None) -> None:
-        """Print images, patients and splits, with warnings. console: None prints nothing but warnings."""
+        """Print images, patients and splits, and log warnings. console: None only logs the warnings."""
         found = overview(self.data, self.plan, self.examination)
-        for line in found.lines if console is not None else ():
-            assert console is not None
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if console is not None:
+            console.print("\n".join(found.lines), highlight=False, markup=False, soft_wrap=True)
         for warning in found.warnings:
             _log.warning("%s", warning)
 
@@ -94,11 +93,17 @@ def _holds_run(out: Path) -> bool:
 
 
 def fit(
-    config: Config, *, resume_line: str, resume: bool = True, console: Console | None = None
+    config: Config,
+    *,
+    resume_line: str,
+    resume: bool = True,
+    console: Console | None = None,
+    announce: bool = True,
 ) -> dict[str, Any]:
     """Train one run, write its report files, and return its summary.
 
-    resume: return a finished run's summary, continue an unfinished run; console: where to describe the data.
+    resume: return a finished run's summary, continue an unfinished run; console: where to describe the data;
+    announce: False where the caller has described them.
     Raises InvalidConfig when the folder holds a run of another config or of other data, any run without
     `resume`, a run under way, or when the annotator is not the one that the config names; InvalidDataset;
     Interrupted, after saving; Diverged.
@@ -111,7 +116,7 @@ def fit(
         found = open_run_data(config)
         if (summary := finished(config, found)) is not None:
             return summary
-        if processes.first:
+        if processes.first and announce:
             found.announce(console)
         if not config.annotated:
             _record(out, found, processes)

@@ -31,14 +31,13 @@ def write_run_report(
         f"{groups['labeled']} labeled, {groups['unlabeled']} unlabeled, {groups['val']} validation and "
         f"{groups['test']} test patients; "
         + (
-            f"{summary['steps']} steps; the best teacher on the validation patients is that of step "
-            f"{summary['best_step']}."
+            f"{summary['steps']} steps; {_selection(summary)}."
             if trained
             else "the annotator's own labels, nothing is trained."
         )
     )
     page.cards(cards([Row("test", rows[1].seeds)]))
-    page.heading("Scores of the best teacher" if trained else "Scores")
+    page.heading("Scores of the delivered teacher" if trained else "Scores")
     scores = table(rows)
     page.table(scores.header, scores.lines, set())
     page.note(missed(rows))
@@ -46,6 +45,9 @@ def write_run_report(
         page.heading("What to look at")
         lines = [[one["kind"], str(one["step"]), one["text"]] for one in summary["advice"]]
         page.table(["warning", "from step", "what it says"], lines, set())
+    if changes := (summary["annotator"] or {}).get("changes"):
+        page.heading("The annotator changed during the run")
+        page.table(["change"], [[text] for text in changes], set())
     page.overlays(pictures, dataset.classes)
     if summary["interruptions"]:
         page.heading("Interruptions")
@@ -61,6 +63,13 @@ def write_run_report(
     page.details("Configuration and counts", summary)
     page.write(run / "report.html")
     atomic_write.write_text(run / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def _selection(summary: Mapping[str, Any]) -> str:
+    """Say which teacher the run delivers, and why."""
+    if summary["selected_by"].startswith("none"):
+        return f"the teacher of the last step is delivered, {summary['selected_by'].removeprefix('none: ')}"
+    return f"the best teacher on the validation patients is that of step {summary['best_step']}"
 
 
 def interruption_table(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
