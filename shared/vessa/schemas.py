@@ -193,15 +193,20 @@ class Suggestions(_Frozen):
 
 
 class JobInfo(_Frozen):
-    """A volume in the background. done: of its slices; result: nifti or dicom-seg; error: why it failed."""
+    """A volume in the background.
+
+    done: finished slices; result: nifti, dicom-seg or nrrd; error: why it failed; notes: what was repaired in
+    the files or is missing from them, one sentence each
+    """
 
     id: str
     state: Literal["queued", "running", "done", "failed"]
     bank: str
     slices: int
     done: int
-    result: Literal["nifti", "dicom-seg"]
+    result: Literal["nifti", "dicom-seg", "nrrd"]
     error: str | None = None
+    notes: list[str] = []
 
 
 class ServiceInfo(_Frozen):

@@ -212,7 +212,7 @@ def test_verify_fails_on_a_patient_in_two_splits_and_says_what_to_do(run: Any, f
     [
         (["banks", "--url", NO_SERVICE], "vessa: unreachable: no response from the annotator at http://127.0.0.1:9"),
         (["banks", "--api-key", "wrong"], "vessa: unauthorized: the key is wrong"),
-        (["segment", "text.png"], "vessa: invalid_image: text.png is not a readable PNG, JPEG, TIFF image"),
+        (["segment", "text.png"], "vessa: invalid_image: text.png is no PNG, JPEG or TIFF file"),
         (["segment", "none.png"], "vessa: invalid_image: no such file: none.png"),
         (["segment", "disks/images/p1_00.png", "--bank", "no-such"], "vessa: unknown_bank: "),
         (["segment", "disks/images/p1_00.png", "--bank", "a b"], "vessa: invalid_request: A bank name is"),

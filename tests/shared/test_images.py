@@ -8,7 +8,8 @@ from PIL import Image
 
 from vessa.colors import OPACITY, class_color
 from vessa.errors import InvalidImage, TooLarge
-from vessa.images import read_image, to_bytes
+from vessa.images import read_image
+from vessa.intensities import to_bytes
 from vessa.overlay import overlay
 
 GRAY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -59,7 +60,7 @@ def test_few_bright_pixels_do_not_vanish():
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
     for value in (np.nan, np.inf):
         path = save(tmp_path / "f.tif", np.full((4, 4), value, np.float32))
-        with pytest.raises(InvalidImage, match="not finite"):
+        with pytest.raises(InvalidImage, match="no pixel that is a finite number"):
             read_image(path)
 
 
@@ -77,8 +78,7 @@ def test_exif_rotation_is_not_applied(tmp_path):
     picture.save(tmp_path / "r.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "r.png"), GRAY)
     picture.save(tmp_path / "r.tif", exif=exif)
-    with pytest.raises(InvalidImage, match="TIFF with an orientation tag; save it upright"):
-        read_image(tmp_path / "r.tif")
+    assert np.array_equal(read_image(tmp_path / "r.tif"), GRAY)
 
 
 def test_what_is_no_image_is_named(tmp_path):
@@ -86,8 +86,13 @@ def test_what_is_no_image_is_named(tmp_path):
     cut = save(tmp_path / "cut.png", np.random.default_rng(0).integers(0, 255, (60, 60), dtype=np.uint8))
     cut.write_bytes(cut.read_bytes()[:500])
     save(tmp_path / "other.bmp", GRAY)
-    for name in ("text.png", "cut.png", "other.bmp", ""):
-        with pytest.raises(InvalidImage, match="is not a readable PNG, JPEG, TIFF image"):
+    for name, why in {
+        "text.png": "text.png is no PNG, JPEG or TIFF file",
+        "cut.png": "cut.png is damaged or cut off: its PNG data cannot be decoded",
+        "other.bmp": "got a BMP file",
+        "": "cannot be read",
+    }.items():
+        with pytest.raises(InvalidImage, match=why):
             read_image(tmp_path / name)
     with pytest.raises(InvalidImage, match="no such file"):
         read_image(tmp_path / "none.png")
@@ -96,7 +101,7 @@ def test_what_is_no_image_is_named(tmp_path):
 @pytest.mark.parametrize("size", [(9000, 9000), (11000, 10000), (60000, 60000)])
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, size, png_of_size):
     (tmp_path / "huge.png").write_bytes(png_of_size(*size))
-    with pytest.raises(TooLarge, match="more than 67108864 px"):
+    with pytest.raises(TooLarge, match="more than (the limit of )?67108864"):
         read_image(tmp_path / "huge.png")
 
 

@@ -10,11 +10,10 @@ from vessa.bulk.annotate import SUFFIXES, group_of
 from vessa.client.types import Image
 from vessa.datasets import Dataset, layout_of
 from vessa.errors import InvalidDataset, VessaError
+from vessa.file_kinds import is_dicom, is_nifti
 from vessa.images import read_image
 from vessa.volumes import Volume, read_volume
-from vessa.volumes.dicom import is_dicom
 from vessa.volumes.files import read_head
-from vessa.volumes.nifti import is_nifti
 
 _TOP = "."  # the group of a series in the topmost folder: its slices are one patient's
 Skip = Callable[[str, VessaError], None]  # (name of a file, why it is no candidate)

@@ -9,10 +9,11 @@ from vessa.cli.folders import annotate, suggest
 from vessa.cli.options import complain
 from vessa.cli.segment import annotation, segment
 from vessa.cli.verify import verify
+from vessa.cli.volumes import dicomweb
 from vessa.errors import VessaError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-for _command in (seed, segment, annotation, annotate, suggest, banks, adapt, verify):
+for _command in (seed, segment, annotation, annotate, suggest, banks, adapt, verify, dicomweb):
     app.command()(_command)
 
 

@@ -6,30 +6,31 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from vessa.cli.options import Bank, Json, Key, Url, console, finish, progress_bar, say
+from vessa.cli.options import Bank, Json, Key, Url, console, finish, say
+from vessa.cli.volumes import segment_volume
 from vessa.client import Annotation, AnnotatorClient
 from vessa.errors import BadResponse
 from vessa.images import read_image
 from vessa.overlay import overlay
 from vessa.volumes import is_volume
-from vessa.volumes.files import read_head
-from vessa.volumes.nifti import is_nifti
 
 Classes = Annotated[list[str] | None, typer.Option(help="Only these classes; repeatable.")]
-_RESULTS = {".nii.gz": "nifti", ".dcm": "dicom-seg"}
 
 
 def segment(
     image: Annotated[
         Path,
-        typer.Argument(help="PNG, JPEG or TIFF image, NIfTI or DICOM file, or a folder with a DICOM series."),
+        typer.Argument(
+            help="PNG, JPEG or TIFF image, NIfTI or DICOM file, or a folder with a DICOM series in "
+            "it or below."
+        ),
     ],
     bank: Bank = "default",
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File for the labels. Image: 8-bit PNG of class ids (default mask.png). Volume: .nii.gz, or "
-            ".dcm for a DICOM SEG (default labels.nii.gz or labels.dcm, as the input)."
+            help="File for the labels. Image: 8-bit PNG of class ids (default mask.png). Volume: .nii.gz, "
+            ".seg.nrrd, or .dcm for a DICOM SEG (default labels.nii.gz or labels.dcm, as the input)."
         ),
     ] = None,
     picture: Annotated[
@@ -42,6 +43,10 @@ def segment(
     axis: Annotated[
         str, typer.Option(help="Slice direction of a volume: auto, axial, coronal, sagittal.")
     ] = "auto",
+    series: Annotated[
+        int | None,
+        typer.Option(help="Which of several DICOM series of a folder; without it they are listed."),
+    ] = None,
     url: Url = None,
     api_key: Key = None,
     as_json: Json = False,
@@ -53,7 +58,10 @@ def segment(
                 "--overlay works for images only; open the labels of a volume in a viewer"
             )
         with AnnotatorClient(url, api_key) as client:
-            _segment_volume(client, image, out, bank, classes, group, axis, as_json)
+            result = segment_volume(
+                client, image, out, bank=bank, classes=classes, group=group, axis=axis, series=series
+            )
+        finish(result, as_json)
         return
     out, picture = _png(out or Path("mask.png")), picture and _png(picture)
     pixels = read_image(image)
@@ -81,39 +89,6 @@ def _print_classes(found: Annotation, areas: dict[str, int]) -> None:
         used = ", ".join(f"{t.group} ({t.similarity:.2f})" for t in found.templates.get(name, []))
         say(f"{name}: {area} px, score {found.scores.get(name, 0):.2f}, template of {used}")
     say(f"annotation {found.annotation_id}")
-
-
-def _segment_volume(
-    client: AnnotatorClient,
-    path: Path,
-    out: Path | None,
-    bank: str,
-    classes: list[str] | None,
-    group: str | None,
-    axis: str,
-    as_json: bool,
-) -> None:
-    """Segment a volume as a job of the annotator, with a progress bar."""
-    out = out or Path("labels.nii.gz" if is_nifti(read_head(path)) else "labels.dcm")
-    kind = next((kind for suffix, kind in _RESULTS.items() if out.name.endswith(suffix)), None)
-    if kind is None:
-        raise typer.BadParameter(f"expected a file name that ends in .nii.gz or .dcm, got '{out.name}'")
-    if not out.parent.is_dir():  # checked before minutes of work
-        raise typer.BadParameter(f"the folder {out.parent} does not exist: create it or change --out")
-    with progress_bar() as bar:
-        task = bar.add_task("segmenting", total=None)
-        data = client.segment_volume(
-            path,
-            bank=bank,
-            classes=classes,
-            group=group,
-            axis=axis,
-            result=kind,
-            progress=lambda info: bar.update(task, total=info.slices, completed=info.done),
-        )
-    out.write_bytes(data)
-    say(f"labels on the grid of {path}: {out}")
-    finish({"labels": str(out), "result": kind}, as_json)
 
 
 def annotation(

@@ -1,6 +1,7 @@
 """Requests about jobs: volumes that the annotator segments in the background."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from pydantic import TypeAdapter
 from vessa.client.endpoints import Call, reads
 from vessa.errors import InvalidImage, Unreachable, VessaError
 from vessa.schemas import JobInfo
-from vessa.volumes.files import series_files
+from vessa.volumes.dicom.series import series_files
+
+_log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # between two requests for a job's state
 PATIENCE_S = 300.0  # without any response; a service that restarts resumes its jobs
@@ -25,19 +28,21 @@ def create(
     group: str | None = None,
     axis: str = "auto",
     result: str | None = None,
+    series: int | None = None,
 ) -> Call[JobInfo]:
-    """Build POST /jobs with a NIfTI or DICOM file, or with all DICOM files of a folder.
+    """Build POST /jobs with a NIfTI or DICOM file, or the files of one DICOM series of a folder.
 
-    Raises InvalidImage when the path cannot be read or the folder has no DICOM file.
+    series: place of one of several series in the folder, from 1. Raises InvalidImage, InvalidRequest as
+    `vessa.volumes.dicom.series.series_files` does; files that are left out go to the log.
     """
-    paths = series_files(path) if path.is_dir() else [path]
-    if not paths:
-        raise InvalidImage(f"{path} contains no DICOM files")
+    paths, notes = series_files(path, series) if path.is_dir() else ([path], [])
+    for note in notes:
+        _log.warning("%s: %s", path.name, note)
     try:
         # File names are not sent: they may identify the patient.
         files = [("image", (f"{i}", one.read_bytes())) for i, one in enumerate(paths)]
     except OSError as error:
-        raise InvalidImage(f"{path} cannot be read: {error.strerror}") from error
+        raise InvalidImage(f"{path.name} cannot be read: {error.strerror}") from error
     given = {"bank": bank, "axis": axis, "group": group, "result": result}
     fields = {key: value for key, value in given.items() if value is not None}
     if classes is not None:

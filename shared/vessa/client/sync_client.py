@@ -225,17 +225,26 @@ class AnnotatorClient(Connection):
         group: str | None = None,
         axis: str = "auto",
         result: str | None = None,
+        series: int | None = None,
         progress: Callable[[JobInfo], None] = lambda info: None,
     ) -> bytes:
         """Segment a NIfTI or DICOM file, or a folder with a DICOM series, and wait for the result.
 
         axis: auto, axial, coronal or sagittal
-        result: nifti or dicom-seg; None: the format of the input
-        progress: called with the job's state about once a second
-        Returns the bytes of the .nii.gz or DICOM SEG file. Ctrl-C cancels the job.
+        result: nifti, dicom-seg or nrrd; None: the format of the input
+        series: place of one of several DICOM series in a folder, from 1
+        progress: called with the job's state about once a second; its `notes` name what was repaired
+        Returns the bytes of the file. Ctrl-C cancels the job.
         """
         create = partial(
-            job_endpoints.create, path, bank=bank, classes=classes, group=group, axis=axis, result=result
+            job_endpoints.create,
+            path,
+            bank=bank,
+            classes=classes,
+            group=group,
+            axis=axis,
+            result=result,
+            series=series,
         )
         info = self._send(in_place(create))
         answered = time.monotonic()

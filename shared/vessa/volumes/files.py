@@ -1,59 +1,105 @@
-"""Volumes from files of any of the formats, and label volumes in the format that fits."""
+"""Read volumes of any format, and write label volumes in the format that fits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from vessa.errors import InvalidImage
-from vessa.volumes.dicom import is_dicom, read_dicom
-from vessa.volumes.dicom_seg import dicom_seg_bytes
-from vessa.volumes.grid import Bounds, Source, Volume
-from vessa.volumes.nifti import is_nifti, nifti_bytes, read_nifti
+from vessa.errors import InvalidImage, InvalidRequest
+from vessa.file_kinds import HEAD, is_nifti, kind_of
+from vessa.volumes import isolated
+from vessa.volumes.dicom.reader import is_compressed, read_dicom
+from vessa.volumes.dicom.segmentation import dicom_seg_bytes
+from vessa.volumes.dicom.series import has_dicom, head_of, series_files
+from vessa.volumes.grid import Allocate, Bounds, Source, Volume, empty
+from vessa.volumes.nifti import nifti_bytes, read_nifti
+from vessa.volumes.nrrd_seg import nrrd_bytes
 
-_HEAD = 4096
+LabelFormat = Literal["nifti", "dicom-seg", "nrrd"]
+LABEL_FORMATS: tuple[str, ...] = get_args(LabelFormat)
+SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".dcm": "dicom-seg", ".seg.nrrd": "nrrd", ".nrrd": "nrrd"}
+_DICOM = ("DICOM", "DICOM without preamble", "gzip of a DICOM", "gzip of a DICOM without preamble")
+
+
+def format_of(name: str) -> LabelFormat:
+    """Return the label format that a file's name asks for; InvalidRequest for another suffix."""
+    for suffix, kind in SUFFIXES.items():
+        if name.lower().endswith(suffix) and suffix != ".nii":
+            return kind  # type: ignore[return-value]
+    raise InvalidRequest(
+        f"labels of a volume are written as .nii.gz, .seg.nrrd, .nrrd or .dcm (DICOM SEG), not as '{name}'"
+    )
 
 
 def read_head(source: Source) -> bytes:
     """Return the first bytes of a file, none of a folder. InvalidImage when it cannot be read."""
-    if isinstance(source, Path) and source.is_dir():
-        return b""
     if isinstance(source, bytes):
-        return source[:_HEAD]
-    try:
-        with source.open("rb") as file:
-            return file.read(_HEAD)
-    except OSError:
-        raise InvalidImage("the file cannot be read") from None
+        return source[:HEAD]
+    return b"" if source.is_dir() else head_of(source)
+
+
+def is_nifti_file(path: Path) -> bool:
+    """Tell whether a path is a NIfTI file, compressed or not."""
+    return path.is_file() and is_nifti(read_head(path))
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a path is a NIfTI or DICOM file, or a folder that holds DICOM files."""
+    """Tell whether a path is a NIfTI or DICOM file, or a folder with DICOM files in it or below."""
     if path.is_dir():
-        return bool(series_files(path))
-    return path.is_file() and (is_nifti(head := read_head(path)) or is_dicom(head))
+        return has_dicom(path)
+    return path.is_file() and kind_of(read_head(path)) in ("NIfTI", *_DICOM)
 
 
-def series_files(folder: Path) -> list[Path]:
-    """Return the DICOM files that lie in a folder, by name, without a directory of them (DICOMDIR)."""
-    files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.name.upper() != "DICOMDIR")
-    return [p for p in files if is_dicom(read_head(p))]
+def read_volume(
+    source: Path | Sequence[Source], bounds: Bounds | None = None, series: int | None = None
+) -> Volume:
+    """Read a NIfTI or DICOM file, a folder with one DICOM series in it or below, or such files themselves.
 
-
-def read_volume(source: Path | Sequence[Source], bounds: Bounds | None = None) -> Volume:
-    """Read a NIfTI or DICOM file, a folder with the files of one DICOM series, or such files themselves.
-
-    What they are is told by their first bytes and not by their names. InvalidImage, TooLarge.
+    What they are is told by their first bytes and not by their names. series: chooses one of several series
+    of a folder, counted from 1. Compressed DICOM is decoded in a child process. Raises InvalidImage,
+    TooLarge, and InvalidRequest when a folder holds several series and none was chosen.
     """
-    bounds = bounds or Bounds()
+    bounds, notes = bounds or Bounds(), list[str]()
+    sources: Sequence[Source]
     if isinstance(source, Path):
-        source = series_files(source) if source.is_dir() else [source]
-    if len(source) == 1 and is_nifti(read_head(source[0])):
-        return read_nifti(source[0], bounds)
-    if any(not is_dicom(read_head(one)) for one in source) or not source:
-        raise InvalidImage("expected one NIfTI file (.nii, .nii.gz), or the DICOM files of one series")
-    return read_dicom(source, bounds)
+        sources, notes = series_files(source, series) if source.is_dir() else ([source], [])
+    else:
+        sources = source
+    dicom = not (len(sources) == 1 and is_nifti(read_head(sources[0])))
+    read = isolated.read_volume if dicom and any(is_compressed(one) for one in sources) else read_here
+    volume = read(sources, bounds)
+    return replace(volume, notes=(*notes, *volume.notes)) if notes else volume
+
+
+def read_here(sources: Sequence[Source], bounds: Bounds, allocate: Allocate = empty) -> Volume:
+    """Read the files of one volume in this process; see `read_volume`."""
+    if len(sources) == 1 and is_nifti(read_head(sources[0])):
+        return read_nifti(sources[0], bounds, allocate)
+    for place, one in enumerate(sources, 1):
+        kind = kind_of(read_head(one))
+        if kind not in _DICOM:
+            which = one.name if isinstance(one, Path) else f"file {place} of {len(sources)}"
+            raise InvalidImage(
+                f"expected one NIfTI file (.nii, .nii.gz), or the DICOM files of one series; {which} is "
+                + _other(kind)
+            )
+    if not sources:
+        raise InvalidImage(
+            "expected one NIfTI file (.nii, .nii.gz), or the DICOM files of one series; got none"
+        )
+    return read_dicom(sources, bounds, allocate)
+
+
+def _other(kind: str) -> str:
+    if kind == "NIfTI":
+        return "NIfTI, and a request holds one NIfTI file at most. Send each in a request of its own"
+    if kind in ("PNG", "JPEG", "TIFF"):
+        return f"a {kind} picture. Send pictures to POST /segment"
+    if kind in ("Analyze", "NRRD", "MetaImage", "MGH"):
+        return f"{kind}. Convert it to NIfTI, for instance with SimpleITK or nibabel"
+    return f"{kind or 'of an unknown kind'}"
 
 
 def write_labels(
@@ -63,10 +109,12 @@ def write_labels(
     source: str,
     kind: str,
 ) -> bytes:
-    """Return a label volume on the grid of its image. kind: nifti or dicom-seg; labels: uint8 (I, J, K).
+    """Return a label volume on the grid of its image.
 
-    Errors: see `dicom_seg_bytes`.
+    labels: uint8 (I, J, K) class ids; kind: nifti, dicom-seg or nrrd. Errors: see `dicom_seg_bytes`.
     """
     if kind == "dicom-seg":
         return dicom_seg_bytes(volume, labels, classes, source)
-    return nifti_bytes(labels, volume.affine)
+    if kind == "nrrd":
+        return nrrd_bytes(volume, labels, classes)
+    return nifti_bytes(labels, volume)

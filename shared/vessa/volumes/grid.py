@@ -1,6 +1,7 @@
 """A volume on its grid, seen as 2-D images along one of its axes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from pydicom import Dataset
 
 from vessa.errors import InvalidImage, InvalidRequest, TooLarge
-from vessa.images import robust_range, scale_to_bytes
+from vessa.intensities import robust_range, scale_to_bytes
 
 Axis = Literal["auto", "sagittal", "coronal", "axial"]
 AXES: tuple[str, ...] = get_args(Axis)
@@ -19,6 +20,7 @@ _PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S"
 _LONGEST = 32767  # of an axis of a NIfTI-1 file, in which labels are written
 
 Source = Path | bytes
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray[Any, Any]]  # of a shape and a dtype, like numpy.empty
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,61 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Volume:
-    """One scalar image on a grid, and how it is shown.
+class VoiTable:
+    """A VOI lookup table. first: value of entry 0; shown: uint8 (N,) gray of each entry."""
 
-    voxels: (I, J, K) float32, in the file's order, rescaled; affine: (4, 4) float64 from indexes to mm, RAS+
-    as in NIfTI. A DICOM's columns, rows and slices are I, J and K. window: (low, high) that its makers chose
-    to be shown, None where they chose none; inverted: high values are shown dark (MONOCHROME1). headers: of
-    its DICOM files, without pixels, in the order of K; a multi-frame file is one, and `frames` holds the
-    place of each slice in it.
+    first: float
+    shown: np.ndarray[Any, np.dtype[np.uint8]]
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the entries."""
+        if not isinstance(other, VoiTable):
+            return NotImplemented
+        return self.first == other.first and np.array_equal(self.shown, other.shown)
+
+    def __hash__(self) -> int:
+        """Hash the entries."""
+        return hash((self.first, self.shown.tobytes()))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One image on a grid, and how it is shown.
+
+    voxels: float32 (I, J, K) in the file's order, rescaled, or uint8 (I, J, K, 3) RGB
+    affine: (4, 4) float64 from indexes to mm, RAS+ as in NIfTI; I, J, K of DICOM are columns, rows, slices
+    window: (low, high) values that its makers chose to show, None where they chose none
+    inverted: high values are shown dark (MONOCHROME1)
+    headers: of its DICOM files, without pixels, in the order of K; a multi-frame file has one
+    frames: of a multi-frame file: the frame shown in each slice, counted from 0
+    padding: (K, 2) lowest and highest value of each slice that mean "no image here", NaN where there are none
+    table: lookup table that its makers chose to show, in place of the window
+    measured: `robust_range` where it is known already
+    nifti_header: bytes of a NIfTI file's header, whose geometry labels take over
+    notes: what was repaired, left out or is missing, one sentence each
     """
 
-    voxels: np.ndarray[Any, np.dtype[np.float32]]
+    voxels: np.ndarray[Any, Any]
     affine: np.ndarray[Any, np.dtype[np.float64]]
     window: tuple[float, float] | None = None
     inverted: bool = False
     headers: tuple[Dataset, ...] = field(default=(), repr=False)
     frames: tuple[int, ...] = ()
+    padding: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    table: VoiTable | None = None
+    measured: tuple[float, float] | None = None
+    nifti_header: bytes = field(default=b"", repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def color(self) -> bool:
+        """Whether a voxel is RGB."""
+        return self.voxels.ndim == 4
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(I, J, K)."""
-        i, j, k = self.voxels.shape
+        i, j, k = self.voxels.shape[:3]
         return i, j, k
 
     @property
@@ -82,8 +118,13 @@ class Volume:
 
     @cached_property
     def shown(self) -> tuple[float, float]:
-        """The values shown as 0 and 255: the window, else the volume's `robust_range`."""
-        return self.window or robust_range(self.voxels)
+        """The values shown as 0 and 255: the window, else the `robust_range` without padding."""
+        if self.window or self.measured:
+            return self.window or self.measured or (0.0, 0.0)
+        if self.padding is None:
+            return robust_range(self.voxels)
+        values = self.voxels[~self._padded(self.voxels, self.padding)]
+        return robust_range(values if values.size else self.voxels)
 
     def axis(self, name: str = "auto") -> int:
         """Return the axis, 0 to 2, along which slices are cut.
@@ -105,17 +146,44 @@ class Volume:
         return [_PLANES.get(code) for code in directions].index(name)
 
     def image(self, axis: int, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return one slice as it is shown, uint8 (H, W); rows run along the later of the other two axes."""
-        pixels = scale_to_bytes(slice_of(self.voxels, axis, index), *self.shown)
-        return np.ascontiguousarray(255 - pixels if self.inverted else pixels)
+        """Return one slice as it is shown, uint8 (H, W) or (H, W, 3).
+
+        Rows run along the later of the other two axes.
+        """
+        values = slice_of(self.voxels, axis, index)
+        if self.color:
+            return np.ascontiguousarray(values)
+        if self.table is not None:
+            place = np.clip(np.rint(values - self.table.first), 0, len(self.table.shown) - 1)
+            pixels = self.table.shown[place.astype(np.int64)]
+        else:
+            pixels = scale_to_bytes(values, *self.shown)
+        if self.inverted:
+            pixels = 255 - pixels
+        if self.padding is not None:
+            own = self.padding[index] if axis == 2 else self.padding[:, None]
+            pixels[self._padded(values, own)] = 0
+        return np.ascontiguousarray(pixels)
+
+    @staticmethod
+    def _padded(values: np.ndarray[Any, Any], padding: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = (values >= padding[..., 0]) & (values <= padding[..., 1])
+        return found
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Return a new array whose slices along K lie together in memory."""
+    return np.empty(shape, dtype, order="F")
 
 
 def slice_of(array: np.ndarray[Any, Any], axis: int, index: int) -> np.ndarray[Any, Any]:
-    """Return the view (H, W) of slice `index` along an axis of (I, J, K); writing to it writes the volume."""
+    """Return the view (H, W[, C]) of slice `index` along an axis of (I, J, K[, C]).
+
+    Writing to it writes the volume.
+    """
     selection: list[Any] = [slice(None)] * 3
     selection[axis] = index
-    view: np.ndarray[Any, Any] = array[tuple(selection)]
-    return view.T
+    return array[tuple(selection)].swapaxes(0, 1)
 
 
 def check_affine(affine: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:

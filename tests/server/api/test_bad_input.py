@@ -113,7 +113,7 @@ def test_a_mask_must_fit_its_image_and_hold_class_ids(add: Any, example: Any, fi
     )  # fmt: skip
     refused(add(mask=file_of(mask * 0)), 422, "invalid_image", "at least one pixel of a class")
     refused(add(mask=file_of(np.dstack([mask] * 3))), 422, "invalid_image", "one channel", "class ids")
-    refused(add(mask=file_of(mask.astype(np.uint16) * 300)), 422, "unknown_class", "class ids are 1 to 254")
+    refused(add(mask=file_of(mask.astype(np.uint16) * 300)), 422, "unknown_class", "no class ids (1 to 254)")
     refused(add(mask=file_of(mask, "TIFF")), 422, "invalid_image", "the mask must be a PNG file")
 
 

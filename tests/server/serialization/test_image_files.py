@@ -62,8 +62,7 @@ def test_deep_images_are_scaled_by_their_percentiles(dtype: Any) -> None:
     assert (decode_image(save(np.full((4, 4), 7, dtype), "TIFF"), LIMIT) == 0).all()
     if dtype == np.float32:
         deep[3, 3] = np.nan
-        with pytest.raises(InvalidImage, match="not finite numbers"):
-            decode_image(save(deep, "TIFF"), LIMIT)
+        assert decode_image(save(deep, "TIFF"), LIMIT)[3, 3] == 0  # background
 
 
 def test_exif_rotation_is_not_applied() -> None:
@@ -71,8 +70,7 @@ def test_exif_rotation_is_not_applied() -> None:
     exif[0x0112] = 6  # rotate by 90 degrees
     for kind in ("PNG", "JPEG"):
         assert decode_image(save(GRAY, kind, exif=exif), LIMIT).shape == (30, 40)
-    with pytest.raises(InvalidImage, match="TIFF with an orientation tag; send it upright"):
-        decode_image(save(GRAY, "TIFF", exif=exif), LIMIT)
+    assert np.array_equal(decode_image(save(GRAY, "TIFF", exif=exif), LIMIT), GRAY)
 
 
 def test_the_client_reads_the_same_pixels(tmp_path: Any) -> None:
@@ -95,13 +93,13 @@ def test_several_frames_are_refused_without_walking_through_them() -> None:
     stack = save(GRAY, "TIFF", save_all=True, append_images=[Image.fromarray(GRAY)] * 3)
     moving = save(GRAY, "PNG", save_all=True, append_images=[Image.fromarray(255 - GRAY)])
     for data in (stack, moving):
-        with pytest.raises(InvalidImage, match="must hold one frame, got several"):
+        with pytest.raises(InvalidImage, match="several frames; expected one"):
             decode_image(data, LIMIT)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "WEBP", "PPM", "PDF", "ICO", "TGA", "PCX"])
 def test_other_formats_are_refused(kind: str) -> None:
-    with pytest.raises(InvalidImage, match="the image must be a PNG or JPEG or TIFF file; got"):
+    with pytest.raises(InvalidImage, match="the image is no PNG, JPEG or TIFF file: got"):
         decode_image(save(GRAY, kind), LIMIT)
 
 
@@ -214,9 +212,9 @@ def _pack(row: Any, depth: int) -> list[int]:
     ("mask", "kind", "error", "message"),
     [
         (IDS[:-1], "PNG", ShapeMismatch, r"size \(height, width\) \(30, 40\), got \(29, 40\)"),
-        (COLOR, "PNG", InvalidImage, "one channel whose values are class ids, got color"),
-        (np.dstack([COLOR, GRAY]), "PNG", InvalidImage, "got color or transparency"),
-        (IDS.astype(np.uint16) * 200, "PNG", UnknownClass, "holds the value 400; class ids are 1 to 254"),
+        (COLOR, "PNG", InvalidImage, "has color or transparency .RGB.; expected one channel"),
+        (np.dstack([COLOR, GRAY]), "PNG", InvalidImage, "has color or transparency .RGBA."),
+        (IDS.astype(np.uint16) * 200, "PNG", UnknownClass, r"the values \[400\], which are no class ids"),
         (IDS, "JPEG", InvalidImage, "the mask must be a PNG file"),
         (IDS, "TIFF", InvalidImage, "the mask must be a PNG file"),
     ],

@@ -40,7 +40,7 @@ NIFTI = nifti(phantom(), np.eye(4))
         (changed(NIFTI, 70, "<h", 32), "complex"),
         (changed(NIFTI, 280, "<f", float("inf")), "geometry"),
         (nifti(np.zeros((3, 4, 5, 6), np.uint8), np.eye(4)), "4 axes"),
-        (nifti(np.full((3, 4, 5), np.nan, np.float32), np.eye(4)), "not finite"),
+        (nifti(np.full((3, 4, 5), np.nan, np.float32), np.eye(4)), "no voxel that is a finite number"),
         (b"hello" * 100, "expected one NIfTI"),
     ],
 )
@@ -90,13 +90,14 @@ def without_rows(modality):
         (with_change(2, ImagePositionPatient=series()[1].ImagePositionPatient), "in one place"),
         (series()[:2] + series()[3:], "missing: 1 of 4 gaps.*after slice 2"),
         ([*series(), dicom_multiframe(phantom())], "several frames itself"),
-        ([dicom_slice(np.zeros((4, 4)), PhotometricInterpretation="RGB")], "RGB, not gray"),
-        ([dicom_slice(np.zeros((4, 4)), BitsAllocated=1)], "1 bits a pixel"),
+        ([dicom_slice(np.zeros((4, 4)), PhotometricInterpretation="RGB")], "RGB of 1 samples"),
+        ([dicom_slice(np.zeros((4, 4)), BitsAllocated=12)], "12 bits a sample"),
         ([without_rows("SR")], "modality SR"),
         ([dicom_slice(np.zeros((4, 4)), Rows=5)], "do not fill"),
         ([dicom_slice(np.zeros((4, 4)), Rows=0)], "0 rows"),
         ([dicom_slice(np.zeros((4, 4)), ImageOrientationPatient=[1, 0, 0, 1, 0, 0])], "right angle"),
-        ([dicom_slice(np.zeros((4, 4)), ModalityLUTSequence=[pydicom.Dataset()])], "lookup table"),
+        ([dicom_slice(np.zeros((4, 4)), ModalityLUTSequence=[pydicom.Dataset()])], "cannot be decoded"),
+        ([dicom_slice(np.zeros((4, 4)), Modality="SEG")], "segmentation .SEG., not an image"),
     ],
 )
 def test_dicom_that_is_no_volume(files, message):
@@ -117,18 +118,11 @@ def test_a_dicom_bomb_is_refused_by_its_header():
         read_volume([written(dicom_slice(np.zeros((4, 4))))] * 9, SMALL)
 
 
-def test_a_deflated_dicom_is_not_inflated():
-    file = dicom_slice(np.zeros((4, 4)))
-    file.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-    with pytest.raises(InvalidImage, match="Deflated"):
-        read_volume([written(file)])
-
-
 def test_a_compressed_frame_that_is_larger_than_declared_is_not_decoded():
     file = dicom_slice(np.zeros((64, 64)))
     file.compress(pydicom.uid.RLELossless)
     file.Rows = file.Columns = 2
-    with pytest.raises(InvalidImage, match="declare"):
+    with pytest.raises(InvalidImage, match="do not fill the declared size|header declares"):
         read_volume([written(file)])
 
 
@@ -150,7 +144,7 @@ def test_a_dicom_without_identifiers_has_no_dicom_seg():
     file = dicom_slice(np.zeros((4, 4)))
     del file.StudyInstanceUID
     volume = read_volume([written(file)])
-    with pytest.raises(InvalidImage, match="ask for NIfTI"):
+    with pytest.raises(InvalidImage, match="by StudyInstanceUID, which the DICOM file lacks.*Ask for NIfTI"):
         write_labels(volume, np.zeros(volume.shape, np.uint8), {1: "a"}, "nano", "dicom-seg")
 
 

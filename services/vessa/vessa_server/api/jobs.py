@@ -16,7 +16,11 @@ from vessa_server.volume_jobs.runner import Jobs
 
 jobs_api = APIRouter(dependencies=[Depends(require_key)])
 
-MEDIA = {"nifti": ("application/gzip", "labels.nii.gz"), "dicom-seg": ("application/dicom", "labels.dcm")}
+MEDIA = {
+    "nifti": ("application/gzip", "labels.nii.gz"),
+    "dicom-seg": ("application/dicom", "labels.dcm"),
+    "nrrd": ("application/octet-stream", "labels.seg.nrrd"),
+}
 
 
 def _jobs(request: Request) -> Jobs:
@@ -30,8 +34,8 @@ async def create_job(request: Request, response: Response, caller: CallerDep) ->
 
     image: one NIfTI file (.nii, .nii.gz), one DICOM file of one or many frames, or, repeated, the files of
     one DICOM series. axis: how it is cut: auto (default: a DICOM's images, else the axis with the largest
-    spacing), axial, coronal or sagittal. result: nifti or dicom-seg; by default DICOM SEG for DICOM and NIfTI
-    for NIfTI. The answer's Location tells how it goes.
+    spacing), axial, coronal or sagittal. result: nifti, dicom-seg or nrrd (.seg.nrrd, as 3D Slicer
+    writes it); by default DICOM SEG for DICOM and NIfTI for NIfTI. The answer's Location tells how it goes.
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as engine:
@@ -77,7 +81,10 @@ def cancel_job(identity: str, request: Request, caller: CallerDep) -> None:
     responses=answering(*(media for media, _ in MEDIA.values())),
 )
 def job_result(identity: str, request: Request, caller: CallerDep) -> Response:
-    """The label volume, on the grid of the image: .nii.gz, or DICOM SEG; 409 job_unfinished until then."""
+    """The label volume on the grid of the image: .nii.gz, DICOM SEG or .seg.nrrd.
+
+    409 job_unfinished until the job is done.
+    """
     kind, data = _jobs(request).result(identity, caller)
     media, name = MEDIA[kind]
     return Response(data, media_type=media, headers={"Content-Disposition": f'attachment; filename="{name}"'})

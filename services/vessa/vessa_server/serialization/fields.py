@@ -13,6 +13,7 @@ from vessa_server.serialization.multipart import read_json
 
 CHOICES = ("top1", "top3", "sample")
 MAX_TEXT = 128
+MIN_SIDE = 3  # px; nothing is seen on less
 
 
 def read_classes(value: Any) -> dict[int, str]:
@@ -20,6 +21,8 @@ def read_classes(value: Any) -> dict[int, str]:
     wrong = 'classes must be a JSON object of class id (1 to 254) to name, such as {"1": "right ventricle"}'
     if not isinstance(value, dict) or not value:
         raise InvalidRequest(wrong)
+    if list(value) == ["255"]:  # a mask of 0 and 255: its only class
+        value = {"1": value["255"]}
     classes = {}
     for key, name in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 3 and 1 <= int(key) <= 254):
@@ -143,6 +146,8 @@ def check_size(size: tuple[int, ...], classes: int, max_pixels: int) -> None:
     """
     (height, width), side = size, max(size)
     got = f"got height {height} x width {width}"
+    if min(size) < MIN_SIDE:
+        raise InvalidImage(f"an image must have sides of {MIN_SIDE} pixels or more, {got}")
     if not 1 <= height * width <= max_pixels:
         error = TooLarge if height * width else InvalidImage
         raise error(f"an image must have 1 to {max_pixels} pixels, {got}")

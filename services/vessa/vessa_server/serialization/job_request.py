@@ -1,16 +1,17 @@
 """The form of POST /jobs."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from vessa.errors import InvalidRequest
 from vessa.volumes import AXES
+from vessa.volumes.files import LabelFormat
 from vessa_server.serialization.fields import read_name, read_strings
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.template_bank.retrieval import check_name
 
-ResultKind = Literal["nifti", "dicom-seg"]
+ResultKind = LabelFormat
 
 
 @dataclass(frozen=True)

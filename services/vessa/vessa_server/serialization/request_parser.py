@@ -23,6 +23,7 @@ from vessa.errors import (
     VessaError,
 )
 from vessa_server.serialization.fields import (
+    MIN_SIDE,
     check_known,
     check_size,
     item_seed,
@@ -126,7 +127,7 @@ class Reader:
         classes = read_classes(form.json("classes"))
         group = read_group(form.text("group", ""), "group")
         image = decode_image(form.file("image"), self.settings.limits.max_pixels)
-        mask = decode_mask(form.file("mask"), image.shape[:2], self.settings.limits.max_pixels)
+        mask = decode_mask(form.file("mask"), image.shape[:2], self.settings.limits.max_pixels, classes)
         return self._template_request(bank, image[None], mask[None], classes, [group])
 
     def template_tensors(self, body: bytes) -> TemplateRequest:
@@ -243,7 +244,7 @@ class Reader:
             ids = tuple(image_ids or ())
             sizes = [self.sizes.get(identity) if self.holds(identity) else None for identity in ids]
         size = _common_size(sizes)
-        check_size(size or (1, 1), len(classes), self.settings.limits.max_pixels)
+        check_size(size or (MIN_SIDE, MIN_SIDE), len(classes), self.settings.limits.max_pixels)
         self._check_answer(len(ids), len(classes), size, probabilities)
         from vessa_server.types import SegmentItem
 

@@ -38,7 +38,7 @@ from vessa.errors import (
     error_from,
 )
 from vessa.schemas import JobInfo, Provenance
-from vessa.volumes import Bounds, Volume, read_volume, write_labels
+from vessa.volumes import Bounds, Volume, check_dicom_seg, isolated, write_labels
 from vessa.volumes.grid import slice_of
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.image_files import decode_mask, label_png
@@ -93,7 +93,7 @@ class Jobs:
 
         take: counts the slices before anything is kept, and may refuse them
         """
-        volume = read_volume(files, self._bounds)
+        volume = isolated.read_volume(files, self._bounds)
         axis = volume.axis(request.axis)
         most = self._settings.jobs.max_job_slices
         if volume.shape[axis] > most:
@@ -115,9 +115,10 @@ class Jobs:
             slices=volume.shape[axis],
             files=len(files),
             created=time.time(),
+            notes=volume.notes,
         )
-        # made now, while somebody is there to be told: a header may not suffice for a DICOM SEG
-        write_labels(volume, np.zeros(volume.shape, np.uint8), {1: "class"}, "", kind)
+        if kind == "dicom-seg":
+            check_dicom_seg(volume)  # now, while the caller is there to read why
         with self._lock:
             folder = self._folder / f".{job.id}"
             try:
@@ -202,6 +203,7 @@ class Jobs:
             done=done,
             result=job.kind,
             error=message,
+            notes=list(job.notes),
         )
 
     def _make_place(self, size: int, caller: Caller) -> None:
@@ -274,7 +276,7 @@ class Jobs:
         folder = self._path(job)
         # the bytes first: what goes wrong then is the disk's fault and not the file's
         files = [(folder / f"{i:05d}.input").read_bytes() for i in range(job.files)]
-        volume = read_volume(files, self._bounds)
+        volume = isolated.read_volume(files, self._bounds)
         caller = Caller(job.owner, Role(job.role))
         reader = replace(engine.reader, banks=CallersBanks(engine.banks, caller))
         missing = [i for i in range(job.slices) if not (folder / f"{i:05d}.png").exists()]

@@ -24,7 +24,8 @@ class Job:
     """What is kept of a job.
 
     classes: id and name of what is asked for; slices: along the axis; files: uploaded; ended: when it was
-    finished, s since 1970, 0 before; error: (code, message) of a failure
+    finished, s since 1970, 0 before; error: (code, message) of a failure;
+    notes: what was repaired in the files or is missing from them
     """
 
     id: str
@@ -41,6 +42,7 @@ class Job:
     state: Literal["queued", "running", "done", "failed"] = "queued"
     ended: float = 0.0
     error: tuple[str, str] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -76,6 +78,7 @@ def read_job(path: Path) -> Job | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         values["classes"] = {int(key): name for key, name in values["classes"].items()}
         values["error"] = tuple(values["error"]) if values["error"] else None
+        values["notes"] = tuple(values.get("notes", ()))
         return Job(**values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

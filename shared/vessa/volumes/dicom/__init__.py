@@ -1,0 +1,1 @@
+"""DICOM: images, their geometry and series, and segmentations of them."""

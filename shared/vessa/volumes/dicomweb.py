@@ -1,0 +1,107 @@
+"""Talk to a DICOMweb archive: find a series, retrieve its files, store a segmentation."""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydicom
+
+from vessa.errors import InvalidConfig, InvalidRequest, Unreachable
+
+_T = TypeVar("_T")
+_NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "DOC", "REG"}
+_TIMEOUT_S = 60
+
+
+class Archive:
+    """One DICOMweb archive. Not to be shared between threads.
+
+    url: its root; token: bearer token; user, password: for basic authentication. Raises InvalidConfig
+    without the library dicomweb-client, or for half a pair of credentials.
+    """
+
+    def __init__(
+        self, url: str, token: str | None = None, user: str | None = None, password: str | None = None
+    ) -> None:
+        """Prepare the connection; nothing is sent yet."""
+        try:
+            from dicomweb_client.api import DICOMwebClient
+            from dicomweb_client.session_utils import create_session, create_session_from_user_pass
+        except ImportError as error:
+            raise InvalidConfig(
+                "DICOMweb needs the extra `dicomweb`: pip install 'vessa[dicomweb]'"
+            ) from error
+        if (user is None) != (password is None) or (token and user):
+            raise InvalidConfig("the archive's credentials are a token, or a user with a password")
+        session = create_session() if user is None else create_session_from_user_pass(user, password)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._url = url
+        self._client = DICOMwebClient(url, session=session, headers=headers, timeout=_TIMEOUT_S)
+
+    def only_series(self, study: str) -> str:
+        """Return the UID of the one series of images in a study; InvalidRequest lists them when several."""
+        found = []
+        for entry in self._ask(lambda: self._client.search_for_series(study)):
+            modality, number, uid = (_value(entry, tag) for tag in ("00080060", "00200011", "0020000E"))
+            if modality not in _NO_IMAGES:
+                found.append((uid, f"{modality or 'no modality'}, series number {number or 'none'}: {uid}"))
+        if not found:
+            raise InvalidRequest("the study holds no series of images, or the archive does not know it")
+        if len(found) > 1:
+            listed = "\n".join(f"  {text}" for _, text in found)
+            raise InvalidRequest(f"the study holds {len(found)} series; choose one (--series UID):\n{listed}")
+        return found[0][0]
+
+    def retrieve(self, study: str, series: str, folder: Path) -> int:
+        """Write the files of a series into a new folder, and return how many there are."""
+        folder.mkdir(parents=True)
+        count = 0
+
+        def fetch() -> int:
+            nonlocal count
+            for dataset in self._client.iter_series(study, series, media_types=(("application/dicom", "*"),)):
+                count += 1
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about values, which they quote
+                    dataset.save_as(folder / f"{count:06d}.dcm", enforce_file_format=True)
+            return count
+
+        if not self._ask(fetch):
+            raise InvalidRequest("the archive has no files of this series")
+        return count
+
+    def store(self, data: bytes) -> str:
+        """Store one DICOM file and return the UID of its series."""
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        answer = self._ask(lambda: self._client.store_instances([dataset]))
+        if "FailedSOPSequence" in answer and answer.FailedSOPSequence:
+            reason = int(answer.FailedSOPSequence[0].get("FailureReason", 0))
+            raise InvalidRequest(f"the archive refused the DICOM SEG (failure reason {reason:#06x})")
+        return str(dataset.SeriesInstanceUID)
+
+    def _ask(self, work: Callable[[], _T]) -> _T:
+        import requests
+
+        try:
+            return work()
+        except requests.HTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            hint = {
+                401: "check its credentials",
+                403: "check its credentials",
+                404: "check the UIDs and the URL",
+            }
+            raise InvalidRequest(
+                f"the archive answered with HTTP {status}; {hint.get(status, 'see its log')}"
+            ) from None
+        except (requests.RequestException, OSError):
+            raise Unreachable(
+                f"no DICOMweb archive answers at {self._url}; check the URL and the network"
+            ) from None
+
+
+def _value(entry: dict[str, Any], tag: str) -> str:
+    values = entry.get(tag, {}).get("Value") or [""]
+    return str(values[0])
