@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessa.bulk.annotate import MANIFEST, AnnotateOptions, Progress, Replicas, annotate_folder
+from vessa.bulk.annotate import MANIFEST, AnnotateOptions, Counts, annotate_folder
+from vessa.bulk.replicas import Replicas
 from vessa.client import AnnotatorClient
 from vessa.errors import (
     DeadlineExceeded,
@@ -143,7 +144,7 @@ def test_full_and_dying_replicas_lose_no_file(
         for folder, places in zip(folders, ("1", "32"), strict=True)
     )
 
-    def report(progress: Progress) -> None:
+    def report(progress: Counts) -> None:
         if progress.ok >= 6 and dying.process.poll() is None:
             os.kill(dying.process.pid, signal.SIGKILL)
 
@@ -165,7 +166,7 @@ def test_what_no_file_is_to_blame_for_ends_the_job(
         for bank, error in (("nobody", UnknownBank), ("no name!", InvalidRequest)):
             with pytest.raises(error):
                 annotate_folder(images, tmp_path / bank, AnnotateOptions(bank), [client])
-        with pytest.raises(InvalidConfig, match="lies within"):
+        with pytest.raises(InvalidConfig, match="is inside"):
             annotate_folder(images, images / "out", AnnotateOptions("b"), [client])
     with (
         AnnotatorClient(annotator.url, "wrong-key-0123456789", attempts=1) as client,

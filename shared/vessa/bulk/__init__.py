@@ -1,1 +1,1 @@
-"""Work on whole folders: annotate them, seed a bank, rank unlabeled images."""
+"""Work on whole folders: annotate them, seed a bank, find unlabeled images."""

@@ -1,17 +1,17 @@
-"""Bulk annotation: a tree of image files in, a tree of label maps and a manifest out.
+"""Annotate a tree of image files: write a tree of label maps and a manifest.
 
-Threads read, send and write a few images at a time, each by the replica that it thinks is free; so memory is
-bounded by threads x batch, however many files there are. A file has exactly one line in the manifest, written
-after its mask: after a kill the job goes on with the files that have none.
+Each thread reads, sends and writes one batch of images at a time, so memory is bounded by threads x batch for
+any number of files. Every file has exactly one line in the manifest, written after its mask; a job that was
+killed resumes with the files that have none.
 """
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 
 from vessa import atomic_write
 from vessa.bulk.manifest import Manifest
+from vessa.bulk.replicas import Replicas
 from vessa.client import AnnotatorClient
 from vessa.client.types import Annotation
 from vessa.errors import (
@@ -29,30 +30,24 @@ from vessa.errors import (
     InputError,
     InvalidConfig,
     InvalidDataset,
-    LimitReached,
-    NotReady,
-    QueueFull,
     Retryable,
     ServiceError,
-    Unreachable,
     VessaError,
 )
 from vessa.images import read_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 MANIFEST = "manifest.jsonl"
-_LOOK_UP = 1000  # names that are looked up in the manifest at once
-_LONGEST_GROUP = 128  # characters of a name that the service takes
-_REST_S = 1.0  # for a replica that gave no Retry-After
-_BROKEN = 3  # times that a request may come to nothing while others are answered
+_LOOK_UP = 1000  # files per search in the manifest
+_LONGEST_GROUP = 128  # characters of a group name that the service accepts
 
 
 @dataclass(frozen=True)
 class AnnotateOptions:
-    """What is asked of every image.
+    """Options that all images of a job share.
 
-    bank: template bank; classes: names, None for all of the bank; by_folder: a file's folder is its patient,
-    whose templates are not used; batch: images a request
+    bank: template bank; classes: names, None: all classes of the bank; by_folder: a file's folder is its
+    patient, whose templates are not used; batch: images per request, 1 to 64
     """
 
     bank: str
@@ -61,7 +56,7 @@ class AnnotateOptions:
     batch: int = 8
 
     def settings(self) -> dict[str, Any]:
-        """What all lines of a manifest share."""
+        """Return the options that all lines of a manifest share."""
         return {
             "bank": self.bank,
             "classes": None if self.classes is None else list(self.classes),
@@ -70,8 +65,8 @@ class AnnotateOptions:
 
 
 @dataclass
-class Progress:
-    """How far a job has come. files: found; skipped: done by an earlier run; ok, failed: by this one."""
+class Counts:
+    """Counts of files. files: found; skipped: finished by an earlier run; ok, failed: by this run."""
 
     files: int = 0
     skipped: int = 0
@@ -81,78 +76,8 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Time since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
-
-
-class Replicas:
-    """Several annotators that share their banks. A replica that is full or gone rests, the others go on.
-
-    patience: seconds without any answer from any of them after which the job is given up
-    """
-
-    def __init__(self, clients: Sequence[AnnotatorClient], patience: float) -> None:
-        if not clients or patience <= 0:
-            raise ValueError(f"expected annotators and a patience > 0 s, got {len(clients)} and {patience}")
-        self._clients = list(clients)
-        self._patience = patience
-        self._changed = threading.Condition()
-        self._at_work = [0] * len(clients)
-        self._rests_until = [0.0] * len(clients)
-        self._last_answer = time.monotonic()
-        self._failure: VessaError | None = None  # the newest, whichever thread had it
-        self._stopped = False
-
-    def stop(self) -> None:
-        """Let no thread wait any more: their next `call` fails."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
-    def call(self, work: Callable[[AnnotatorClient], list[Annotation]]) -> list[Annotation]:
-        """Have the least busy replica do some work, and another one where that cannot; raises what it raises.
-
-        Work that breaks a connection again and again while others are answered, or takes the service too long
-        again and again, ends in DeadlineExceeded: it may be to blame.
-        """
-        began, broken = time.monotonic(), 0
-        while True:
-            place = self._take(began)
-            rest, sent = 0.0, time.monotonic()
-            try:
-                answer = work(self._clients[place])
-                self._last_answer = time.monotonic()
-                return answer
-            except Retryable as error:
-                self._failure, rest = error, error.retry_after or _REST_S
-                if isinstance(error, QueueFull | LimitReached | DeadlineExceeded):
-                    self._last_answer = time.monotonic()  # full is alive
-                if isinstance(error, Unreachable | BadResponse | DeadlineExceeded):
-                    broken += self._last_answer > sent
-                if broken >= _BROKEN:
-                    raise DeadlineExceeded(
-                        f"given up after {broken} tries, while others were answered: {error}"
-                    ) from error
-            finally:
-                with self._changed:
-                    self._at_work[place] -= 1
-                    if rest:
-                        self._rests_until[place] = time.monotonic() + rest
-                    self._changed.notify_all()
-
-    def _take(self, began: float) -> int:
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                silent = now - max(self._last_answer, began)
-                if self._stopped or (self._failure and silent > self._patience):
-                    raise self._failure or NotReady("the job was stopped")
-                free = [i for i, until in enumerate(self._rests_until) if until <= now]
-                if free:
-                    place = min(free, key=lambda i: self._at_work[i])
-                    self._at_work[place] += 1
-                    return place
-                self._changed.wait(min(1.0, min(self._rests_until) - now))
 
 
 def annotate_folder(
@@ -164,50 +89,58 @@ def annotate_folder(
     threads: int = 4,
     patience: float = 300.0,
     retry: bool = False,
-    report: Callable[[Progress], None] = lambda progress: None,
-) -> Progress:
+    report: Callable[[Counts], None] = lambda counts: None,
+) -> Counts:
     """Annotate every PNG, JPEG or TIFF file below `source`; returns the counts.
 
-    `out` gets `masks/<path of the file>.png`, 8-bit label maps of the bank's class ids, and `manifest.jsonl`,
-    whose first line holds the settings and each other one a file: its mask, classes, scores, areas in px,
-    mean confidence, templates with their similarity, digest of the weights, bank version; or its error. What
-    has a line is not done again; retry: but for what failed. clients: annotators with `attempts=1`, since it
-    is decided here who is asked next. A file that cannot be read or segmented does not end the job; a wrong
-    key, an unknown bank, or no annotator for `patience` seconds does, and it can be taken up again. report:
-    called in this thread now and then. Raises InvalidDataset, InvalidConfig and errors of the service.
+    Writes to `out` the label maps `masks/<path of the file>.png`, 8-bit with the bank's class ids, and
+    `manifest.jsonl`. Its first line has the options. Each other line is for one file: mask, classes, scores,
+    areas in px, mean confidence, templates with similarity, digest of the weights, version and digest of
+    the bank, or the error. A file with a line is not annotated again.
+
+    clients: annotators with the same banks, made with `attempts=1`, since retries are decided here
+    threads: requests in progress at once
+    patience: seconds without a response from any annotator after which the job stops
+    retry: whether to annotate files with an error again
+    report: called with the counts, in this thread, after each batch
+
+    A file that cannot be read or segmented does not stop the job. An invalid key, an unknown bank or a
+    service that is away for `patience` seconds does; call again to resume.
+    Raises InvalidDataset, InvalidConfig and errors of the service.
     """
     if not source.is_dir():
-        raise InvalidDataset(f"{source} is no folder")
+        raise InvalidDataset(f"{source} is not a folder")
     if out.resolve().is_relative_to(source.resolve()):
-        raise InvalidConfig(f"{out} lies within {source}: its masks would be taken for images")
+        raise InvalidConfig(
+            f"{out} is inside {source}: its masks would be read as images; choose another --out"
+        )
     if threads < 1 or not 1 <= options.batch <= 64:
         raise ValueError(f"expected threads >= 1 and a batch of 1 to 64, got {threads} and {options.batch}")
-    replicas, progress = Replicas(clients, patience), Progress()
+    replicas, counts = Replicas(clients, patience), Counts()
+    annotate_batch = partial(_annotate_batch, source, out, options, replicas)
     with Manifest(out / MANIFEST, options.settings(), retry=retry) as manifest:
         atomic_write.remove_leftovers(out / "masks")
-        chunks = _chunks(_pending(source, manifest, progress), options.batch)
+        chunks = _chunks(_pending(source, manifest, counts), options.batch)
         with ThreadPoolExecutor(threads, thread_name_prefix="vessa-bulk") as pool:
             try:
-                for records in _in_flight(
-                    pool, chunks, 2 * threads, lambda c: _work(source, out, options, replicas, c)
-                ):
+                for records in _in_flight(pool, chunks, 2 * threads, annotate_batch):
                     manifest.add(records)
                     failed = sum("error" in record for record in records)
-                    progress.failed += failed
-                    progress.ok += len(records) - failed
-                    report(progress)
+                    counts.failed += failed
+                    counts.ok += len(records) - failed
+                    report(counts)
             except BaseException:
                 replicas.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-    report(progress)
-    return progress
+    report(counts)
+    return counts
 
 
 def find_images(folder: Path) -> Iterator[str]:
-    """Yield the image files below a folder by their path in it, one folder's names in memory at a time.
+    """Yield the paths of the image files below a folder, relative to it.
 
-    Links are not followed, so that nothing is found twice.
+    Only one folder's names are in memory at a time. Links are not followed, so no file is found twice.
     """
     folders = [""]
     while folders:
@@ -221,11 +154,11 @@ def find_images(folder: Path) -> Iterator[str]:
                     yield path
 
 
-def _pending(source: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+def _pending(source: Path, manifest: Manifest, counts: Counts) -> Iterator[str]:
     for names in _chunks(find_images(source), _LOOK_UP):
         missing = manifest.missing(names)
-        progress.files += len(names)
-        progress.skipped += len(names) - len(missing)
+        counts.files += len(names)
+        counts.skipped += len(names) - len(missing)
         yield from missing
 
 
@@ -241,57 +174,57 @@ def _in_flight(
     limit: int,
     work: Callable[[list[str]], list[dict[str, Any]]],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the results of chunks as they come, with at most `limit` of them begun."""
-    begun: set[Future[list[dict[str, Any]]]] = set()
+    """Yield the results of chunks as they arrive, with at most `limit` of them in progress."""
+    running: set[Future[list[dict[str, Any]]]] = set()
     while True:
-        begun |= {pool.submit(work, chunk) for chunk in islice(chunks, limit - len(begun))}
-        if not begun:
+        running |= {pool.submit(work, chunk) for chunk in islice(chunks, limit - len(running))}
+        if not running:
             return
-        done, begun = wait(begun, return_when=FIRST_COMPLETED)
+        done, running = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             yield future.result()
 
 
-def _work(
+def _annotate_batch(
     source: Path, out: Path, options: AnnotateOptions, replicas: Replicas, files: list[str]
 ) -> list[dict[str, Any]]:
-    """Annotate some files and write their masks; returns their lines."""
+    """Annotate some files and write their masks; returns their manifest lines."""
     records: dict[str, dict[str, Any]] = {}
     images: dict[str, Any] = {}
     for file in files:
         try:
             images[file] = read_image(source / file)
         except VessaError as error:
-            records[file] = _failed(file, error, source)
+            records[file] = _error_line(file, error, source)
     for file, answer in _segment(options, replicas, images).items():
         if isinstance(answer, VessaError):
-            records[file] = _failed(file, answer, source)
+            records[file] = _error_line(file, answer, source)
             continue
         mask = Path("masks") / f"{file}.png"
         _write_mask(out / mask, answer)
-        records[file] = _done(file, mask, answer, options)
+        records[file] = _line(file, mask, answer, options)
     return [records[file] for file in files]
 
 
 def _segment(
     options: AnnotateOptions, replicas: Replicas, images: dict[str, Any]
 ) -> dict[str, Annotation | VessaError]:
-    """Have images segmented together; should that fail as a whole, one by one, to see for whose sake."""
+    """Segment images in one request; if it fails, one by one, to find the image that is the cause."""
     if not images:
         return {}
     groups = [group_of(os.path.dirname(file)) for file in images] if options.by_folder else None
 
-    def ask(client: AnnotatorClient) -> list[Annotation]:
+    def request(client: AnnotatorClient) -> list[Annotation]:
         answers = client.segment(
             list(images.values()), bank=options.bank, classes=options.classes, groups=groups
         )
         for answer in answers:
             if isinstance(answer.error, Retryable):
-                raise answer.error  # it says nothing about the image: all are sent again
+                raise answer.error  # the image is not the cause: send all again
         return answers
 
     try:
-        answers = replicas.call(ask)
+        answers = replicas.call(request)
         return {f: a.error or a for f, a in zip(images, answers, strict=True)}
     except VessaError as error:
         if not isinstance(error, InputError | ServiceError | DeadlineExceeded):
@@ -305,15 +238,16 @@ def _segment(
 
 
 def _write_mask(path: Path, answer: Annotation) -> None:
-    assert answer.labels is not None
+    if answer.labels is None:
+        raise BadResponse("the annotator returned neither labels nor an error")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write.replacing(path) as fresh:
         Image.fromarray(answer.labels).save(fresh, "PNG")
 
 
-def _done(file: str, mask: Path, answer: Annotation, options: AnnotateOptions) -> dict[str, Any]:
-    assert answer.labels is not None
-    assert answer.confidence is not None
+def _line(file: str, mask: Path, answer: Annotation, options: AnnotateOptions) -> dict[str, Any]:
+    if answer.labels is None or answer.confidence is None:
+        raise BadResponse("the annotator returned labels without confidence")
     counts = np.bincount(answer.labels.ravel(), minlength=256)
     return {
         "file": file,
@@ -332,20 +266,23 @@ def _done(file: str, mask: Path, answer: Annotation, options: AnnotateOptions) -
         "labels_version": answer.labels_version,
         "bank": options.bank,
         "bank_version": answer.bank_version,
+        "bank_digest": answer.bank_digest,
         "annotation_id": answer.annotation_id,
     }
 
 
-def _failed(file: str, error: VessaError, source: Path) -> dict[str, Any]:
-    message = error.message.replace(str(source / file), file)  # where the files lie is nobody's business
+def _error_line(file: str, error: VessaError, source: Path) -> dict[str, Any]:
+    message = error.message.replace(
+        str(source / file), file
+    )  # the manifest does not show where the folder is
     return {"file": file, "error": {"code": error.code, "message": message}}
 
 
 def group_of(folder: str) -> str | None:
-    """Return the group of the images in a folder, None in the topmost one ("" or ".").
+    """Return the group name for the images of a folder, None for the top folder ("" or ".").
 
-    folder: its path below the topmost one. A path that is no name to the service (1 to 128 printable
-    characters without blanks at its ends) stands by its SHA-256, in hex.
+    folder: path relative to the top folder. The service accepts names of 1 to 128 printable characters
+    without spaces at the ends; any other path is replaced by its SHA-256 in hex.
     """
     if folder in ("", "."):
         return None

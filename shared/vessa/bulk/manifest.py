@@ -1,7 +1,7 @@
-"""The manifest of a bulk annotation: one JSON line a file, what is done is known again after a kill.
+"""The manifest of a bulk annotation: one JSON line per file, by which a killed job resumes.
 
-A line is written whole or cut off at its end; a cut-off one is removed when the manifest is opened again.
-What is done is kept in memory as 16 bytes a file, however long its path, so that millions of files fit.
+A kill can cut off the last line; it is removed when the manifest is opened again. In memory a finished file
+takes 16 bytes, however long its path is, so that millions of files fit.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ _DIGEST = np.dtype("S16")
 
 
 def _digest(file: str) -> bytes:
-    # numpy strings end before their last zero bytes
+    # numpy drops zero bytes at the end of a string, so digests must not contain any.
     return hashlib.blake2b(os.fsencode(file), digest_size=16).digest().replace(b"\0", b"\1")
 
 
 class Manifest:
-    """The lines of one output folder, for one process at a time.
+    """The lines of one output folder. One process at a time may open it; use it from one thread.
 
-    settings: what makes the lines of one manifest comparable (bank, classes, ...): kept in its first line,
-    and held to when it is opened again
+    settings: options that all lines share (bank, classes, ...); stored in the first line and compared when
+    the manifest is opened again
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, retry: bool = False) -> None:
-        """Open or make the manifest; retry: forget the files that failed, so that they are tried again.
+        """Open or create the manifest. retry: remove the lines of files that failed.
 
-        Raises InvalidConfig when another process has it, or when it is one of other settings.
+        Raises InvalidConfig when another process has it open or when its settings differ.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = (path.parent / f".{path.name}.lock").open("wb")
@@ -45,7 +45,9 @@ class Manifest:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise InvalidConfig(f"another process writes to {path.parent}") from error
+                raise InvalidConfig(
+                    f"another process writes to {path.parent}: wait for it, or choose another --out"
+                ) from error
             if retry and path.exists():
                 _drop_failures(path, dict(settings))
             self._file = path.open("r+b" if path.exists() else "w+b")
@@ -64,21 +66,21 @@ class Manifest:
         return len(self._done)
 
     def close(self) -> None:
-        """Write what is buffered, and let the next process in."""
+        """Write buffered lines and release the lock."""
         if self._file is not None:
             self._file.close()
         self._lock.close()
 
     def missing(self, files: Sequence[str]) -> list[str]:
-        """Return those of some files that have no line from before this process."""
+        """Return the files that had no line when the manifest was opened."""
         if not len(self._done):
             return list(files)
         asked = np.array([_digest(file) for file in files], _DIGEST)
         places = np.searchsorted(self._done, asked).clip(max=len(self._done) - 1)
-        return [file for file, there in zip(files, self._done[places] == asked, strict=True) if not there]
+        return [file for file, found in zip(files, self._done[places] == asked, strict=True) if not found]
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write one line for each of some files; they outlive a kill of this process from now on."""
+        """Write one line per file; they survive a kill of this process."""
         assert self._file is not None
         self._file.write(b"".join(_line(record) for record in records))
         self._file.flush()
@@ -105,8 +107,8 @@ class Manifest:
 def _check_settings(path: Path, record: Mapping[str, Any], settings: dict[str, Any]) -> None:
     if record != {"settings": settings}:
         raise InvalidConfig(
-            f"{path} was begun with other settings: {record.get('settings')} there, {settings} here; "
-            "give another --out"
+            f"{path} has other settings: {record.get('settings')} there, {settings} here; "
+            "use the same options to resume, or choose another --out"
         )
 
 
@@ -121,7 +123,7 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
             record.get("file" if number else "settings"), str if number else dict
         ):
             return record
-    raise InvalidRequest(f"line {number + 1} of {path} is not that of a manifest: give another --out")
+    raise InvalidRequest(f"line {number + 1} of {path} is not a manifest line: choose another --out")
 
 
 def _drop_failures(path: Path, settings: dict[str, Any]) -> None:

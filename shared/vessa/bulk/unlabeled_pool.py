@@ -1,4 +1,4 @@
-"""The unlabeled images of a folder: candidates for what to annotate next."""
+"""Find the unlabeled images of a folder: the candidates that `vessa suggest` ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from vessa.images import read_image
 from vessa.volumes import Volume, read_volume
 from vessa.volumes.files import read_head
 
-_TOP = "."  # the group of a series in the topmost folder: its slices are one patient's
-Skip = Callable[[str, VessaError], None]  # (name of a file, why it is no candidate)
+_TOP = "."  # the group of a series in the top folder: its slices belong to one patient
+Skip = Callable[[str, VessaError], None]  # (name of a file, why it is skipped)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An unlabeled image. name: for people; group: its patient, None where unknown; read: its pixels."""
+    """An unlabeled image. name: to print; group: its patient, None if unknown; read: returns the pixels."""
 
     name: str
     group: str | None
@@ -29,7 +29,7 @@ class Candidate:
 
 
 class Pixels(Sequence[Image]):
-    """The images of candidates, read when they are asked for."""
+    """The images of candidates as a sequence that reads an image when it is indexed."""
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         self._candidates = candidates
@@ -50,19 +50,23 @@ class Pixels(Sequence[Image]):
 def find_candidates(
     folder: Path, *, by_folder: bool = False, split: str | None = None, skip: Skip
 ) -> Iterator[Candidate]:
-    """Yield what can be read of a folder's unlabeled images.
+    """Yield the readable unlabeled images of a folder.
 
-    Of a data set (see `vessa.datasets`): the slices without a mask, by patient; split: only of these. Of any
-    other folder, with all below it: PNG, JPEG and TIFF files, each for itself or, by_folder, by the folder it
-    lies in; the slices of NIfTI files, by file; those of DICOM series, by folder. Raises InvalidDataset.
+    From a data set (see `vessa.datasets`): slices without a mask, grouped by patient. From any other folder
+    and its subfolders: PNG, JPEG and TIFF files, ungrouped; slices of NIfTI files, grouped by file; slices of
+    DICOM series, grouped by folder.
+
+    by_folder: group image files by their folder; split: only the patients of this split file of a data set;
+    skip: called with the name and the error of each file that cannot be read
+    Raises InvalidDataset when the folder does not exist or an option does not fit it.
     """
     layout = layout_of(folder)
     if not folder.is_dir():
-        raise InvalidDataset(f"no such folder: {folder}")
+        raise InvalidDataset(f"the folder {folder} does not exist")
     if layout is None and split is not None:
-        raise InvalidDataset(f"{folder} is no data set, and has no splits")
+        raise InvalidDataset(f"{folder} is not a data set and has no splits: leave out --split")
     if layout is not None and by_folder:
-        raise InvalidDataset(f"{folder} is a data set that knows its patients; its folders are none")
+        raise InvalidDataset(f"{folder} is a data set with patient names: leave out --by-folder")
     found = _of_files(folder, by_folder, skip) if layout is None else _of_dataset(layout(folder), split, skip)
     for candidate in found:
         try:
@@ -116,6 +120,6 @@ def _slice(path: Path, axis: int, index: int) -> Image:
     return _volume(path).image(axis, index)
 
 
-@lru_cache(maxsize=1)  # its slices are read one after another
+@lru_cache(maxsize=1)  # the slices of a volume are read one after another
 def _volume(path: Path) -> Volume:
     return read_volume(path)

@@ -8,8 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vessa.bulk.annotate import MANIFEST, AnnotateOptions, annotate_folder
-from vessa.bulk.annotate import Progress as AnnotateProgress
+from vessa.bulk.annotate import MANIFEST, AnnotateOptions, Counts, annotate_folder
 from vessa.bulk.unlabeled_pool import Candidate, Pixels, find_candidates
 from vessa.cli.options import Bank, Json, Key, Url, complain, console, finish, progress_bar, say
 from vessa.cli.segment import Classes
@@ -59,7 +58,7 @@ def annotate(
         ]
         task = bar.add_task("annotating", total=None)
 
-        def report(counts: AnnotateProgress) -> None:
+        def report(counts: Counts) -> None:
             done = counts.ok + counts.failed
             speed = done / max(counts.seconds, 1e-9)
             text = f"{counts.skipped + done} of at least {counts.files} files, {speed:.1f} per second"

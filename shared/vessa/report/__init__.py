@@ -1,1 +1,1 @@
-"""Reports that people look at: pages, tables and pictures, the same for annotator and trainer."""
+"""Write reports with tables and pictures, for annotator and trainer alike."""

@@ -1,4 +1,4 @@
-"""Labels of whole cases, scored and laid over their images: the best, the median, the worst."""
+"""Score the labels of whole cases and draw the best, the median and the worst case."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ Labels = Mapping[str, Sequence[Pixels]]  # case name to uint8 (H, W) class ids o
 
 @dataclass(frozen=True)
 class Overlay:
-    """One row of pictures. image: uint8 (H, W[, 3]); masks: column to uint8 (H, W), captions: to text."""
+    """One row of pictures.
+
+    image: uint8 (H, W[, 3]); masks: column name to uint8 (H, W) class ids; captions: column name to text
+    """
 
     title: str
     image: Pixels
@@ -25,7 +28,7 @@ class Overlay:
 
 
 def annotated(dataset: Dataset, cases: Sequence[Case]) -> list[Case]:
-    """Cases of which at least one slice has a mask."""
+    """Return the cases with at least one annotated slice."""
     return [c for c in cases if any(dataset.mask(s) is not None for s in c.slices)]
 
 
@@ -49,7 +52,7 @@ def score_labels(dataset: Dataset, cases: Sequence[Case], labels: Labels) -> Sco
 
 
 def _judged(ours: Pixels, truth: Pixels) -> tuple[Pixels, Pixels]:
-    """Make ignored pixels background in both, so that they count neither for nor against a label."""
+    """Set ignored pixels to background in both, so that they do not affect the scores."""
     ignored = truth == IGNORE
     if not ignored.any():
         return ours, truth
@@ -59,9 +62,11 @@ def _judged(ours: Pixels, truth: Pixels) -> tuple[Pixels, Pixels]:
 def best_median_worst(
     dataset: Dataset, cases: Sequence[Case], predicted: Mapping[str, Labels], rank_by: str
 ) -> list[Overlay]:
-    """Rows of three cases, ranked by the mean Dice of one column; of each the slice with most truth.
+    """Return rows for the best, the median and the worst case, ranked by the mean Dice of one column.
 
-    predicted: column to labels; the truth comes before them. Fewer cases than three make fewer rows.
+    Each row shows the slice whose true mask is largest, and the truth before the predictions. With fewer than
+    three cases there are fewer rows.
+    predicted: column name to labels; rank_by: name of the column
     """
     dice = {
         name: {c.name: score_labels(dataset, [c], labels).mean["dice"] for c in cases}
@@ -73,7 +78,7 @@ def best_median_worst(
     if not ranked:
         return []
     named = {"worst": ranked[-1], "median": ranked[len(ranked) // 2], "best": ranked[0]}
-    chosen = {case.name: title for title, case in named.items()}  # one case has one title
+    chosen = {case.name: title for title, case in named.items()}  # a case that is best and worst has one row
     rows = []
     for title, case in reversed(named.items()):
         if chosen[case.name] != title:

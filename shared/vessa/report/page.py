@@ -1,4 +1,4 @@
-"""One self-contained HTML page: text, tables and pictures, nothing loaded from anywhere."""
+"""Write one self-contained HTML page with text, tables and pictures; it loads nothing else."""
 
 import base64
 import html
@@ -16,7 +16,7 @@ from vessa.colors import class_hex
 from vessa.overlay import overlay
 from vessa.report.cases import Overlay, Pixels
 
-_HEIGHT = 200  # px of a picture on the page; twice as many in it, for sharp print
+_HEIGHT = 200  # px of a picture on the page; the image has twice as many for sharp prints
 _STYLE = """
 :root{--ink:#1c2430;--soft:#5a6675;--line:#e3e7ec;--wash:#f5f7fa;--accent:#0b6e99}
 *{box-sizing:border-box} html{background:#fff}
@@ -51,27 +51,27 @@ pre{background:var(--wash);padding:.9rem;overflow:auto;font-size:.78rem;border-r
 
 
 class Page:
-    """Collects the parts of a page, from top to bottom, and writes it whole."""
+    """Collect the parts of a page from top to bottom, then write it."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts = [f"<h1>{html.escape(title)}</h1>"]
 
     def lead(self, text: str) -> None:
-        """Add the sentence under the title."""
+        """Add the sentence below the title."""
         self._parts.append(f"<p class='lead'>{html.escape(text)}</p>")
 
     def note(self, text: str) -> None:
-        """Add a small remark; nothing when it is empty."""
+        """Add a remark in small print, unless it is empty."""
         if text:
             self._parts.append(f"<p class='note'>{html.escape(text)}</p>")
 
     def heading(self, text: str) -> None:
-        """Begin a section."""
+        """Add the heading of a section."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def cards(self, cards: Sequence[tuple[str, str, str]]) -> None:
-        """Add headline figures: (name, figure, what it is)."""
+        """Add headline figures. cards: (name, figure, explanation) of each."""
         cells = [
             f"<div class='card'><span>{html.escape(name)}</span>"
             f"<b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>"
@@ -82,7 +82,7 @@ class Page:
     def table(
         self, header: Sequence[str], lines: Sequence[Sequence[str]], best: set[tuple[int, int]]
     ) -> None:
-        """Add a table whose first column groups its lines; best: (line, column) of cells to stress."""
+        """Add a table whose first column groups its lines. best: (line, column) of cells in bold."""
         head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
         body, previous = [], None
         for index, line in enumerate(lines):
@@ -100,7 +100,7 @@ class Page:
         )
 
     def overlays(self, rows: Sequence[Overlay], classes: Mapping[int, str]) -> None:
-        """Add the pictures of cases in rows, with the legend of the classes."""
+        """Add one row of pictures per case, with a legend of the classes."""
         if not rows:
             return
         self.heading("Best, median and worst case")
@@ -123,7 +123,7 @@ class Page:
             )
 
     def figures(self, figures: Sequence[Any]) -> None:
-        """Add charts (matplotlib figures), side by side where there is room."""
+        """Add charts (matplotlib figures), side by side on wide screens."""
         images = []
         for figure in figures:
             stream = io.BytesIO()
@@ -132,14 +132,14 @@ class Page:
         self._parts.append(f"<div class='charts'>{''.join(images)}</div>")
 
     def links(self, targets: Mapping[str, str]) -> None:
-        """Add links to files beside the page: text to relative address."""
+        """Add links to files beside the page. targets: text to relative address."""
         items = " · ".join(
             f"<a href='{html.escape(a, quote=True)}'>{html.escape(t)}</a>" for t, a in targets.items()
         )
         self._parts.append(f"<p class='note'>{items}</p>")
 
     def details(self, title: str, content: Any) -> None:
-        """Add data to fold out."""
+        """Add data as JSON in a section that folds out."""
         listing = html.escape(json.dumps(content, indent=1, default=str))
         self._parts.append(
             f"<h2>How this was made</h2><details><summary>{html.escape(title)}</summary>"
@@ -157,7 +157,7 @@ class Page:
 
 
 def _figure(pixels: Pixels, name: str, caption: str) -> str:
-    """Draw one picture with its name, enlarged by a whole number so that pixels stay pixels."""
+    """Return one picture with its name, enlarged by a whole factor so that pixels stay sharp."""
     factor = max(1, round(2 * _HEIGHT / max(pixels.shape[:2])))
     image = Image.fromarray(pixels)
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

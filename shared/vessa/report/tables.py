@@ -1,4 +1,4 @@
-"""Tables of methods: each class and the mean over classes, over seeds."""
+"""Make tables that compare methods, by class and over random seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ _HEADINGS = {"dice": "Dice", "iou": "IoU", "iou_fgbg": "IoU (fg+bg)", "hd95": "H
 
 @dataclass(frozen=True)
 class Row:
-    """One method of a table. seeds: its scores for each seed; one entry where seeds do not matter."""
+    """One method of a table. seeds: scores for each random seed; one entry if the method uses none."""
 
     name: str
     seeds: list[Scores]
 
     def values(self, metric: str, class_name: str | None = None) -> list[float]:
-        """A metric over seeds, of one class or of the mean over classes."""
+        """Return a metric for each seed, of one class or averaged over classes."""
         chosen = [s.mean if class_name is None else s.by_class[class_name] for s in self.seeds]
         return [v for c in chosen if (v := c[metric]) is not None]
 
     def mean(self, metric: str, class_name: str | None = None) -> float | None:
-        """Mean over seeds; None where the metric was never scored."""
+        """Return the mean over seeds; None if the metric has no value."""
         values = self.values(metric, class_name)
         return float(np.mean(values)) if values else None
 
     def cell(self, metric: str, class_name: str | None = None) -> str:
-        """Mean, and with several seeds the standard deviation, as text."""
+        """Return the mean, with several seeds also the standard deviation, as text."""
         values = self.values(metric, class_name)
         if not values:
             return "–"
@@ -40,14 +40,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Header and cells of a comparison, a line for each class and method; best: (line, column) to stress."""
+    """Header and cells of a comparison, one line per class and method. best: (line, column) in bold."""
 
     header: list[str]
     lines: list[list[str]]
     best: set[tuple[int, int]]
 
     def markdown(self) -> str:
-        """Write it as Markdown."""
+        """Return the table as Markdown."""
         stressed = [
             [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(line)]
             for i, line in enumerate(self.lines)
@@ -57,7 +57,7 @@ class Table:
 
 
 def table(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> Table:
-    """Make the table of some methods: each class, then the mean over classes."""
+    """Compare some methods: first each class, then the mean over classes."""
     unit = rows[0].seeds[0].unit
     header = ["class", "method", *(_HEADINGS[m] + (f" ({unit})" if m == "hd95" else "") for m in metrics)]
     lines: list[list[str]] = []
@@ -74,12 +74,12 @@ def table(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> Table:
 
 
 def scores_from(data: Mapping[str, Any]) -> Scores:
-    """Read scores back from a summary."""
+    """Read scores from a summary."""
     return Scores(data["by_class"], data["mean"], data["unit"], data["counts"])
 
 
 def missed(rows: Sequence[Row]) -> str:
-    """Say how often something was missed or invented: HD95 counts each as a volume's diagonal."""
+    """Return a sentence on wholly missed or invented structures, which HD95 counts as a volume's diagonal."""
     parts = []
     for row in rows:
         counts = [c for scores in row.seeds for c in scores.counts.values()]
@@ -89,14 +89,14 @@ def missed(rows: Sequence[Row]) -> str:
     if not parts:
         return ""
     return (
-        "Structures wholly missed or invented count in HD95 as the volume's diagonal. "
+        "HD95 counts a structure that is wholly missed or invented as the volume's diagonal. "
         + "; ".join(parts)
         + "."
     )
 
 
 def cards(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Headline figures of methods: name, Dice, the rest."""
+    """Return headline figures of methods: (name, Dice, other metrics)."""
     unit = rows[0].seeds[0].unit
     return [
         (r.name, r.cell("dice"), f"mean Dice · IoU {r.cell('iou')} · HD95 {r.cell('hd95')} {unit}")

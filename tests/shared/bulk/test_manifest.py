@@ -1,4 +1,4 @@
-"""The manifest: whole lines, known again after a kill, one process at a time."""
+"""The manifest: complete lines, resume after a kill, one process at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "manifest.jsonl"
 
 
-def test_what_was_written_is_known_again(path: Path) -> None:
+def test_written_files_are_finished_after_reopening(path: Path) -> None:
     names = [f"a/{i}.png" for i in range(300)] + ["ü\udcff.png"]
     with Manifest(path, SETTINGS) as manifest:
         assert manifest.missing(names) == names
@@ -48,7 +48,7 @@ def test_a_line_cut_off_at_any_byte_is_written_again(path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_failed_files_are_forgotten_on_request(path: Path) -> None:
+def test_retry_removes_the_lines_of_failed_files(path: Path) -> None:
     with Manifest(path, SETTINGS) as manifest:
         manifest.add([{"file": "a"}, {"file": "b", "error": {}}])
     with Manifest(path, SETTINGS) as manifest:
@@ -65,12 +65,12 @@ def test_other_settings_and_a_second_process_are_refused(path: Path) -> None:
     for retry in (False, True):
         with pytest.raises(InvalidConfig, match="other settings"):
             Manifest(path, {"bank": "c"}, retry=retry)
-    assert len(lines(path)) == 2  # what failed is not forgotten for others
+    assert len(lines(path)) == 2  # a refused retry removes no line
 
 
 @pytest.mark.parametrize("line", [b"[]\n", b"no json\n", b'{"file": 3}\n'])
-def test_a_file_that_is_no_manifest_is_left_alone(path: Path, line: bytes) -> None:
+def test_a_file_that_is_not_a_manifest_is_not_changed(path: Path, line: bytes) -> None:
     path.write_bytes(b'{"settings": {"bank": "b"}}\n' + line)
-    with pytest.raises(InvalidRequest, match=r"line 2 .* is not that of a manifest"):
+    with pytest.raises(InvalidRequest, match=r"line 2 .* is not a manifest line"):
         Manifest(path, SETTINGS)
     assert path.read_bytes().endswith(line)

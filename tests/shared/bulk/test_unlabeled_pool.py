@@ -26,7 +26,7 @@ def gray(value: int) -> Any:
 
 @pytest.fixture
 def find() -> Any:
-    """Return the candidates of a folder and the names of what was left out."""
+    """Return the candidates of a folder and the names of skipped files."""
 
     def call(folder: Path, **options: Any) -> tuple[list[Any], list[str]]:
         skipped: list[str] = []
@@ -106,13 +106,13 @@ def test_the_slices_of_volumes_by_file_and_of_a_series_by_folder(find: Any, tmp_
 @pytest.mark.parametrize(
     ("folder", "options", "message"),
     [
-        ("none", {}, "no such folder"),
+        ("none", {}, "none does not exist"),
         ("plain", {"split": "train"}, "has no splits"),
-        (".", {"by_folder": True}, "knows its patients"),
+        (".", {"by_folder": True}, "with patient names"),
         (".", {"split": "test"}, "no split file"),
     ],
 )
-def test_what_makes_no_sense_is_said(
+def test_options_that_do_not_fit_the_folder_are_refused(
     find: Any, dataset: Path, folder: str, options: Any, message: str
 ) -> None:
     (dataset / "plain").mkdir()
