@@ -180,7 +180,7 @@ def test_readme_block(block: Block, reader: Reader) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1200 if block.slow else 240,
+        timeout=1200 if block.slow else 600,
     )
     assert done.returncode == 0, f"README.md line {block.line}:\n{done.stdout[-4000:]}"
     if block.expect is not None:

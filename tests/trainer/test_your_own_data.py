@@ -23,7 +23,7 @@ def test_block(block, reader):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, f"{PAGE.name} line {block.line}:\n{done.stdout[-4000:]}"
     assert block.expect is None or block.expect in done.stdout
