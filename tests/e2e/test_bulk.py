@@ -105,7 +105,7 @@ def command(service: Any, images: Path, out: Path, *options: str) -> list[str]:
     ]
 
 
-def test_a_killed_job_goes_on_and_does_nothing_twice(annotator: Any, images: Path, tmp_path: Path) -> None:
+def test_a_killed_job_resumes_and_repeats_no_file(annotator: Any, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with seeded(annotator, "bulk") as client:
         line = command(annotator, images, out, "--bank", "bulk", "--batch", "1", "--threads", "2")
@@ -135,7 +135,7 @@ def test_a_killed_job_goes_on_and_does_nothing_twice(annotator: Any, images: Pat
 def test_full_and_dying_replicas_lose_no_file(
     start_annotator: Any, redis_url: str, images: Path, tmp_path: Path
 ) -> None:
-    """One service takes one request at a time, else it answers 429; the other is killed amid the work."""
+    """One service accepts one request at a time and returns 429 otherwise; the other is killed."""
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
@@ -159,7 +159,7 @@ def test_full_and_dying_replicas_lose_no_file(
         check(images, out, narrow, "bulk-replicas")
 
 
-def test_what_no_file_is_to_blame_for_ends_the_job(
+def test_errors_that_no_file_causes_end_the_job(
     annotator: Any, images: Path, tmp_path: Path, port: int
 ) -> None:
     with AnnotatorClient(annotator.url, annotator.api_key, attempts=1) as client:
@@ -177,7 +177,7 @@ def test_what_no_file_is_to_blame_for_ends_the_job(
         annotate_folder(images, tmp_path / "gone", AnnotateOptions("b"), [client], patience=0.5)
 
 
-def test_a_thread_that_never_had_its_turn_tells_why_the_others_failed(port: int) -> None:
+def test_a_waiting_thread_raises_the_error_of_the_others(port: int) -> None:
     gone = Unreachable("nobody is there")
     gone.retry_after = 60.0  # the only replica rests for longer than anybody is patient
     with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client:
@@ -192,7 +192,7 @@ def test_a_thread_that_never_had_its_turn_tells_why_the_others_failed(port: int)
 
 
 @pytest.mark.parametrize("error", [LimitReached, LanguageUnavailable, DeadlineExceeded])
-def test_what_passes_by_itself_fails_no_file(error: type[VessaError], port: int) -> None:
+def test_retryable_errors_fail_no_file(error: type[VessaError], port: int) -> None:
     refusals = [error("not now", retry_after=0.01) for _ in range(2)]
     with AnnotatorClient(f"http://127.0.0.1:{port}", "k", attempts=1) as client:
         replicas = Replicas([client], patience=5.0)

@@ -1,4 +1,4 @@
-"""What the client's tests share: answers without an annotator, and both clients behind one call."""
+"""Fixtures of the client's tests: responses without an annotator, and both clients behind one call."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Handler = Callable[[httpx.Request], httpx.Response]
 
 @pytest.fixture(autouse=True)
 def _no_waits() -> Iterator[None]:
-    """Repeat as often as asked, but at once; a test of the waiting turns this off."""
+    """Retry without waiting; tests of the waiting time turn this off."""
     with stamina.set_testing(True, attempts=10, cap=True):
         yield
 
 
 @pytest.fixture(params=["sync", "async"])
 def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Call one method of the sync and of the async client: `call(url, settings, method, *arguments)`."""
+    """Call a method of the sync and of the async client: `call(url, settings, method, *arguments)`."""
 
     def make(url: str, settings: dict[str, Any], method: str, *arguments: Any, **options: Any) -> Any:
         if request.param == "sync":
@@ -50,7 +50,7 @@ def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
 def ask(call: Callable[..., Any]) -> Callable[..., Any]:
     """Call a method without a service: `ask(handler, method, *arguments)`.
 
-    handler: answers the requests in place of the network; client: options of the client
+    handler: returns the responses in place of the network; client: options of the client
     """
 
     def make(
@@ -81,7 +81,7 @@ def read_request(request: httpx.Request) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def segment_answer(request: httpx.Request, **changes: Any) -> httpx.Response:
-    """Answer POST /segment: each label map is filled with its image's first pixel; None leaves a part out."""
+    """Answer POST /segment: each label map has the value of its image's first pixel; None omits a part."""
     tensors, metadata = read_request(request)
     images = tensors.get("images")
     count = len(images) if images is not None else len(metadata["image_ids"])
@@ -111,7 +111,7 @@ def segment_answer(request: httpx.Request, **changes: Any) -> httpx.Response:
 
 @pytest.fixture
 def segmented() -> Callable[..., httpx.Response]:
-    """Answer a POST /segment as the annotator would: `segmented(request, **changes)`."""
+    """Answer POST /segment as the annotator does: `segmented(request, **changes)`."""
     return segment_answer
 
 

@@ -1,4 +1,4 @@
-"""`vessa seed|segment|annotation|suggest|banks` against a running annotator, as a user would call them."""
+"""The command line `vessa` with a running annotator, called as a user calls it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from vessa import cli
 
-NO_SERVICE = "http://127.0.0.1:9"  # the discard port, where nobody listens
+NO_SERVICE = "http://127.0.0.1:9"  # the discard port: no service listens there
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def run(annotator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def vessa(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the program itself, to see its exit code and all it prints."""
+    """Run the program in a process of its own; returns its exit code and output."""
     command = [sys.executable, "-c", "from vessa.cli import main; main()", *map(str, arguments)]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("VESSA_")}
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60)
@@ -81,7 +81,7 @@ def test_seeding_fills_a_bank_once(run: Any, folder: Path, bank: str) -> None:
     assert (again["created"], again["templates"], again["version"]) == (0, 2, first["version"])
 
 
-def test_seeding_takes_the_groups_it_is_told(run: Any, folder: Path, bank: str) -> None:
+def test_seeding_adds_only_the_chosen_groups(run: Any, folder: Path, bank: str) -> None:
     assert last(run("seed", folder, "--bank", bank, "--split", "train", "--json")[1])["groups"] == ["p2"]
     out = run("seed", folder, "--bank", f"{bank}-b", "--groups", "p1, p3", "--json")[1]
     assert last(out)["groups"] == ["p1"]  # p3 has no mask
@@ -111,7 +111,9 @@ def test_segment_writes_a_label_map_and_an_overlay(run: Any, folder: Path, bank:
     assert re.search(r"disk: \d+ px, score \d\.\d\d, template of p2 \(\d\.\d\d\)", err)
 
 
-def test_an_annotation_is_told_again(run: Any, folder: Path, bank: str, tmp_path: Path) -> None:
+def test_annotation_prints_provenance_and_writes_labels(
+    run: Any, folder: Path, bank: str, tmp_path: Path
+) -> None:
     run("seed", folder, "--bank", bank)
     first = run("segment", folder / "images" / "p3_00.png", "--bank", bank, "--group", "p1", "--json")
     identity = last(first[1])["annotation_id"]
@@ -159,7 +161,7 @@ def test_suggestions_from_a_folder_of_images_name_files(run: Any, folder: Path, 
         assert one["images"][0] in err
 
 
-def test_nothing_to_annotate_is_said(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_candidates_is_an_error(folder: Path, tmp_path: Path) -> None:
     (folder / "images" / "p3_00.png").unlink()
     done = vessa("suggest", folder, VESSA_URL=NO_SERVICE)
     assert done.returncode == 1
@@ -221,7 +223,7 @@ def test_verify_fails_on_a_patient_in_two_splits_and_says_what_to_do(run: Any, f
         (["seed", "disks", "--groups", "p3"], "vessa: invalid_dataset: no mask of the 1 groups of"),
     ],
 )  # fmt: skip
-def test_a_failure_is_one_clear_line_and_code_1(
+def test_a_failure_prints_one_line_and_exits_with_code_1(
     run: Any, folder: Path, arguments: list[str], line: str, monkeypatch: Any, capsys: Any
 ) -> None:
     Path("text.png").write_text("no image")
@@ -235,7 +237,7 @@ def test_a_failure_is_one_clear_line_and_code_1(
     assert captured.err.count("\n") == 1
 
 
-def test_the_program_ends_with_code_1_and_no_traceback(annotator: Any, folder: Path, bank: str) -> None:
+def test_the_program_exits_with_code_1_and_no_traceback(annotator: Any, folder: Path, bank: str) -> None:
     known = {"VESSA_URL": annotator.url, "VESSA_API_KEY": annotator.api_key}
     assert vessa("seed", folder, "--bank", bank, **known).returncode == 0
     ended = vessa(

@@ -16,7 +16,7 @@ from vessa.errors import (
     error_from,
 )
 
-# What callers rely on. A change here breaks clients of another version.
+# Callers rely on these codes: a change breaks clients of another version.
 STABLE = {
     "malformed_body": 400, "unauthorized": 401, "forbidden": 403, "not_found": 404, "unknown_bank": 404,
     "unknown_template": 404, "unknown_image": 404, "method_not_allowed": 405, "no_template": 409,
@@ -52,7 +52,7 @@ def test_the_branch_agrees_with_the_status():
         assert issubclass(cls, expected), cls
 
 
-def test_what_one_image_is_to_blame_for_is_an_input_error():
+def test_errors_about_one_image_are_input_errors():
     codes = {code for code, cls in ERRORS.items() if issubclass(cls, InputError)}
     assert codes == {
         "malformed_body", "unknown_image", "no_template", "too_large", "unsupported_media", "invalid_image",
@@ -75,7 +75,7 @@ def test_an_unknown_code_is_kept_in_the_message():
     assert error.item == 1
 
 
-def test_one_except_catches_all_and_details_are_optional():
+def test_vessa_error_catches_all_and_details_are_optional():
     error = QueueFull("full", queue_position=4)
     assert isinstance(error, VessaError)
     assert (error.item, error.retry_after, error.queue_position) == (None, None, 4)

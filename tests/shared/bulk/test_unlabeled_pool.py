@@ -1,4 +1,4 @@
-"""The unlabeled images of folders of all kinds."""
+"""Find unlabeled images in data sets and in folders of images and volumes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def dataset(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_of_a_data_set_the_slices_without_a_mask(find: Any, dataset: Path) -> None:
+def test_a_data_set_yields_its_slices_without_a_mask(find: Any, dataset: Path) -> None:
     found, skipped = find(dataset)
     assert [(one.name, one.group) for one in found] == [("p2_1", "p2"), ("p3_0", "p3")]
     assert skipped == []
@@ -60,14 +60,14 @@ def test_of_a_data_set_the_slices_without_a_mask(find: Any, dataset: Path) -> No
     assert [one.group for one in find(dataset, split="train")[0]] == ["p3"]
 
 
-def test_a_mask_that_cannot_be_used_costs_its_image_alone(find: Any, dataset: Path) -> None:
+def test_an_unreadable_mask_skips_only_its_image(find: Any, dataset: Path) -> None:
     (dataset / "masks" / "p2_0.png").write_bytes(b"\x89PNG")
     found, skipped = find(dataset)
     assert [one.name for one in found] == ["p2_1", "p3_0"]
     assert skipped == ["p2_0"]
 
 
-def test_a_folder_that_is_no_name_to_the_service_stands_by_its_digest(find: Any, tmp_path: Path) -> None:
+def test_a_folder_with_an_invalid_group_name_is_named_by_its_digest(find: Any, tmp_path: Path) -> None:
     for folder in ("", "x" * 129, "p1 ", "p2"):
         save(tmp_path / folder / "one.png", gray(1))
     groups = [one.group for one in find(tmp_path, by_folder=True)[0]]
@@ -76,7 +76,7 @@ def test_a_folder_that_is_no_name_to_the_service_stands_by_its_digest(find: Any,
     assert len(set(groups)) == 4
 
 
-def test_of_another_folder_all_images_below_it(find: Any, tmp_path: Path) -> None:
+def test_another_folder_yields_all_images_below_it(find: Any, tmp_path: Path) -> None:
     save(tmp_path / "b" / "two.tif", gray(2))
     save(tmp_path / "a" / "one.PNG", gray(1))
     (tmp_path / "notes.txt").write_text("no image")
@@ -87,7 +87,7 @@ def test_of_another_folder_all_images_below_it(find: Any, tmp_path: Path) -> Non
     assert [one.group for one in find(tmp_path, by_folder=True)[0]] == ["a", "b"]
 
 
-def test_the_slices_of_volumes_by_file_and_of_a_series_by_folder(find: Any, tmp_path: Path) -> None:
+def test_slices_are_grouped_by_file_or_series_folder(find: Any, tmp_path: Path) -> None:
     (tmp_path / "heart.nii").write_bytes(nifti(phantom(), np.diag([1.0, 2.0, 5.0, 1.0])))
     (tmp_path / "cut.nii").write_bytes(nifti(phantom(), np.eye(4))[:500])
     (tmp_path / "ct").mkdir()

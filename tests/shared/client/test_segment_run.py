@@ -1,4 +1,4 @@
-"""Large calls of `segment`: split, sent side by side, put in order, and only what failed is sent again."""
+"""Large calls of `segment`: several requests at once, results in order, only failed items sent again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def image(value: int, size: tuple[int, int] = (2, 3)) -> Any:
 
 
 def with_errors(segmented: Any, request: Any, codes: dict[int, str], count: int) -> Any:
-    """Answer a request whose items at the places of `codes` fail."""
+    """Answer a request in which the items with the indices in `codes` fail."""
     items = [
         {"status": "ok", "image_id": f"i{i}"}
         if i not in codes
@@ -30,7 +30,7 @@ def with_errors(segmented: Any, request: Any, codes: dict[int, str], count: int)
     return segmented(request, items=items)
 
 
-def test_a_large_batch_is_split_and_comes_back_in_order_with_its_progress(ask, segmented, sent):
+def test_a_large_batch_is_split_and_keeps_its_order_and_progress(ask, segmented, sent):
     sizes, told, together, lock = [], [], [0, 0], threading.Lock()
 
     def handler(request):
@@ -55,7 +55,7 @@ def test_a_large_batch_is_split_and_comes_back_in_order_with_its_progress(ask, s
     assert together[1] <= 3
 
 
-def test_only_the_pixels_that_are_not_held_are_sent(ask, segmented, sent):
+def test_pixels_are_sent_only_for_unknown_ids(ask, segmented, sent):
     images = [image(1), image(2), image(3, (5, 5))]
     asked = []
 
@@ -78,7 +78,7 @@ def test_only_the_pixels_that_are_not_held_are_sent(ask, segmented, sent):
     assert all(a.error is None for a in found)
 
 
-def test_what_failed_for_the_moment_is_sent_again_alone(ask, segmented, sent):
+def test_an_item_with_a_retryable_error_is_sent_again_alone(ask, segmented, sent):
     tries = []
 
     def handler(request):
@@ -99,7 +99,7 @@ def test_what_failed_for_the_moment_is_sent_again_alone(ask, segmented, sent):
     assert [a.labels.flat[0] for a in found[1:]] == [1, 2, 3]
 
 
-def test_what_never_works_is_given_up_and_counts_in_the_callers_list(ask, segmented, sent):
+def test_retries_end_and_items_keep_the_callers_index(ask, segmented, sent):
     tries = []
 
     def handler(request):
@@ -112,7 +112,7 @@ def test_what_never_works_is_given_up_and_counts_in_the_callers_list(ask, segmen
     assert found[1].error.item == 1
 
 
-def test_a_service_that_does_not_know_pixels_is_not_asked_for_ever(ask, segmented, sent):
+def test_a_service_that_never_knows_an_image_is_not_asked_for_ever(ask, segmented, sent):
     tries = []
 
     def handler(request):
@@ -125,12 +125,12 @@ def test_a_service_that_does_not_know_pixels_is_not_asked_for_ever(ask, segmente
     assert isinstance(found[0].error, UnknownImage)
 
 
-def test_ids_alone_cannot_be_followed_by_pixels(ask, segmented):
+def test_by_id_needs_the_images(ask, segmented):
     with pytest.raises(InvalidRequest, match="by_id needs the images"):
         ask(segmented, "segment", bank="b", image_ids=["sha256:1"], by_id=True)
 
 
-def test_a_request_that_fails_ends_the_call_with_its_error(ask, failure_of_32):
+def test_a_failed_request_ends_the_call_with_its_error(ask, failure_of_32):
     with pytest.raises(QueueFull) as caught:
         ask(failure_of_32, "segment", [image(i) for i in range(100)], bank="b")
     assert caught.value.queue_position == 7

@@ -20,7 +20,7 @@ from vessa.errors import InvalidImage, NoTemplate, UnknownJob, Unreachable
 
 @pytest.fixture
 def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A NIfTI file of 6 slices; jobs are asked for quickly."""
+    """A NIfTI file of 6 slices; the job's state is polled every 20 ms."""
     monkeypatch.setattr(job_endpoints, "POLL_S", 0.02)
     path = tmp_path / "scan.nii"
     path.write_bytes(nifti(phantom((40, 32, 6)), np.diag([1.0, 2.0, 5.0, 1.0])))
@@ -38,11 +38,11 @@ def test_the_running_annotator_segments_a_volume(ask_annotator: Any, volume: Pat
     np.testing.assert_allclose(labels.affine, image.affine)
     assert set(np.unique(np.asarray(labels.dataobj))) <= {0, 1}
     assert (told[-1].state, told[-1].slices, told[-1].done) == ("done", 6, 6)
-    with pytest.raises(UnknownJob):  # what came is needed there no more
+    with pytest.raises(UnknownJob):  # it was deleted after the download
         ask_annotator("_send", Call("GET", f"/jobs/{told[-1].id}", lambda response: response))
 
 
-def test_a_job_that_fails_says_why_and_is_forgotten(ask: Any, volume: Path) -> None:
+def test_a_failed_job_raises_its_error_and_is_deleted(ask: Any, volume: Path) -> None:
     requests = []
     job = {"id": "j", "bank": "b", "slices": 6, "done": 2, "result": "nifti"}
 
@@ -59,7 +59,7 @@ def test_a_job_that_fails_says_why_and_is_forgotten(ask: Any, volume: Path) -> N
     assert requests == ["POST /jobs", "GET /jobs/j", "GET /jobs/j", "GET /jobs/j/result", "DELETE /jobs/j"]
 
 
-def test_a_service_that_is_away_for_a_while_does_not_lose_the_job(
+def test_a_job_survives_a_short_outage_of_the_service(
     ask: Any, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests: list[str] = []
@@ -73,7 +73,7 @@ def test_a_service_that_is_away_for_a_while_does_not_lose_the_job(
             return httpx.Response(200, json={**job, "state": "done"})
         if requests[-1] == "GET /jobs/j/result":
             return httpx.Response(200, content=b"labels")
-        if requests[-1] == "DELETE /jobs/j":  # the answer to an earlier one was lost
+        if requests[-1] == "DELETE /jobs/j":  # the response to an earlier DELETE was lost
             return httpx.Response(404, json={"error": {"code": "unknown_job", "message": "none"}})
         return httpx.Response(200, json={**job, "state": "running"})
 
@@ -106,6 +106,6 @@ def test_a_cancelled_task_cancels_its_job(volume: Path) -> None:
     assert requests[-1] == "DELETE /jobs/j"
 
 
-def test_a_volume_that_is_not_there_is_named(ask: Any, tmp_path: Path) -> None:
+def test_a_missing_volume_is_named(ask: Any, tmp_path: Path) -> None:
     with pytest.raises(InvalidImage, match="cannot be read"):
         ask(lambda request: pytest.fail("it was sent"), "segment_volume", tmp_path / "none.nii", bank="b")

@@ -1,4 +1,4 @@
-"""`suggest` of both clients: ids first, then the pixels that are missing; and with the running annotator."""
+"""`suggest` of both clients: ids first, then pixels for unknown ids; also with the running annotator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def image(value: int, size: tuple[int, ...] = (2, 3)) -> Any:
 
 
 class Looker:
-    """A service that ranks candidates by the order of their ids once it has looked at all of them."""
+    """A service that ranks candidates by their ids once it has the features of all."""
 
     def __init__(self, sent: Any, known: Any = (), forgets: bool = False) -> None:
         self.sent, self.known, self.forgets = sent, set(known), forgets
@@ -47,7 +47,7 @@ class Looker:
         return httpx.Response(200, json={**answer, "suggestions": [] if unknown else ranked})
 
 
-def test_ids_go_first_and_then_the_pixels_that_are_missing_in_parts(ask, sent):
+def test_pixels_of_unknown_ids_are_sent_in_several_requests(ask, sent):
     images = [image(i) for i in range(40)] + [image(9, (4, 4, 3))]
     looker = Looker(sent, [image_digest(images[0])])
     told = []
@@ -64,7 +64,7 @@ def test_ids_go_first_and_then_the_pixels_that_are_missing_in_parts(ask, sent):
     assert min(told)[0] > 1
 
 
-def test_what_the_service_has_looked_at_is_not_sent(ask, sent):
+def test_images_with_known_features_are_not_sent(ask, sent):
     images = [image(i) for i in range(3)]
     looker = Looker(sent, [image_digest(one) for one in images])
     answer = ask(looker, "suggest", "b", images)
@@ -79,7 +79,7 @@ def test_equal_images_are_sent_once(ask, sent):
     assert [len(tensors["images"]) for tensors, _ in looker.bodies[1:-1]] == [1]
 
 
-def test_images_are_read_one_by_one_when_they_are_needed(ask, sent):
+def test_images_are_read_only_when_they_are_needed(ask, sent):
     class Lazy(list):
         read = 0
 
@@ -93,14 +93,14 @@ def test_images_are_read_one_by_one_when_they_are_needed(ask, sent):
     assert Lazy.read == 5 + 2
 
 
-def test_a_service_that_forgets_all_at_once_is_given_up(ask, sent):
+def test_a_service_that_forgets_features_at_once_is_an_error(ask, sent):
     looker = Looker(sent, forgets=True)
     with pytest.raises(UnknownImage, match="2 of 2 candidates are unknown after 3 rounds"):
         ask(looker, "suggest", "b", [image(1), image(2)])
     assert len(looker.bodies) == 7
 
 
-def test_too_many_are_refused_before_any_pixel_is_sent(ask):
+def test_too_many_candidates_are_refused_before_any_pixel_is_sent(ask):
     requests = []
 
     def full(request):
@@ -113,7 +113,7 @@ def test_too_many_are_refused_before_any_pixel_is_sent(ask):
     assert len(requests) == 1
 
 
-def test_an_image_that_is_refused_is_named_by_its_place(ask, sent):
+def test_a_refused_image_is_named_by_its_index(ask, sent):
     looker = Looker(sent, [image_digest(image(1))])
 
     def refusing(request):
@@ -142,7 +142,7 @@ def test_wrong_arguments_are_named_before_anything_is_sent(ask, images, options,
         ask(lambda request: pytest.fail("it was sent"), "suggest", "b", images, **options)
 
 
-def test_an_answer_about_other_images_is_no_answer(ask):
+def test_a_response_about_other_images_is_a_bad_response(ask):
     answer = {"bank": "b", "bank_version": 1, "image_ids": [], "unknown": ["sha256:0"]}
     with pytest.raises(BadResponse, match="no candidates of this call"):
         ask(lambda request: httpx.Response(200, json=answer), "suggest", "b", [image(1)])

@@ -1,4 +1,4 @@
-"""What goes into `segment` and comes out of it."""
+"""The types of `segment`: prompts, options and annotations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vessa.client.types import Annotation, Prompts, SegmentOptions
 from vessa.mask_geometry import box_and_point
 
 
-def test_an_annotation_without_arrays_and_prompts_without_anything_are_possible():
+def test_an_annotation_without_arrays_and_empty_prompts_are_valid():
     annotation = Annotation("x")
     assert annotation.labels is annotation.confidence is annotation.probabilities is annotation.error is None
     assert annotation.templates == annotation.classes == annotation.scores == {}
@@ -22,14 +22,14 @@ def test_an_annotation_without_arrays_and_prompts_without_anything_are_possible(
     assert all(value is None for value in vars(Prompts()).values())
 
 
-def test_an_answer_and_its_prompts_cannot_be_exchanged_in_part():
+def test_annotations_and_prompts_are_frozen():
     with pytest.raises(FrozenInstanceError):
         Annotation("x").labels = None
     with pytest.raises(FrozenInstanceError):
         Prompts().boxes = None
 
 
-def test_the_options_are_those_that_the_protocol_takes():
+def test_the_options_match_the_arguments_of_the_protocol():
     parameters = set(inspect.signature(endpoints.segment).parameters)
     assert set(get_type_hints(SegmentOptions)) == parameters - {"images", "bank", "image_ids"}
 

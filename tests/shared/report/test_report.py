@@ -1,4 +1,4 @@
-"""Reports: tables over seeds, the chosen cases, the page."""
+"""Reports: tables over random seeds, best and worst cases, and the page."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def scores(dice, hd95=2.0, missed_cases=0):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Four patients of two slices; the last one is not annotated, and first slices show nothing."""
+    """Four patients with two slices each; the last has no masks, and masks of first slices are empty."""
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     (tmp_path / "meta.json").write_text('{"classes": {"0": "background", "1": "wall"}}')
@@ -36,7 +36,7 @@ def dataset(tmp_path):
 
 
 def labels_of(dataset, shifts):
-    """Labels whose square is moved to the right by so many pixels, patient by patient."""
+    """Return labels whose square is shifted to the right. shifts: px, one per patient."""
     found = {}
     for case, shift in zip(dataset.cases(), shifts, strict=True):
         square = np.zeros((8, 10), np.uint8)
@@ -45,7 +45,7 @@ def labels_of(dataset, shifts):
     return found
 
 
-def test_a_table_holds_mean_and_spread_over_seeds_and_stresses_the_best():
+def test_a_table_shows_mean_and_deviation_and_marks_the_best():
     rows = [Row("ours", [scores(0.8, 1.0), scores(0.9, 3.0)]), Row("theirs", [scores(0.7, 1.5)])]
     made = table(rows, ("dice", "hd95"))
     assert made.header == ["class", "method", "Dice", "HD95 (voxel)"]
@@ -56,14 +56,14 @@ def test_a_table_holds_mean_and_spread_over_seeds_and_stresses_the_best():
     assert "| wall | ours | **0.850 ± 0.071** | 2.0 ± 1.4 |" in made.markdown()
 
 
-def test_what_was_never_scored_is_a_dash_and_equals_have_no_best():
+def test_a_missing_score_is_a_dash_and_equal_scores_have_no_best():
     made = table([Row("a", [scores(None)]), Row("b", [scores(None)])], ("dice", "hd95"))
     assert made.lines[0][2] == "–"
     assert made.best == set()
     assert Row("a", [scores(None)]).mean("dice") is None
 
 
-def test_misses_are_told():
+def test_missed_structures_are_counted_in_a_sentence():
     assert missed([Row("ours", [scores(0.5)])]) == ""
     assert "ours: 3 missed, 0 invented" in missed([Row("ours", [scores(0.5, missed_cases=3)])])
 
@@ -72,7 +72,7 @@ def test_scores_survive_json():
     assert scores_from(scores(0.5).to_dict()) == scores(0.5)
 
 
-def test_labels_are_scored_where_there_is_a_mask(dataset):
+def test_only_annotated_slices_are_scored(dataset):
     cases = annotated(dataset, dataset.cases())
     assert [c.name for c in cases] == ["p0", "p1", "p2"]
     found = score_labels(dataset, dataset.cases(), labels_of(dataset, (0, 0, 2, 0)))
@@ -114,7 +114,7 @@ def test_best_median_and_worst_are_ranked_by_one_column(dataset):
     assert best_median_worst(dataset, [], predicted, "ours") == []
 
 
-def test_a_page_is_one_file_that_loads_nothing_and_escapes_what_it_is_told(dataset, tmp_path):
+def test_a_page_is_one_file_that_loads_nothing_and_escapes_its_text(dataset, tmp_path):
     page = Page("a <b> & c")
     page.lead("<script>alert(1)</script>")
     page.note("")

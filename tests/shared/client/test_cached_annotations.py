@@ -1,4 +1,4 @@
-"""`annotation` of both clients."""
+"""`annotation` of both clients: read a cached annotation with its provenance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def kept(shape: tuple[int, ...] = (1, 2, 3), **changes: Any) -> httpx.Response:
     return httpx.Response(200, content=body, headers={"Content-Type": MEDIA_TYPE})
 
 
-def test_an_annotation_comes_with_what_made_it(ask: Any) -> None:
+def test_an_annotation_has_its_provenance(ask: Any) -> None:
     requests = []
 
     def handler(request: httpx.Request) -> httpx.Response:
@@ -55,12 +55,12 @@ def test_an_annotation_comes_with_what_made_it(ask: Any) -> None:
         kept(items="[]"),
     ],
 )
-def test_what_is_no_annotation_is_a_bad_response(ask: Any, answer: httpx.Response) -> None:
+def test_an_invalid_annotation_is_a_bad_response(ask: Any, answer: httpx.Response) -> None:
     with pytest.raises(BadResponse, match="GET /annotations"):
         ask(lambda request: httpx.Response(200, content=answer.content), "annotation", "a")
 
 
-def test_the_running_annotator_tells_an_annotation_again(ask_annotator: Any) -> None:
+def test_the_running_annotator_returns_a_cached_annotation(ask_annotator: Any) -> None:
     y, x = np.mgrid[:40, :48]
     mask = (np.hypot(y - 20, x - 24) < 8).astype(np.uint8)
     ask_annotator("add_templates", "kept", [mask * 180], [mask], {1: "disk"}, ["p1"])
