@@ -246,12 +246,15 @@ def predict(
         str, typer.Option(help="How volumes are cut: auto (as in training), axial, coronal or sagittal.")
     ] = "auto",
     nifti: Annotated[bool, typer.Option("--nifti", help="NIfTI for DICOM, too.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Without the post-processing that the run chose on validation.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Segment images and volumes with a run's best teacher. What is there already is skipped."""
     from vessa_trainer.prediction.predict import predict as run_on
 
-    result = run_on(run, source, out, _console, flips=flips, axis=axis, nifti=nifti)
+    result = run_on(run, source, out, _console, flips=flips, axis=axis, nifti=nifti, postprocess=not raw)
     _say(f"{result['masks']} masks in {out}, {result['skipped']} were there")
     for name, why in result["failed"].items():
         _say(f"no mask {name}: {why}", style="red")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from vessa.client import endpoints
+from vessa.client import endpoints, proxies
 from vessa.client.endpoints import Call
 from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
 
@@ -65,6 +65,8 @@ def result_of(call: Call[_T], response: httpx.Response) -> _T:
     if response.is_success:
         return call.read(response)
     error = endpoints.read_error(response)
+    if isinstance(error, BadResponse) and (through := proxies.advice(str(response.request.url))):
+        error = BadResponse(error.message + through)
     if error.item is not None and error.item in range(len(call.rows)):
         error.item = call.rows[error.item]  # from the index in the request to that in the caller's list
     repeatable = {"always": _REPEATABLE_STATUS, "unsent": _NO_EFFECT_STATUS, "never": set[int]()}[call.repeat]
@@ -87,9 +89,11 @@ def failure_of(url: str, timeout: float, call: Call[Any], error: httpx.RequestEr
             f"the annotator at {url} took longer than the limit of {timeout:g} s ({kind}): "
             "send fewer images at once, or raise `timeout`"
         )
+    if (untrusted := proxies.tls_advice(error)) is not None:
+        return Unreachable(f"no secure connection to the annotator at {url}: {untrusted}")
     failure = Unreachable(
         f"no response from the annotator at {url} ({kind}): "
-        "start it with `vessa-server serve`, or set its address (`--url`, VESSA_URL)"
+        f"start it with `vessa-server serve`, or set its address (`--url`, VESSA_URL){proxies.advice(url)}"
     )
     unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
     again = call.repeat == "always" or (call.repeat == "unsent" and unsent)
@@ -120,6 +124,7 @@ class Connection:
             httpx.URL(self.url)
         except httpx.InvalidURL as error:
             raise Unreachable(f"the address '{self.url}' is invalid: expected http://host:port") from error
+        proxies.require_usable_proxy(self.url)
         key = api_key or find_key()
         if key and not (key.isascii() and key.isprintable()):
             raise Unauthorized("the API key contains characters that no key has: copy it again")
@@ -128,6 +133,8 @@ class Connection:
             "base_url": self.url,
             "headers": headers,
             "timeout": httpx.Timeout(timeout, connect=5.0),
+            # Whatever HTTP_PROXY says: keys and images for this machine stay on it.
+            "trust_env": not proxies.is_loopback(self.url),
         }
         self._retry: dict[str, Any] = {
             "on": _wait,

@@ -44,7 +44,7 @@ def test_a_run_leaves_its_scores_curves_and_report(tiny, tmp_path):
     summary = fit(config, resume_line=RESUME)
     out = tmp_path / "run"
     expected = {"config.yaml", "metrics.jsonl", "progress.png", "summary.json", "report.html", "tensorboard"}
-    expected |= {"data.json"}
+    expected |= {"data.json", "postprocessing.json"}
     assert expected | {checkpoint.LAST, checkpoint.BEST} == {p.name for p in out.iterdir()}
     assert json.loads((out / "summary.json").read_text()) == summary
     assert summary["groups"] == {"labeled": 1, "unlabeled": 3, "val": 1, "test": 1}

@@ -41,6 +41,11 @@ class Geometry:
     stored_ids: tuple[int, ...]
     channel: int = 0
 
+    @property
+    def volumes(self) -> bool:
+        """Whether a case is a volume whose slices lie on each other, also when it is predicted."""
+        return self.layout in (NnUnet.__name__, Ssl4mis.__name__)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint's metadata."""
         return asdict(self)

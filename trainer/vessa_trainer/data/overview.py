@@ -56,7 +56,7 @@ def _about_patients(dataset: Dataset, examination: Examination) -> tuple[list[st
         warnings.append(
             f"all {len(items)} images are of one patient, '{example.group}'. If they are not, {change}"
         )
-    channels = getattr(getattr(dataset, "source", dataset), "channels", ())
+    channels: tuple[str, ...] = getattr(getattr(dataset, "source", dataset), "channels", ())
     if len(channels) > 1:
         warnings.append(
             f"{len(channels)} channels ({', '.join(channels)}): a run learns from one. Choose it with "

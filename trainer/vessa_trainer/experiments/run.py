@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from torch import nn
 
 from vessa.client import AnnotatorClient
 from vessa.datasets import Dataset
 from vessa.errors import InvalidConfig, VessaError
-from vessa.report.cases import Overlay, annotated, best_median_worst
+from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
 from vessa_trainer.config import Config, load_config, shareable
 from vessa_trainer.data.examination import Examination, examine
 from vessa_trainer.data.overview import overview, require_trainable
@@ -30,6 +31,7 @@ from vessa_trainer.experiments.identity import (
 )
 from vessa_trainer.experiments.run_lock import locked
 from vessa_trainer.outages import Incidents, interruptions
+from vessa_trainer.prediction.postprocessing import choose
 from vessa_trainer.pseudo_labels.annotator_check import check_served, hold_to_annotator, record_changes
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
@@ -210,7 +212,9 @@ def _train(
         "test": result.test.to_dict(),
         "config": shareable(config),
     }
-    rows = _pictures(run, dataset, feed)
+    teacher, channels, _ = load_best(run.out, config)
+    summary |= _postprocess(run, dataset, teacher, channels)
+    rows = _pictures(run, dataset, feed, teacher)
     write_run_report(run.out, summary, rows, dataset)
     shutil.rmtree(run.out / "feedback", ignore_errors=True)  # only an unfinished run needs its prompts
     processes.wait()
@@ -222,7 +226,32 @@ def _advice(run: Run) -> list[Advice]:
     return [*missing, *over_run(read_metrics(run.out), run.dataset.classes)]
 
 
-def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None) -> list[Overlay]:
+def _postprocess(run: Run, dataset: Dataset, teacher: nn.Module, channels: int) -> dict[str, Any]:
+    """Choose post-processing on the validation cases, write it, and score it on both splits."""
+    if not run.selects:
+        return {"postprocessing": {}}
+    cases = {k: annotated(dataset, cases_of(dataset, getattr(run.splits, k))) for k in ("val", "test")}
+    labels = {k: predict_labels(teacher, dataset, some, run.config, channels) for k, some in cases.items()}
+    chosen = choose(
+        [[dataset.mask(item) for item in case.slices] for case in cases["val"]],
+        [labels["val"][case.name] for case in cases["val"]],
+        sorted(dataset.classes),
+        by_volume=run.geometry.volumes,
+    )
+    chosen.write(run.out)
+    rules = {dataset.classes[i]: vars(rule) for i, rule in chosen.rules.items()}
+    if not rules:
+        return {"postprocessing": {}}
+    scores = {
+        f"{k}_postprocessed": score_labels(
+            dataset, cases[k], {name: chosen.apply(slices) for name, slices in labels[k].items()}
+        ).to_dict()
+        for k in cases
+    }
+    return {"postprocessing": rules, **scores}
+
+
+def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None, teacher: nn.Module) -> list[Overlay]:
     """Show test cases with the masks of VESSA, of the delivered teacher and of the last student."""
     cases = annotated(dataset, cases_of(dataset, run.splits.test))
     predicted: dict[str, dict[str, list[np.ndarray]]] = {}
@@ -231,7 +260,6 @@ def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None) -> list[O
             predicted["VESSA"] = labels_of(feed, cases)
         except VessaError as error:  # the run is done: its report can do without this column
             _log.warning("the report has no pictures of VESSA's labels: %s", error.message)
-    teacher, channels, _ = load_best(run.out, run.config)
     for name, model in (("teacher", teacher), ("student", run.student)):
-        predicted[name] = predict_labels(model, dataset, cases, run.config, channels)
+        predicted[name] = predict_labels(model, dataset, cases, run.config, run.channels)
     return best_median_worst(dataset, cases, predicted, "teacher")

@@ -18,6 +18,7 @@ from vessa_trainer.config import Config, load_config
 from vessa_trainer.data.geometry import Geometry
 from vessa_trainer.data.training_data import to_stored
 from vessa_trainer.prediction.output_files import Output, find_outputs
+from vessa_trainer.prediction.postprocessing import Postprocessing
 from vessa_trainer.prediction.volumes import VolumeOptions
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_slice
@@ -27,14 +28,22 @@ _log = logging.getLogger(__name__)
 
 
 def predict(
-    run: Path, source: Path, out: Path, console: Console, *, flips: bool, axis: str, nifti: bool
+    run: Path,
+    source: Path,
+    out: Path,
+    console: Console,
+    *,
+    flips: bool,
+    axis: str,
+    nifti: bool,
+    postprocess: bool = True,
 ) -> dict[str, Any]:
     """Segment a file or folder with the teacher that a run delivered, into `out`; returns the counts.
 
     Volumes are cut and channels chosen as in training. Masks that are there already are skipped, so that a
     stopped prediction continues; see `find_outputs` for what is read. A file that cannot be read is listed
-    under "failed" and does not stop the others. Raises InvalidDataset when `out` holds the images themselves,
-    or masks made in another way.
+    under "failed" and does not stop the others. postprocess: apply the rules that the run chose on
+    validation. Raises InvalidDataset when `out` holds the images themselves, or masks made in another way.
     """
     config = load_config(run / "config.yaml", [])
     model, channels, classes = load_best(run, config)
@@ -45,14 +54,17 @@ def predict(
     outputs = find_outputs(source, options)
     _check_folder(source, out, outputs)
     folder = (source if source.is_dir() else source.parent).resolve()  # names are paths below it
-    _claim(out, outputs, {"weights": _digest(run), "flips": flips, "axis": axis, "source": str(folder)})
+    made_by = {"weights": _digest(run), "flips": flips, "axis": axis, "postprocess": postprocess}
+    _claim(out, outputs, made_by | {"source": str(folder)})
     missing = [output for output in outputs if not (out / output.name).exists()]
+    postprocessing = Postprocessing.read(run) if postprocess else Postprocessing({}, by_volume=False)
     failed, cautions = {}, Counter[str]()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("predicting", total=len(missing))
         for output in missing:
             try:
                 labels = _labels(output, model, config, channels, flips=flips)
+                labels = postprocessing.apply(labels)
                 data = output.encode([to_stored(one, stored_ids) for one in labels])
             except (VessaError, OSError) as error:
                 failed[output.name] = str(error)

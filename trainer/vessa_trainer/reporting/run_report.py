@@ -25,6 +25,11 @@ def write_run_report(
     """
     name, trained = f"{summary['method']}, seed {summary['seed']}", summary["steps"] > 0
     rows = [Row(part, [scores_from(summary[key])]) for key, part in (("val", "validation"), ("test", "test"))]
+    rows += [
+        Row(f"{part}, post-processed", [scores_from(summary[key])])
+        for key, part in (("val_postprocessed", "validation"), ("test_postprocessed", "test"))
+        if key in summary
+    ]
     groups = summary["groups"]
     page = Page(f"{dataset.name}: {name}")
     page.lead(
@@ -41,6 +46,10 @@ def write_run_report(
     scores = table(rows)
     page.table(scores.header, scores.lines, set())
     page.note(missed(rows))
+    if rules := summary.get("postprocessing"):
+        page.note(
+            f"predict applies post-processing that was chosen on the validation patients: {_rules(rules)}."
+        )
     if summary["advice"]:
         page.heading("What to look at")
         lines = [[one["kind"], str(one["step"]), one["text"]] for one in summary["advice"]]
@@ -63,6 +72,15 @@ def write_run_report(
     page.details("Configuration and counts", summary)
     page.write(run / "report.html")
     atomic_write.write_text(run / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def _rules(rules: Mapping[str, Any]) -> str:
+    """Describe post-processing class by class."""
+    texts = []
+    for name, rule in rules.items():
+        what = "the largest component" if rule["largest"] else f"components of {rule['smallest']} px or more"
+        texts.append(f"{name}: {what} (validation Dice {rule['before']:.3f} to {rule['after']:.3f})")
+    return "; ".join(texts)
 
 
 def _selection(summary: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from vessa import atomic_write
-from vessa.datasets import Case, Dataset
+from vessa.datasets import Dataset
 from vessa.errors import InvalidConfig, InvalidWeights, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
@@ -42,48 +41,17 @@ from vessa_trainer.semi_supervised.divergence import (
 )
 from vessa_trainer.semi_supervised.feedback import FeedbackRounds, predicted_prompts
 from vessa_trainer.semi_supervised.objective import compute_loss
+from vessa_trainer.semi_supervised.results import Interrupted, RunResult, describe, evaluate
 from vessa_trainer.semi_supervised.schedule import ema_decay, poly, source_weights, update_teacher
 from vessa_trainer.semi_supervised.signals import noted, undisturbed
 from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import open_device, predict_labels
+from vessa_trainer.students.inference import open_device
 from vessa_trainer.students.networks import build_student, parameter_groups
 
 _log = logging.getLogger(__name__)
 
 # labeled, unlabeled, seconds waited for labels
 Batch = tuple[tuple[Tensor, Tensor, Tensor], UnlabeledViews | None, float]
-
-
-class Interrupted(VessaError):
-    """The run was stopped and saved; its message ends with the line that resumes it."""
-
-    code = "interrupted"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Scores of a finished run.
-
-    best_step: the step of the delivered teacher: the best by validation Dice, else the last; val, test: its
-    scores;
-    selected: whether validation chose it
-    """
-
-    out: Path
-    steps: int
-    best_step: int
-    selected: bool
-    val: Scores
-    test: Scores
-    seconds: float
-
-
-def evaluate(
-    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
-) -> Scores:
-    """Score a model on volumes; slices without a mask are left out."""
-    cases = annotated(dataset, cases)
-    return score_labels(dataset, cases, predict_labels(model, dataset, cases, config, channels))
 
 
 class Run:
@@ -233,7 +201,11 @@ class Run:
                 self._validate_if_due(board)  # where the run was stopped before it
                 while self.step < self.config.steps:
                     figures = self._step()
-                    bar.update(task, completed=self.step, description=_describe(self, figures))
+                    bar.update(
+                        task,
+                        completed=self.step,
+                        description=describe(self.config, self.step, self.best, self.waited, figures),
+                    )
                     if self.step % 10 == 0 or self.step == self.config.steps:
                         self._log(figures, board)
                     self._validate_if_due(board)
@@ -443,12 +415,3 @@ class Run:
         test_cases = cases_of(self.dataset, self.splits.test) if scored else []
         test = evaluate(model, self.dataset, test_cases, self.config, self.channels)
         return RunResult(self.out, self.step, self.best_step, self.selects, val, test, self.seconds)
-
-
-def _describe(run: Run, figures: dict[str, float]) -> str:
-    parts = [f"{run.config.semi.method} {run.step}/{run.config.steps}", f"loss {figures['loss']:.3f}"]
-    for key, text in (("eta", "eta"), ("confident", "confident"), ("agreement", "agree")):
-        if key in figures:
-            parts.append(f"{text} {figures[key]:.2f}")
-    val = "val not scored" if run.best is None else f"val {run.best:.3f}"
-    return " ".join([*parts, val, f"waited {run.waited:.0f}s"])
