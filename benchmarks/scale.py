@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from processes import bound
 from serving import family, free_port
 
 from vessa.client import AnnotatorClient
@@ -127,7 +128,7 @@ class Cluster:
     def _run(self, command: list[str], settings: dict[str, str]) -> "subprocess.Popen[bytes]":
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                command, env=os.environ | settings, stdout=log, stderr=log, cwd=self.folder
+                bound(command), env=os.environ | settings, stdout=log, stderr=log, cwd=self.folder
             )
         self._started.append(process)
         return process

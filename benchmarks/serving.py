@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from processes import bound
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +47,12 @@ def running(
     """Run a service, and what it starts itself, until the end of the block."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
+            bound(command),
+            cwd=ROOT,
+            env=os.environ | settings,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 300

@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
+from processes import bound
 from scipy import stats
 from serving import family
 
@@ -236,7 +237,7 @@ def start(folder: Path, weights: str) -> tuple[subprocess.Popen[bytes], str, str
         "VESSA_LOG_LEVEL": "warning",
     }  # fmt: skip
     with (folder / "log").open("w") as log:
-        command = [sys.executable, "-m", "vessa_server", "serve"]
+        command = bound([sys.executable, "-m", "vessa_server", "serve"])
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=log)
     deadline = time.monotonic() + 300
     while True:

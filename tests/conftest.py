@@ -1,6 +1,7 @@
-"""What all tests share: nano weights of a fixed seed, a real Redis, a running annotator.
+"""Fixtures for all tests: nano weights of a fixed seed, a real Redis, a running annotator.
 
-Tests marked `gpu` are skipped where torch sees no CUDA device.
+Tests marked `gpu` are skipped where torch sees no CUDA device. Processes end with the test run, also when it
+is interrupted or killed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +23,29 @@ from typing import Any
 
 import proving
 import pytest
+from processes import bound
 
 SERVE = ("-m", "vessa_server", "serve")
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C also when run in the background, where a shell has it ignored by all that it starts."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Interrupt the tests on SIGINT and SIGTERM, so that fixtures end what they started.
+
+    A shell lets its background jobs ignore SIGINT, and SIGTERM would end Python without any clean-up.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 20) -> None:
+    """End a process: SIGTERM, and SIGKILL when it does not end within `seconds`."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,7 +90,7 @@ def run_redis(folder: Path, port: int, *options: str) -> subprocess.Popen[bytes]
             "no redis-server on this machine: `make test` installs it, or `apt-get install redis-server`"
         )
     place = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
-    server = subprocess.Popen([binary, *place, *options], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(bound([binary, *place, *options]), stdout=subprocess.DEVNULL)
     wait_for_port(port, server)
     return server
 
@@ -90,8 +107,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     server = run_redis(tmp_path_factory.mktemp("redis"), port)
     yield f"redis://127.0.0.1:{port}/0"
-    server.terminate()
-    server.wait(10)
+    end(server)
 
 
 @pytest.fixture
@@ -148,7 +164,7 @@ def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
             "XDG_CONFIG_HOME": str(folder),
             "XDG_DATA_HOME": str(folder),  # jobs lie there, and those of whoever runs this stay untouched
         } | settings
-        command = [sys.executable, *program]
+        command = bound([sys.executable, *program])
         with (folder / "log").open("a") as log:
             process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
         started.append(process)
@@ -160,7 +176,7 @@ def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
     for process in started:
         process.terminate()
     for process in started:
-        process.wait(20)
+        end(process)
 
 
 @pytest.fixture(scope="session")

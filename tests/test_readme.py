@@ -34,6 +34,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from processes import bound
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -134,7 +135,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     log = home / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            ["vessa-server", "serve"],
+            bound(["vessa-server", "serve"]),
             cwd=home,
             env=environment | {"VESSA_HOST": "127.0.0.1", "VESSA_PORT": str(port), "VESSA_WEIGHTS": "nano"},
             stdout=output,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import bound
 
 from vessa.bulk.annotate import MANIFEST, AnnotateOptions, Counts, annotate_folder
 from vessa.bulk.replicas import Replicas
@@ -109,7 +110,7 @@ def test_a_killed_job_resumes_and_repeats_no_file(annotator: Any, images: Path, 
     out = tmp_path / "out"
     with seeded(annotator, "bulk") as client:
         line = command(annotator, images, out, "--bank", "bulk", "--batch", "1", "--threads", "2")
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(bound(line), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         manifest = out / MANIFEST
         while not manifest.exists() or manifest.read_bytes().count(b"\n") < 8:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from processes import bound
 from safetensors.torch import load_file
 
 from vessa_server.pretraining.data.phantoms import write_phantoms
@@ -52,7 +53,7 @@ class Trainer:
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "vessa_trainer", "fit", "--config", str(self.config), "--resume"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(bound(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self) -> dict[str, Any]:
         process = self.start()

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import redis
 import torch
+from processes import bound
 
 from vessa.client import AnnotatorClient
 from vessa.codec import MEDIA_TYPE, TensorSpec, decode, encode, image_digest
@@ -102,7 +103,8 @@ class OwnRedis:
         binary = shutil.which("redis-server")
         assert binary is not None
         place = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
-        self._process = subprocess.Popen([binary, *place, *options], stdout=subprocess.DEVNULL)
+        command = bound([binary, *place, *options])
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as asking:
             for _ in range(400):
                 try:
