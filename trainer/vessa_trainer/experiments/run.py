@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_labels
 
 _log = logging.getLogger(__name__)
+
+_DRAW_EVERY_S = 30.0  # a drawing takes a second: short runs would spend most of their time on it
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,14 @@ def _train(
     run = Run(config, dataset, feed, resume_line, processes)
     run.resume()
 
+    drawn = time.monotonic()
+
     def draw(step: int) -> None:
-        if processes.first and step % config.eval_every == 0:
+        nonlocal drawn
+        due = step % config.eval_every == 0 and time.monotonic() - drawn >= _DRAW_EVERY_S
+        if processes.first and due:
             write_progress(run.out, f"{config.semi.method}, seed {config.seed}")
+            drawn = time.monotonic()
 
     result = run.train(on_step=draw)
     stats: dict[str, Any] | None = None
