@@ -7,6 +7,7 @@ import ast
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +39,9 @@ class Module:
         return self.path.name == "__init__.py"
 
 
+@cache
 def modules(package: str) -> list[Module]:
-    """Read every module of a package."""
+    """Read every module of a package, once."""
     base = PACKAGES[package]
     found = []
     for path in sorted(base.rglob("*.py")):
