@@ -82,7 +82,7 @@ test-vllm: setup
 test-ray: setup redis
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --no-build-isolation \
 	    --editable './services/vessa[ray]'
-	$(BIN)/python -m pytest -q tests/server/serving/test_replicas.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q tests/server/replicas/test_replicas.py $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -20,9 +20,9 @@ import torch
 from vessa.codec import image_digest
 from vessa.datasets import Case, Dataset, open_dataset
 from vessa.report.cases import score_labels
+from vessa_server.active_learning import POWER, suggest
 from vessa_server.inference.annotator import Annotator, load_annotator
 from vessa_server.model.geometry import Square, to_tensor
-from vessa_server.serving.active_learning import POWER, suggest
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.template_bank.template import Template

@@ -10,6 +10,19 @@ import layout
 import pytest
 from layout import HTTP_PARTS, PACKAGES, TORCH, TORCH_PARTS, WEB, breaches, imported, modules
 
+# Features beside the main path, and the modules that may use each.
+SIDE_FEATURES = {
+    "vessa_server.active_learning": {"vessa_server.api.suggest", "vessa_server.app"},
+    "vessa_server.adaptation": {"vessa_server.inference.annotator"},
+    "vessa_server.model.language.remote": {
+        "vessa_server.cli.weights",
+        "vessa_server.inference.annotator",
+        "vessa_server.model.weights.directory",
+        "vessa_server.serving.worker",
+    },
+    "vessa_server.replicas": {"vessa_server.cli.main"},
+}
+
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_has_modules(package: str) -> None:
@@ -56,6 +69,16 @@ def test_model_and_pretraining_know_nothing_of_the_service() -> None:
         if name.split(".")[0] == "vessa_server" and name.split(".")[1] in above
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("feature", SIDE_FEATURES)
+def test_a_side_feature_is_used_through_its_folder_and_from_few_modules(feature: str) -> None:
+    outside = [m for package in PACKAGES for m in modules(package) if not m.name.startswith(feature)]
+    inside = {m.name for package in PACKAGES for m in modules(package) if m.name.startswith(f"{feature}.")}
+    uses = {(m.name, name) for m in outside for _, name in imported(m) if name.startswith(feature)}
+    assert {user for user, _ in uses} == SIDE_FEATURES[feature]
+    reached = {part for _, name in uses for part in inside if f"{name}.".startswith(f"{part}.")}
+    assert reached == set(), "import from the folder itself, not from its modules"
 
 
 def test_modules_import_each_other_in_no_circle() -> None:

@@ -14,6 +14,7 @@ from vessa.datasets import Dataset, open_dataset
 from vessa.errors import InvalidDataset
 from vessa.schemas import AdaptationFigures
 from vessa_server import evaluation
+from vessa_server.adaptation import finetune
 from vessa_server.cli.main import app
 from vessa_server.evaluation import VARIANTS, _item, evaluate, seed_bank
 from vessa_server.inference.annotator import Annotator, load_annotator
@@ -81,7 +82,7 @@ def test_a_bank_is_adapted_to_and_served_without_again(
         asked.append(seconds)
         return learned, figures
 
-    monkeypatch.setattr(evaluation, "adapt", adapt)
+    monkeypatch.setattr(finetune, "adapt", adapt)
     evaluate(
         hearts,
         [["heart000", "heart001", "heart002"]],

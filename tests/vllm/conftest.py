@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vessa_server.model.language.remote_vlm import LanguageService, VllmAddress, serve_command
+from vessa_server.model.language.remote import LanguageService, VllmAddress, serve_command
 from vessa_server.model.weights import directory
 
 ROOT = Path(__file__).resolve().parents[2]

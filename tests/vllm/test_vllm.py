@@ -20,7 +20,8 @@ from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable
 from vessa_server.evaluation import seed_bank
 from vessa_server.inference.annotator import load_annotator
 from vessa_server.model.language.prefix_cache import InProcess
-from vessa_server.model.language.remote_vlm import Picture, VllmAddress
+from vessa_server.model.language.remote import VllmAddress
+from vessa_server.model.language.remote.service import Picture
 from vessa_server.model.language.vlm import as_seen
 from vessa_server.model.weights import directory
 from vessa_server.pretraining.data.phantoms import write_phantoms

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 from vessa_server import __version__
+from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
 from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.h11_limits import BoundedHttp
@@ -80,6 +81,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     app.state.service, app.state.jobs = service, jobs
     app.state.access = resolve_access(settings)
     app.state.audit = open_audit(settings)
+    app.state.candidates = CandidateCache(2 * settings.limits.max_candidates)
     app.state.limits = KeyLimits(settings.limits.key_requests, settings.limits.key_images_per_minute)
     for router in (
         banks_api,

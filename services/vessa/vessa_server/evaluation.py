@@ -21,7 +21,6 @@ from vessa.mask_geometry import box_and_point
 from vessa.report.cases import annotated, best_median_worst, score_labels
 from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, table
-from vessa_server.adaptation.finetune import adapt
 from vessa_server.inference.annotator import Annotator, load_annotator
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
@@ -150,10 +149,7 @@ def _adapt(annotator: Annotator, seconds: float | None) -> None:
     """Adapt to the bank "evaluation" for some seconds, or serve it by the common weights."""
     banks, found = annotator.banks, None
     if seconds is not None:
-        bank = replace(banks.get("evaluation"), adaptation=None)
-        found, _ = adapt(
-            annotator.model, bank, annotator.model_digest, seconds=seconds, lock=annotator.decoder_lock
-        )
+        found, _ = annotator.adaptations.fit(banks.get("evaluation"), seconds)
     banks.adapt("evaluation", found)
 
 

@@ -122,7 +122,7 @@ class Answer:
     """
 
     id: str
-    made: Provenance
+    provenance: Provenance
     labels: NDArray[np.uint8]
     confidence: NDArray[np.uint8] | None = None
     probabilities: NDArray[np.float16] | None = None

@@ -27,7 +27,8 @@ from starlette.routing import Route
 
 from vessa.errors import InvalidConfig, InvalidWeights, LanguageUnavailable
 from vessa_server.model.language.prefix_cache import InProcess
-from vessa_server.model.language.remote_vlm import LanguageService, VllmAddress, _RepeatableError, _wait
+from vessa_server.model.language.remote import LanguageService, VllmAddress
+from vessa_server.model.language.remote.service import _RepeatableError, _wait
 from vessa_server.model.weights import directory
 from vessa_server.settings import Settings
 

@@ -16,7 +16,7 @@ from vessa.errors import UnknownAnnotation
 from vessa.schemas import TemplateUse
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.request_parser import SegmentRequest
-from vessa_server.serving.annotation_cache import Annotations
+from vessa_server.serving.annotation_cache import AnnotationCache
 from vessa_server.template_bank.retrieval import Bank
 from vessa_server.types import Answer, SegmentItem, SegmentResult
 
@@ -169,7 +169,9 @@ def test_the_metrics_tell_what_they_take(server: Any, form: Any) -> None:
     assert 'vessa_bytes{where="annotations"}' in server.http.get("/metrics").text
 
 
-def answer_of(annotations: Annotations, caller: Caller, image: str, adaptation: str | None = None) -> Answer:
+def answer_of(
+    annotations: AnnotationCache, caller: Caller, image: str, adaptation: str | None = None
+) -> Answer:
     """Keep an answer of 64 x 64 random labels."""
     seed = int.from_bytes(image.encode(), "big") % 1000
     labels = np.random.default_rng(seed).integers(0, 3, (64, 64), np.uint8)
@@ -179,13 +181,13 @@ def answer_of(annotations: Annotations, caller: Caller, image: str, adaptation: 
     result = SegmentResult(
         image, labels, labels, None, (2,), ("wall",), {"wall": 0.5}, used, 4, adaptation
     )  # fmt: skip
-    (answer,) = annotations.answer(request, [result], caller)
+    (answer,) = annotations.store(request, [result], caller)
     assert isinstance(answer, Answer)
     return answer
 
 
 def test_a_budget_of_bytes_bounds_them_and_the_least_used_goes_first() -> None:
-    annotations = Annotations(12_000, "m", "1")
+    annotations = AnnotationCache(12_000, "m", "1")
     ids = [answer_of(annotations, ALICE, "i0").id]
     one = annotations.nbytes
     for i in range(1, 12):
@@ -195,21 +197,21 @@ def test_a_budget_of_bytes_bounds_them_and_the_least_used_goes_first() -> None:
     found = []
     for identity in ids:
         try:
-            found.append(annotations.get(identity, ALICE).made.image_id)
+            found.append(annotations.get(identity, ALICE).provenance.image_id)
         except UnknownAnnotation:
             continue
     assert found == ["i0", *(f"i{i}" for i in range(13 - 12_000 // one, 12))]
 
 
 def test_without_a_budget_nothing_is_kept() -> None:
-    annotations = Annotations(0, "m", "1")
+    annotations = AnnotationCache(0, "m", "1")
     identity = answer_of(annotations, ALICE, "i").id
     with pytest.raises(UnknownAnnotation, match="VESSA_ANNOTATION_BYTES"):
         annotations.get(identity, ALICE)
 
 
 def test_two_keys_share_one_entry_and_admins_see_it() -> None:
-    annotations = Annotations(100_000, "m", "1")
+    annotations = AnnotationCache(100_000, "m", "1")
     first = answer_of(annotations, ALICE, "i")
     one = annotations.nbytes
     with pytest.raises(UnknownAnnotation):
@@ -218,12 +220,12 @@ def test_two_keys_share_one_entry_and_admins_see_it() -> None:
     assert annotations.nbytes == one
     for caller in (ALICE, BOB, ROOT):
         found = annotations.get(first.id, caller)
-        assert found.made == first.made
+        assert found.provenance == first.provenance
         assert np.array_equal(found.labels, first.labels)
 
 
 def test_the_banks_own_weights_are_named() -> None:
-    annotations = Annotations(100_000, "m", "1")
+    annotations = AnnotationCache(100_000, "m", "1")
     plain, adapted = (answer_of(annotations, ALICE, "i", digest) for digest in (None, "d" * 64))
-    assert (adapted.made.adaptation, adapted.made.bank_version) == ("d" * 64, 4)
+    assert (adapted.provenance.adaptation, adapted.provenance.bank_version) == ("d" * 64, 4)
     assert plain.id != adapted.id

@@ -1,20 +1,22 @@
-"""Adaptation of banks in the background of a running service; one at a time."""
+"""Run adaptations in the background of a service, one at a time."""
 
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from vessa.errors import QueueFull, UnknownBank, VessaError
-from vessa.schemas import AdaptationInfo
+from vessa.schemas import AdaptationFigures, AdaptationInfo
 from vessa_server.model.vessa import Vessa
 from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.retrieval import Bank
 
 log = logging.getLogger(__name__)
 
 
-class _Stopped(Exception):
+class _ShutdownError(Exception):
     """The service shuts down."""
 
 
@@ -40,11 +42,14 @@ class AdaptationRunner:
         self._thread: threading.Thread | None = None
 
     def start(self, name: str, seconds: float) -> AdaptationInfo:
-        """Begin to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
+        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
         bank = self._banks.get(name)
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
-                raise QueueFull("another bank is being adapted to; try again later", retry_after=30.0)
+                raise QueueFull(
+                    "another bank is being adapted to, the limit is one at a time; retry later",
+                    retry_after=30.0,
+                )
             self._states[_key(bank)] = AdaptationInfo(bank=name, state="running")
             self._thread = threading.Thread(
                 target=self._run, args=(bank, seconds), name="vessa-adapt", daemon=True
@@ -53,7 +58,7 @@ class AdaptationRunner:
             return self._states[_key(bank)]
 
     def info(self, name: str) -> AdaptationInfo:
-        """Return how it goes, or went; UnknownBank."""
+        """Return the state of a bank's adaptation; UnknownBank."""
         bank = self._banks.get(name)
         known = self._states.get(_key(bank))
         if known is not None:
@@ -65,44 +70,57 @@ class AdaptationRunner:
     def forget(self, name: str) -> None:
         """Serve a bank by the common weights again; UnknownBank, QueueFull while it is being adapted to."""
         if self.info(name).state == "running":
-            raise QueueFull("the bank is being adapted to; try again later", retry_after=30.0)
+            raise QueueFull("the bank is being adapted to; retry later", retry_after=30.0)
         bank = self._banks.get(name)
         self._banks.adapt(name, None)
         self._states.pop(_key(bank), None)
 
     def stop(self, seconds: float) -> None:
-        """Give up what runs, and wait for the end of its step for at most `seconds`."""
+        """Stop a running adaptation, and wait at most `seconds` for the end of its step."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(seconds)
 
+    def fit(
+        self,
+        bank: Bank,
+        seconds: float,
+        progress: Callable[[float, int, float], None] = lambda share, step, dice: None,
+    ) -> tuple[Adaptation | None, AdaptationFigures]:
+        """Adapt to a bank in the calling thread; nothing is stored.
+
+        progress(share done, step, best held-out Dice): called between steps, may raise to stop
+        Returns the adaptation, None when it does not help, and its figures. Raises InvalidRequest.
+        """
+        # Imported here: it brings all data code of Stage 1, which a worker that never adapts need not load.
+        from vessa_server.adaptation.finetune import adapt
+
+        return adapt(
+            self._model,
+            replace(bank, adaptation=None),
+            self._digest,
+            seconds=seconds,
+            lock=self._decoder_lock,
+            progress=progress,
+        )
+
     def _run(self, bank: Bank, seconds: float) -> None:
         def progress(share: float, step: int, dice: float) -> None:
             if self._stopping.is_set():
-                raise _Stopped
+                raise _ShutdownError
             self._states[_key(bank)] = AdaptationInfo(
                 bank=bank.name, state="running", progress=min(share, 1.0)
             )
 
-        # Imported here: it brings all of Stage 1's data code, which a worker that never adapts need not load.
-        from vessa_server.adaptation.finetune import adapt
-
         try:
-            found, figures = adapt(
-                self._model,
-                replace(bank, adaptation=None),
-                self._digest,
-                seconds=seconds,
-                lock=self._decoder_lock,
-                progress=progress,
-            )
+            found, figures = self.fit(bank, seconds, progress)
             log.info("bank %s: adaptation %s", bank.name, figures)
             if found is not None:
                 self._banks.adapt(bank.name, found, learned_from=bank)
                 del self._states[_key(bank)]
                 return
             state = AdaptationInfo(bank=bank.name, state="done", progress=1.0, figures=figures)
-        except _Stopped:
+        except _ShutdownError:
             return
         except UnknownBank as error:
             state = AdaptationInfo(bank=bank.name, state="failed", error=f"the bank was deleted: {error}")
@@ -110,10 +128,12 @@ class AdaptationRunner:
             state = AdaptationInfo(bank=bank.name, state="failed", error=str(error))
         except Exception:
             log.exception("adaptation to bank %s failed", bank.name)
-            state = AdaptationInfo(bank=bank.name, state="failed", error="the service's log says why")
+            state = AdaptationInfo(
+                bank=bank.name, state="failed", error="adaptation failed; see the service's log"
+            )
         self._states[_key(bank)] = state
 
 
 def _key(bank: Bank) -> tuple[str, str | None]:
-    """Whose adaptation it is: a bank that another key makes under the same name is another one."""
+    """Return the key of a bank's state: another owner's bank of the same name is another bank."""
     return bank.name, bank.owner

@@ -85,7 +85,7 @@ async def segment(
             engine.metrics.errors.labels(failed.code).inc()
 
         def answer() -> Response:
-            answers = engine.annotations.answer(wanted, results, caller)
+            answers = engine.annotations.store(wanted, results, caller)
             if answer_type == SAFETENSORS:
                 model, version = engine.info.model, engine.labels_version
                 return Response(tensor_answer(wanted, answers, model, version), media_type=SAFETENSORS)

@@ -8,16 +8,17 @@ from fastapi.concurrency import run_in_threadpool
 
 from vessa.errors import NoTemplate, UnknownBank, VessaError
 from vessa.schemas import Suggestion, Suggestions
+from vessa_server.active_learning import CandidateCache, suggest
 from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import BankPath, limits_of, read_body, service_of, unless_gone
 from vessa_server.api.openapi import SUGGEST_BODY
 from vessa_server.serialization.fields import check_size
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serialization.suggest_request import Candidates, read_candidates
-from vessa_server.serving.active_learning import suggest
 from vessa_server.serving.engine import Engine
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.template_bank.retrieval import Bank, check_name
+from vessa_server.types import DescribeItem, SegmentItem, SegmentResult
 
 suggestions = APIRouter(dependencies=[Depends(require_key)])
 
@@ -31,6 +32,7 @@ async def suggest_images(request: Request, caller: CallerDep, bank: BankPath) ->
     are sent in several requests, and ranked by one with all their ids. A bank that is not there yet is empty.
     """
     limits = limits_of(request)
+    cache: CandidateCache = request.app.state.candidates
     with limits.work(caller), service_of(request).permit() as engine:
         body = await read_body(
             request,
@@ -41,8 +43,8 @@ async def suggest_images(request: Request, caller: CallerDep, bank: BankPath) ->
         state = await run_in_threadpool(_bank, CallersBanks(engine.banks, caller), check_name(bank))
         if wanted.images is not None:
             limits.take(caller, len(wanted.ids))
-            await unless_gone(request, _look(engine, state, wanted, caller.name))
-        return await run_in_threadpool(_rank, engine, state, wanted)
+            await unless_gone(request, _describe(engine, cache, state, wanted, caller.name))
+        return await run_in_threadpool(_rank, engine, cache, state, wanted)
 
 
 def _bank(banks: CallersBanks, name: str) -> Bank:
@@ -52,10 +54,10 @@ def _bank(banks: CallersBanks, name: str) -> Bank:
         return Bank(name, 0, ())
 
 
-async def _look(engine: Engine, bank: Bank, wanted: Candidates, client: str) -> None:
-    """Keep the features of images, and how sure the annotator is of them where the bank has templates."""
-    from vessa_server.types import DescribeItem, SegmentItem
-
+async def _describe(
+    engine: Engine, cache: CandidateCache, bank: Bank, wanted: Candidates, client: str
+) -> None:
+    """Cache the features of images and, where the bank has templates, the annotator's confidence."""
     assert wanted.images is not None
     check_size(wanted.images.shape[1:3], max(len(bank.classes), 1), engine.settings.limits.max_pixels)
     pairs = list(zip(wanted.ids, wanted.images, wanted.groups, strict=True))
@@ -70,7 +72,7 @@ async def _look(engine: Engine, bank: Bank, wanted: Candidates, client: str) -> 
         if isinstance(feature, VessaError):
             feature.item = i
             raise feature
-        engine.looks.keep(identity, feature, bank.name, bank.digest, confidence)
+        cache.put(identity, feature, bank.name, bank.digest, confidence)
 
 
 def _confidence(place: int, answer: object) -> float:
@@ -80,16 +82,13 @@ def _confidence(place: int, answer: object) -> float:
     if isinstance(answer, VessaError):
         answer.item = place
         raise answer
-    from vessa_server.types import SegmentResult
-
     assert isinstance(answer, SegmentResult)
     return float(answer.confidence.mean()) / 255
 
 
-def _rank(engine: Engine, bank: Bank, wanted: Candidates) -> Suggestions:
-    looks = engine.looks
-    features = [looks.feature(identity) for identity in wanted.ids]
-    sure = [looks.confidence(identity, bank.name, bank.digest) for identity in wanted.ids]
+def _rank(engine: Engine, cache: CandidateCache, bank: Bank, wanted: Candidates) -> Suggestions:
+    features = [cache.feature(identity) for identity in wanted.ids]
+    sure = [cache.confidence(identity, bank.name, bank.digest) for identity in wanted.ids]
     known = [f for f in features if f is not None]
     unknown = [
         identity

@@ -98,7 +98,7 @@ def vllm(
     dtype: Annotated[str, typer.Option(help="float32 (nano) or bfloat16 (official graphs on a GPU).")],
 ) -> None:
     """Print the command that serves a weights directory in vLLM; see docs/how-to/vllm.md."""
-    from vessa_server.model.language.remote_vlm import serve_command
+    from vessa_server.model.language.remote import serve_command
     from vessa_server.model.weights import directory
 
     _say(shlex.join(serve_command(directory.find(folder) / "language", dtype)))

@@ -13,7 +13,7 @@ import torch
 
 from vessa.errors import UnknownImage, VessaError
 from vessa.schemas import AdaptationInfo
-from vessa_server.adaptation.runner import AdaptationRunner
+from vessa_server.adaptation import AdaptationRunner
 from vessa_server.byte_cache import ByteCache
 from vessa_server.inference.first_pass import run_first_pass
 from vessa_server.inference.fusion import fuse
@@ -25,7 +25,7 @@ from vessa_server.inference.region_of_interest import zoom
 from vessa_server.inference.retrieval import class_queries
 from vessa_server.inference.template_memory import TemplateEncoder
 from vessa_server.model.geometry import Square
-from vessa_server.model.language.remote_vlm import VllmAddress
+from vessa_server.model.language.remote import VllmAddress
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
 from vessa_server.observability.stage_timer import StageTimer
@@ -72,7 +72,7 @@ class Annotator:
         self._encoder = ViewEncoder(model, self._timer)
         self._template_encoder = TemplateEncoder(model, self._encoder)
         self._predictor = MaskPredictor(model, self._timer, self._cache)
-        self._adaptations = AdaptationRunner(banks, model, model_digest, self.decoder_lock)
+        self.adaptations = AdaptationRunner(banks, model, model_digest, self.decoder_lock)
         self.leave_out(without)
 
     def leave_out(self, parts: frozenset[str]) -> None:
@@ -201,15 +201,15 @@ class Annotator:
 
     def adapt(self, bank: str, seconds: float) -> AdaptationInfo:
         """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
-        return self._adaptations.start(bank, seconds)
+        return self.adaptations.start(bank, seconds)
 
     def adaptation(self, bank: str) -> AdaptationInfo:
         """Return the state of a bank's adaptation; UnknownBank."""
-        return self._adaptations.info(bank)
+        return self.adaptations.info(bank)
 
     def forget_adaptation(self, bank: str) -> None:
         """Serve a bank by the common weights again; UnknownBank, QueueFull while it is being adapted to."""
-        self._adaptations.forget(bank)
+        self.adaptations.forget(bank)
 
     def check(self) -> None:
         """Raise LanguageUnavailable while the language model cannot be reached."""
@@ -218,7 +218,7 @@ class Annotator:
 
     def close(self, seconds: float) -> None:
         """Stop a running adaptation within `seconds`, and close the language model's connections."""
-        self._adaptations.stop(seconds)
+        self.adaptations.stop(seconds)
         if self.model.reader is not None:
             self.model.reader.close()
 

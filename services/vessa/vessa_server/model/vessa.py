@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from vessa_server.model.language.prefix_cache import InProcess, StateReader
-from vessa_server.model.language.remote_vlm import LanguageService
 from vessa_server.model.language.vlm import LanguageModel
 from vessa_server.model.presets import Preset
 from vessa_server.model.retriever import Retriever
@@ -23,7 +22,7 @@ class Vessa(nn.Module):
     """
 
     def __init__(
-        self, preset: Preset, language: LanguageModel | None = None, service: LanguageService | None = None
+        self, preset: Preset, language: LanguageModel | None = None, service: StateReader | None = None
     ) -> None:
         super().__init__()
         self.preset = preset
@@ -37,8 +36,8 @@ class Vessa(nn.Module):
         if language is not None:
             self.reader = InProcess(language)
         self.projector: nn.Module | None = None
-        if (speaker := language or service) is not None:
-            hidden = speaker.hidden_size
+        if self.reader is not None:
+            hidden = self.reader.hidden_size
             self.projector = nn.Sequential(
                 nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, preset.segmenter.dim)
             )

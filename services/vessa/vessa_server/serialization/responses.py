@@ -60,21 +60,21 @@ def tensor_answer(
             continue
         for name in tensors:
             tensors[name][i] = getattr(answer, name)
-        bank = (answer.made.bank_version, answer.made.bank_digest)
+        bank = (answer.provenance.bank_version, answer.provenance.bank_digest)
         infos.append(_item(answer))
     return encode(tensors, _metadata(infos, request.classes, model, bank, labels_version))
 
 
 def kept_tensor_answer(answer: Answer) -> bytes:
     """Return a kept annotation as safetensors: labels (1, H, W), the metadata of a batch, and provenance."""
-    made = answer.made
+    made = answer.provenance
     bank = (made.bank_version, made.bank_digest)
     metadata = _metadata([_item(answer)], made.classes, made.model, bank, made.labels_version)
     return encode({"labels": answer.labels[None]}, {**metadata, "provenance": made.model_dump_json()})
 
 
 def _item(answer: Answer) -> ItemInfo:
-    made = answer.made
+    made = answer.provenance
     return ItemInfo(
         status="ok",
         image_id=made.image_id,
@@ -102,7 +102,7 @@ def _metadata(
 
 def json_answer(answer: Answer) -> bytes:
     """Return the JSON answer for one image: COCO compressed RLE (column-major) and score of each class."""
-    made, masks = answer.made, []
+    made, masks = answer.provenance, []
     for class_id, name in made.classes.items():
         mask = answer.labels == class_id
         rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -130,5 +130,5 @@ def overlay_answer(request: SegmentRequest, answer: Answer) -> bytes:
 def dicom_answer(answer: Answer, content_type: str, body: bytes, max_pixels: int) -> bytes:
     """Return a DICOM SEG that refers to the DICOM image of a form; InvalidImage for another image."""
     image = Form(content_type, body, SEGMENT_FIELDS).file("image")
-    volume, made = decode_dicom(image, max_pixels), answer.made
+    volume, made = decode_dicom(image, max_pixels), answer.provenance
     return write_labels(volume, answer.labels.T[..., None], made.classes, made.model[:16], "dicom-seg")

@@ -1,7 +1,7 @@
-"""Answers with what made them, kept for a while so that they can be asked for again. No HTTP here.
+"""Cache annotations with their provenance, for GET /annotations/{id}. No HTTP here.
 
-They are kept in memory alone, for they show patients, and without their confidence, which takes several
-times the place.
+Annotations are stored in memory only, because they show patients, and without their confidence, which would
+take several times the space.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,84 +19,90 @@ from vessa.errors import UnknownAnnotation, VessaError
 from vessa.schemas import Provenance
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.byte_cache import ByteCache
-from vessa_server.types import Answer
+from vessa_server.serialization.request_parser import SegmentRequest
+from vessa_server.types import Answer, SegmentItem, SegmentResult
 
-if TYPE_CHECKING:
-    from vessa_server.serialization.request_parser import SegmentRequest
-    from vessa_server.types import SegmentItem, SegmentResult
-
-_OVERHEAD = 1024  # bytes of an entry besides what it holds, generously
+_OVERHEAD = 1024  # bytes of an entry besides its content, a generous estimate
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """made: Provenance as JSON; packed: labels, compressed; owners: names of the keys that were answered."""
+class _Entry:
+    """A stored annotation.
 
-    made: bytes
+    provenance: `Provenance` as JSON; packed: compressed labels; owners: names of the keys that received it
+    """
+
+    provenance: bytes
     packed: bytes
     owners: frozenset[str]
 
     @property
     def nbytes(self) -> int:
-        return len(self.made) + len(self.packed) + _OVERHEAD
+        return len(self.provenance) + len(self.packed) + _OVERHEAD
 
 
-class Annotations:
-    """The latest answers, up to `budget` bytes of them. Safe to share between threads.
+class AnnotationCache:
+    """Holds the latest annotations, up to `budget` bytes. Methods may be called from any thread.
 
-    model: digest of the weights; labels_version: of pre- and post-processing
+    model: digest of the weights; labels_version: version of pre- and post-processing
     """
 
     def __init__(self, budget: int, model: str, labels_version: str) -> None:
         self.model, self.labels_version = model, labels_version
-        self._held = ByteCache(budget)
+        self._cache = ByteCache(budget)
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held."""
-        return self._held.nbytes
+        """Bytes of all stored annotations."""
+        return self._cache.nbytes
 
-    def answer(
-        self, request: "SegmentRequest", results: "Sequence[SegmentResult | VessaError]", caller: Caller
+    def store(
+        self, request: SegmentRequest, results: Sequence[SegmentResult | VessaError], caller: Caller
     ) -> list[Answer | VessaError]:
-        """Say of each result what made it, and keep it for the caller."""
+        """Store each result with its provenance for the caller; errors are returned unchanged."""
         answers: list[Answer | VessaError] = []
         for item, result in zip(request.items, results, strict=True):
             if isinstance(result, VessaError):
                 answers.append(result)
                 continue
             assert not isinstance(item, VessaError)  # its result would be the same error
-            made = self.made(request, item, result)
-            identity = self._keep(made.model_dump_json().encode(), result.labels, caller.name)
-            answers.append(Answer(identity, made, result.labels, result.confidence, result.probabilities))
+            provenance = self.provenance(request, item, result)
+            identity = self._put(provenance.model_dump_json().encode(), result.labels, caller.name)
+            answers.append(
+                Answer(identity, provenance, result.labels, result.confidence, result.probabilities)
+            )
         return answers
 
     def get(self, identity: str, caller: Caller) -> Answer:
-        """Return what is kept; UnknownAnnotation when it is gone, or was for another key. Admins see all."""
-        with self._lock:
-            kept: _Kept | None = self._held.get(identity)
-        if kept is None or not (caller.name in kept.owners or caller.role is Role.admin):
-            raise UnknownAnnotation(
-                f"no annotation {identity[:80]!r} is kept; the latest are, up to VESSA_ANNOTATION_BYTES: "
-                "segment the image again"
-            )
-        made = Provenance.model_validate_json(kept.made)
-        labels = np.frombuffer(zlib.decompress(kept.packed), np.uint8).reshape(made.height, made.width)
-        return Answer(identity, made, labels)
+        """Return a stored annotation. Keys see what they received, admins see all.
 
-    def _keep(self, made: bytes, labels: NDArray[np.uint8], owner: str) -> str:
+        Raises UnknownAnnotation when it has been evicted, or belongs to another key.
+        """
+        with self._lock:
+            entry: _Entry | None = self._cache.get(identity)
+        if entry is None or not (caller.name in entry.owners or caller.role is Role.admin):
+            raise UnknownAnnotation(
+                f"annotation {identity[:80]!r} is not in the cache, which holds the latest "
+                "VESSA_ANNOTATION_BYTES; segment the image again"
+            )
+        provenance = Provenance.model_validate_json(entry.provenance)
+        labels = np.frombuffer(zlib.decompress(entry.packed), np.uint8)
+        return Answer(identity, provenance, labels.reshape(provenance.height, provenance.width))
+
+    def _put(self, provenance: bytes, labels: NDArray[np.uint8], owner: str) -> str:
+        """Store labels (H, W) and return their id; an equal annotation gets one more owner."""
         data = np.ascontiguousarray(labels).data
-        identity = hashlib.sha256(made + b"\n" + data).hexdigest()
+        identity = hashlib.sha256(provenance + b"\n" + data).hexdigest()
         packed = zlib.compress(data, 1)
         with self._lock:
-            known: _Kept | None = self._held.get(identity)
+            known: _Entry | None = self._cache.get(identity)
             owners = frozenset({owner}) if known is None else known.owners | {owner}
-            self._held.put(identity, _Kept(made, packed, owners))
+            self._cache.put(identity, _Entry(provenance, packed, owners))
         return identity
 
-    def made(self, request: "SegmentRequest", item: "SegmentItem", result: "SegmentResult") -> Provenance:
-        """Say what made one result."""
+    def provenance(self, request: SegmentRequest, item: SegmentItem, result: SegmentResult) -> Provenance:
+        """Describe how one result was made: image, bank, weights, classes, prompts, templates."""
         height, width = result.labels.shape
         return Provenance(
             image_id=result.image_id,
@@ -118,8 +124,8 @@ class Annotations:
         )
 
 
-def _prompts(item: "SegmentItem") -> dict[str, Any]:
-    """Return the fields boxes, points and mask_logits of Provenance."""
+def _prompts(item: SegmentItem) -> dict[str, Any]:
+    """Return the fields boxes, points and mask_logits of `Provenance`."""
     boxes: dict[str, list[float]] = {}
     points: dict[str, list[tuple[float, float, int]]] = {}
     logits: dict[str, str] = {}

@@ -7,8 +7,7 @@ from typing import Any
 from vessa.errors import DeadlineExceeded, UnknownBank, VessaError
 from vessa_server.observability.metrics import Metrics
 from vessa_server.serialization.request_parser import Reader, SeenSizes, SegmentRequest, TemplateRequest
-from vessa_server.serving.active_learning import Looks
-from vessa_server.serving.annotation_cache import Annotations
+from vessa_server.serving.annotation_cache import AnnotationCache
 from vessa_server.serving.batch_queue import BatchQueue
 from vessa_server.serving.worker import Worker
 from vessa_server.settings import Settings
@@ -38,11 +37,12 @@ class Engine:
             release=worker.release_memory,
         )
         metrics.queue_depth.set_function(lambda: self.queue.depth)
-        self.annotations = Annotations(settings.caches.annotation_bytes, self.info.model, self.labels_version)
+        self.annotations = AnnotationCache(
+            settings.caches.annotation_bytes, self.info.model, self.labels_version
+        )
         metrics.show_annotator(
             worker.stage_seconds, lambda: {**worker.bytes_held(), "annotations": self.annotations.nbytes}
         )
-        self.looks = Looks(2 * settings.limits.max_candidates)
         self.reader = Reader(settings, banks, sizes, worker.holds)
 
     @property

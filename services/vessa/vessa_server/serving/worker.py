@@ -62,7 +62,7 @@ def load(settings: Settings, banks: TemplateBanks) -> Worker:
     # Imported here for two reasons: torch reads OMP_NUM_THREADS once, when it is imported, and a service
     # whose worker is another process never needs torch.
     from vessa_server.inference.annotator import load_annotator
-    from vessa_server.model.language.remote_vlm import VllmAddress
+    from vessa_server.model.language.remote import VllmAddress
 
     budget, without = settings.caches.feature_cache_bytes, frozenset[str](settings.without)
     vllm = None

@@ -44,7 +44,7 @@ from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.image_files import decode_mask, label_png
 from vessa_server.serialization.job_request import JobRequest, ResultKind
 from vessa_server.serialization.request_parser import SegmentRequest
-from vessa_server.serving.annotation_cache import Annotations
+from vessa_server.serving.annotation_cache import AnnotationCache
 from vessa_server.serving.engine import Engine
 from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
@@ -327,14 +327,14 @@ def _keep(
     places: Sequence[int],
     request: SegmentRequest,
     answers: Sequence[Any],
-    annotations: Annotations,
+    annotations: AnnotationCache,
 ) -> None:
     for place, item, answer in zip(places, request.items, answers, strict=True):
         if isinstance(answer, VessaError):
             answer.item = place
             raise answer
         assert not isinstance(item, VessaError)  # its answer would be the same error
-        made = annotations.made(request, item, answer)
+        made = annotations.provenance(request, item, answer)
         atomic_write.write_bytes(folder / f"{place:05d}.made", made.model_dump_json().encode())
         atomic_write.write_bytes(folder / f"{place:05d}.png", label_png(answer.labels))
 

@@ -27,6 +27,10 @@ class Held(Protocol):
 class StateReader(Protocol):
     """Where the states at <SEG> come from: a language model in this process, or one that is served."""
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of a state."""
+
     def read_templates(
         self, overlays: Tensor, class_names: Sequence[str], instructions: Sequence[str]
     ) -> Sequence[Held]:
@@ -50,6 +54,11 @@ class InProcess:
     """The reader of a language model in this process."""
 
     language: LanguageModel
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a state."""
+        return self.language.hidden_size
 
     def read_templates(
         self, overlays: Tensor, class_names: Sequence[str], instructions: Sequence[str]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vessa.errors import InvalidConfig, InvalidWeights
-from vessa_server.model.language.remote_vlm import LanguageService, VllmAddress
+from vessa_server.model.language.remote import LanguageService, VllmAddress
 from vessa_server.model.language.vlm import LanguageModel, Probe, stored_state
 from vessa_server.model.presets import Preset
 from vessa_server.model.vessa import Vessa

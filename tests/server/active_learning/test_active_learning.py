@@ -11,7 +11,7 @@ import pytest
 
 from vessa.codec import encode
 from vessa.errors import DeadlineExceeded
-from vessa_server.serving.active_learning import Looks, suggest
+from vessa_server.active_learning import CandidateCache, suggest
 
 
 def on_circle(*degrees: float) -> Any:
@@ -71,13 +71,13 @@ def test_a_ranking_that_takes_too_long_is_given_up() -> None:
         suggest(on_circle(0, 1, 2), 2, until=time.monotonic() - 1)
 
 
-def test_looks_are_bounded_and_belong_to_a_state_of_a_bank() -> None:
-    looks = Looks(capacity=2)
+def test_the_candidate_cache_is_bounded_and_its_confidences_belong_to_a_state_of_a_bank() -> None:
+    cache = CandidateCache(capacity=2)
     for i in range(3):
-        looks.keep(f"i{i}", np.ones(2, np.float32), "b", 1, 0.5)
-    assert looks.feature("i0") is None
-    assert looks.confidence("i2", "b", 1) == 0.5
-    assert looks.confidence("i2", "b", 2) is None
+        cache.put(f"i{i}", np.ones(2, np.float32), "b", "one", 0.5)
+    assert cache.feature("i0") is None
+    assert cache.confidence("i2", "b", "one") == 0.5
+    assert cache.confidence("i2", "b", "other") is None
 
 
 def ask(server: Any, bank: str, tensors: dict[str, Any], **metadata: str) -> Any:
