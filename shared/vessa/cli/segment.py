@@ -10,8 +10,6 @@ from vessa.cli.options import Bank, Json, Key, Url, console, finish, say
 from vessa.cli.volumes import segment_volume
 from vessa.client import Annotation, AnnotatorClient
 from vessa.errors import BadResponse
-from vessa.images import read_image
-from vessa.overlay import overlay
 from vessa.volumes import is_volume
 
 Classes = Annotated[list[str] | None, typer.Option(help="Only these classes; repeatable.")]
@@ -64,15 +62,12 @@ def segment(
         finish(result, as_json)
         return
     out, picture = _png(out or Path("mask.png")), picture and _png(picture)
-    pixels = read_image(image)
     with AnnotatorClient(url, api_key) as client:
-        found = client.segment([pixels], bank=bank, classes=classes, groups=[group])[0]
-    if found.error is not None or found.labels is None:
-        raise found.error or BadResponse("the annotator returned neither labels nor an error")
-    Image.fromarray(found.labels).save(out)
+        found = client.segment_image(image, bank=bank, classes=classes, group=group)
+    found.save(out)
     if picture is not None:
-        Image.fromarray(overlay(pixels, found.labels)).save(picture)
-    areas = {name: int((found.labels == class_id).sum()) for class_id, name in found.classes.items()}
+        Image.fromarray(found.overlay()).save(picture)
+    areas = found.areas()
     _print_classes(found, areas)
     about = {"bank_version": found.bank_version, "annotation_id": found.annotation_id}
     finish({"mask": str(out), "areas": areas, "scores": found.scores, **about}, as_json)
@@ -102,9 +97,9 @@ def annotation(
     out = out and _png(out)
     with AnnotatorClient(url, api_key) as client:
         found = client.annotation(identity)
-    if found.labels is None or found.provenance is None:
-        raise BadResponse("the annotator returned an annotation without labels")
+    if found.provenance is None:
+        raise BadResponse("the annotator returned an annotation without provenance")
     if out is not None:
-        Image.fromarray(found.labels).save(out)
+        found.save(out)
     console.print_json(found.provenance.model_dump_json())
     finish(found.provenance.model_dump(), as_json)

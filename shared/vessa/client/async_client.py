@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, Unpack
 
 import httpx
+import numpy as np
 import stamina
 
 from vessa.client import endpoints, job_endpoints, suggest_run
@@ -21,8 +23,9 @@ from vessa.client.concurrency import in_thread, stream_async
 from vessa.client.endpoints import Call
 from vessa.client.segment_run import Progress, SegmentRun
 from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
-from vessa.client.types import Annotation, Image, SegmentOptions
+from vessa.client.types import Annotation, Image, Prompts, SegmentOptions
 from vessa.errors import Retryable, VessaError
+from vessa.images import read_image
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
 from vessa.tracing import trace_headers
 
@@ -183,6 +186,29 @@ class AsyncAnnotatorClient(Connection):
             async for call, answers in self._stream(calls):
                 run.receive(call, answers)
         return run.annotations()
+
+    async def segment_image(
+        self,
+        image: Image | Path | str,
+        *,
+        bank: str = "default",
+        classes: Sequence[str] | None = None,
+        group: str | None = None,
+        prompts: Prompts | None = None,
+    ) -> Annotation:
+        """Segment one image; the annotation has the image, so that it can draw its overlay.
+
+        image: uint8 (H, W[, 3]), or the path of a PNG, JPEG or TIFF file
+        classes: names to segment; None: all classes of the bank
+        group: the patient of the image, whose templates are not used
+        Raises InvalidImage when the file cannot be read, and the error of the image.
+        """
+        pixels = image if isinstance(image, np.ndarray) else await in_thread(read_image, Path(image))
+        options: SegmentOptions = {"classes": classes, "groups": [group], "prompts": [prompts]}
+        (found,) = await self.segment([pixels], bank=bank, **options)
+        if found.error is not None:
+            raise found.error
+        return replace(found, image=pixels)
 
     async def annotation(self, identity: str) -> Annotation:
         """Return a cached annotation by its `annotation_id`, with provenance but without confidence.

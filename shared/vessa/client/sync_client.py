@@ -7,12 +7,14 @@ repeats requests that are safe to repeat and waits as long as Retry-After says.
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, Unpack
 
 import httpx
+import numpy as np
 import stamina
 
 from vessa.client import endpoints, job_endpoints, suggest_run
@@ -20,8 +22,9 @@ from vessa.client.concurrency import in_place, stream_sync
 from vessa.client.endpoints import Call
 from vessa.client.segment_run import Progress, SegmentRun
 from vessa.client.transport import Connection, RepeatableError, failure_of, result_of
-from vessa.client.types import Annotation, Image, SegmentOptions
+from vessa.client.types import Annotation, Image, Prompts, SegmentOptions
 from vessa.errors import Retryable, VessaError
+from vessa.images import read_image
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
 from vessa.tracing import trace_headers
 
@@ -182,6 +185,29 @@ class AnnotatorClient(Connection):
             for call, answers in self._stream(calls):
                 run.receive(call, answers)
         return run.annotations()
+
+    def segment_image(
+        self,
+        image: Image | Path | str,
+        *,
+        bank: str = "default",
+        classes: Sequence[str] | None = None,
+        group: str | None = None,
+        prompts: Prompts | None = None,
+    ) -> Annotation:
+        """Segment one image; the annotation has the image, so that it can draw its overlay.
+
+        image: uint8 (H, W[, 3]), or the path of a PNG, JPEG or TIFF file
+        classes: names to segment; None: all classes of the bank
+        group: the patient of the image, whose templates are not used
+        Raises InvalidImage when the file cannot be read, and the error of the image.
+        """
+        pixels = image if isinstance(image, np.ndarray) else in_place(read_image, Path(image))
+        options: SegmentOptions = {"classes": classes, "groups": [group], "prompts": [prompts]}
+        (found,) = self.segment([pixels], bank=bank, **options)
+        if found.error is not None:
+            raise found.error
+        return replace(found, image=pixels)
 
     def annotation(self, identity: str) -> Annotation:
         """Return a cached annotation by its `annotation_id`, with provenance but without confidence.

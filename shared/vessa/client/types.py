@@ -1,12 +1,17 @@
 """The types of `segment`: prompts, options and annotations."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+import PIL.Image
 
-from vessa.errors import VessaError
+from vessa import atomic_write
+from vessa.errors import BadResponse, InvalidRequest, ShapeMismatch, VessaError
+from vessa.overlay import overlay as draw_overlay
 from vessa.schemas import Provenance, TemplateUse
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
@@ -32,7 +37,7 @@ class Prompts:
     mask_present: Floats | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Annotation:
     """The annotator's result for one image.
 
@@ -46,6 +51,7 @@ class Annotation:
     error: set when this item failed; its arrays are None
     annotation_id: id in the service's cache; `annotation` returns it with `provenance`, without confidence
     adaptation: digest of the bank's adapted weights, None when the common weights were used
+    image: uint8 (H, W[, 3]), set by `segment_image`
     """
 
     image_id: str
@@ -63,6 +69,63 @@ class Annotation:
     annotation_id: str = ""
     adaptation: str | None = None
     provenance: Provenance | None = None
+    image: Image | None = None
+
+    def __repr__(self) -> str:
+        """Return one line: area and score of each class, or the error."""
+        if self.labels is None:
+            return f"Annotation(error: {self.error!r})"
+        parts = [
+            f"{name}: {area} px" + (f", score {self.scores[name]:.2f}" if name in self.scores else "")
+            for name, area in self.areas().items()
+        ]
+        return f"Annotation({'; '.join(parts) or 'no class'})"
+
+    def areas(self) -> dict[str, int]:
+        """Return class name to area in px. Raises the annotation's error."""
+        counts = np.bincount(self._labels().ravel(), minlength=256)
+        return {name: int(counts[class_id]) for class_id, name in self.classes.items()}
+
+    def overlay(self, image: Image | None = None) -> Image:
+        """Draw the labels over the image; returns uint8 (H, W, 3).
+
+        image: uint8 (H, W[, 3]); default: the annotation's own image
+        Raises InvalidRequest without an image, ShapeMismatch when its size differs from the labels, and the
+        error of the annotation.
+        """
+        labels, under = self._labels(), self.image if image is None else image
+        if under is None:
+            raise InvalidRequest("the annotation has no image: give it, as in annotation.overlay(image)")
+        if under.shape[:2] != labels.shape:
+            raise ShapeMismatch(f"the image has size {under.shape[:2]}, the labels {labels.shape}")
+        return draw_overlay(under, labels)
+
+    def save(self, path: Path | str) -> None:
+        """Write the labels as an 8-bit PNG of class ids.
+
+        Raises InvalidRequest for another suffix, and the annotation's error. For .nii.gz and .dcm, which need
+        the geometry of a volume, see `AnnotatorClient.segment_volume`.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise InvalidRequest(
+                f"'{path}' does not end in .png; for NIfTI and DICOM SEG use client.segment_volume"
+            )
+        labels = self._labels()
+        with atomic_write.replacing(Path(path)) as fresh:
+            PIL.Image.fromarray(labels).save(fresh, "PNG")
+
+    def _repr_png_(self) -> bytes | None:
+        """Show the overlay in notebooks, where the annotation has an image."""
+        if self.image is None or self.labels is None:
+            return None
+        stream = io.BytesIO()
+        PIL.Image.fromarray(self.overlay()).save(stream, "PNG")
+        return stream.getvalue()
+
+    def _labels(self) -> Image:
+        if self.labels is None:
+            raise self.error or BadResponse("the annotation has neither labels nor an error")
+        return self.labels
 
 
 class SegmentOptions(TypedDict, total=False):
