@@ -1,4 +1,4 @@
-"""`vessa-trainer fit|evaluate|predict|export|compare|table1..4|verify`: the trainer's command line."""
+"""`vessa-trainer plan|fit|evaluate|predict|export|compare|table1..4|verify`: the trainer's command line."""
 
 import json
 import logging
@@ -108,6 +108,30 @@ def fit(
         {"dice": dice, "test": summary["test"], "out": resolved.out, "wait_share": summary["wait_share"]},
         as_json,
     )
+
+
+@app.command()
+def plan(
+    data: Annotated[Path, typer.Argument(help="Data folder.")],
+    out: Annotated[Path, typer.Option(help="YAML file to write, for `fit --config`.")] = Path("plan.yaml"),
+    minutes: Annotated[float, typer.Option(help="Minutes that the run may take here.", min=1)] = 120,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Choose size, batch, steps and threads for a data folder and this machine, and write them with reasons.
+
+    A few steps of the network are measured, so that the time of the run is known before it starts.
+    """
+    from vessa_trainer.experiments.plan import plan_file
+
+    made = plan_file(str(data), overrides or [], minutes, out)
+    for line in made.lines():
+        _say(line)
+    for warning in made.warnings:
+        _say(f"warning: {warning}", style="yellow")
+    _say(f"written: {out}. Train with: vessa-trainer fit --config {shlex.quote(str(out))} --out RUN")
+    result = {"config": str(out), "step_seconds": made.step_s, "seconds": made.seconds}
+    _finish(result | {"steps": made.config.steps, "warnings": made.warnings}, as_json)
 
 
 @app.command()
