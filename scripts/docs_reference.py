@@ -178,7 +178,7 @@ def cli_pages() -> str:
 
 
 def _parameter(path: str, parameter: click.Parameter) -> tuple[str, ...]:
-    if isinstance(parameter, click.Option):
+    if parameter.param_type_name == "option":
         shown, text = ", ".join(f"`{name}`" for name in parameter.opts), parameter.help
     else:
         shown, text = f"`{str(parameter.name).upper()}`", getattr(parameter, "help", None)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import docs_reference
+import docstring_lists
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,3 +66,20 @@ def test_hook_is_the_one_of_the_site() -> None:
     assert f"hooks: [{Path(sys.modules['docs_reference'].__file__ or '').relative_to(ROOT)}]" in (
         ROOT / "mkdocs.yml"
     ).read_text(encoding="utf-8")
+
+
+def test_argument_lines_of_docstrings_become_lists() -> None:
+    text = "Do it.\n\nname: first\n    more of it\nother, third: second\nReturns nothing.\n"
+    assert docstring_lists.as_list(text).splitlines() == [
+        "Do it.",
+        "",
+        "- `name`: first",
+        "  more of it",
+        "- `other, third`: second",
+        "",
+        "Returns nothing.",
+    ]
+
+
+def test_options_are_shown_as_they_are_written() -> None:
+    assert "| `--bank` | `default` |" in docs_reference.cli_pages()
