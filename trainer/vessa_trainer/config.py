@@ -200,6 +200,8 @@ class AnnotatorConfig:
     batch: images per request
     lookahead_batches: batches whose labels are requested ahead of the training step
     template_choice: top1 takes the most similar template, top3 puts three in memory, sample draws one (Eq. 1)
+    clean: whether labels are cleaned volume by volume before use: smoothed along z, islands removed of the
+        classes that form one component in every labeled volume
     serves: what the annotator must be; null takes any. vessa: language model and memory; no_language,
     no_memory:
         Stage 1's annotator without one of them; sam2: SAM 2.1's memory with official weights, no language
@@ -220,6 +222,7 @@ class AnnotatorConfig:
     batch: int = 8
     lookahead_batches: int = 4
     template_choice: Literal["top1", "top3", "sample"] = "top1"
+    clean: bool = True
     patience_s: float = 300.0
     max_wait_s: float | None = None
     allow_change: bool = False

@@ -152,12 +152,12 @@ def test_an_exact_feed_waits_for_the_new_label(feed_of, wire, names):
     gate = Gate(wire)
     feed.refresh(names[:1], [prompts_of(8)])
     threading.Timer(0.2, gate.opened.set).start()
-    (new,) = feed.take(names[:1])
+    (new,) = feed.take(names[:1]).labels
     assert new is not old
     assert not np.array_equal(new.confidence, old.confidence)
     feed.refresh(names[:1], [prompts_of(4)])
     feed.refresh(names[:1], [prompts_of(12)])
-    (newest,) = feed.take(names[:1])
+    (newest,) = feed.take(names[:1]).labels
     assert feed._answers[names[0]].boxes[0].tolist() == [12, 12, 20, 20]
     assert not np.array_equal(newest.confidence, new.confidence)
 
@@ -247,13 +247,13 @@ def test_a_step_goes_on_without_labels_that_are_late(feed_of, wire, names, caplo
     (first,) = feed.get(names[:1])
     gate = Gate(wire)
     with caplog.at_level(logging.WARNING):
-        assert feed.take(names[:3]) == [first, None, None]
-        assert feed.take(names[1:2]) == [None]
+        assert feed.take(names[:3]).labels == [first, None, None]
+        assert feed.take(names[1:2]).labels == [None]
     assert [r.getMessage() for r in caplog.records] == [
         "labels come late: steps go on without them, as annotator.max_wait_s says"
     ]
     gate.opened.set()
-    wait_for(lambda: None not in feed.take(names[:3]))  # used when they come
+    wait_for(lambda: None not in feed.take(names[:3]).labels)  # used when they come
     taken, late = (feed.stats()[k] for k in ("taken", "late"))
     assert late >= 3
     assert (taken - 4) % 3 == 0
@@ -262,14 +262,14 @@ def test_a_step_goes_on_without_labels_that_are_late(feed_of, wire, names, caplo
 
 def test_without_a_limit_a_step_takes_every_label(feed_of, names):
     feed = feed_of()
-    assert None not in feed.take(names[:3])
+    assert None not in feed.take(names[:3]).labels
     assert (feed.stats()["taken"], feed.stats()["late"]) == (3, 0)
 
 
 def test_patience_ends_for_steps_that_go_on_without_labels(feed_of, wire, names, answer_of):
     feed = feed_of("annotator.patience_s=0.3", "annotator.max_wait_s=0")
     wire.fault = lambda _: answer_of(503, "not_ready")
-    assert feed.take(names[:2]) == [None, None]
+    assert feed.take(names[:2]).labels == [None, None]
 
     def left():
         try:

@@ -12,7 +12,7 @@ import torch
 
 from vessa.datasets import open_dataset
 from vessa_trainer.config import load_config
-from vessa_trainer.pseudo_labels.types import PseudoLabel
+from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
 from vessa_trainer.semi_supervised import trainer
 from vessa_trainer.semi_supervised.distributed import join
 from vessa_trainer.students.checkpoint import module_state, write
@@ -30,7 +30,7 @@ class Truth:
     def take(self, names):
         self.asked.append(list(names))
         masks = [self.dataset.mask(self.by_name[n]) for n in names]
-        return [PseudoLabel(m, (200 - 50 * (m > 0)).astype("uint8")) for m in masks]
+        return LabelBatch([PseudoLabel(m, (200 - 50 * (m > 0)).astype("uint8")) for m in masks])
 
     def prefetch(self, names):
         """All is here."""

@@ -11,12 +11,12 @@ from vessa.datasets import Case, Dataset, Slice
 from vessa_trainer.config import load_config
 from vessa_trainer.data import augmentation
 from vessa_trainer.data.prepared import Prepared
-from vessa_trainer.pseudo_labels.types import PseudoLabel
+from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
 from vessa_trainer.semi_supervised.batches import (
     UnlabeledViews,
     labeled_batch,
+    on_squares,
     unlabeled_views,
-    vessa_on_square,
 )
 from vessa_trainer.semi_supervised.losses import StrongView, vessa_loss
 from vessa_trainer.semi_supervised.objective import compute_loss
@@ -59,7 +59,7 @@ class Truth:
     def take(self, names):
         self.asked.append(names)
         masks = [self.dataset.mask(s) for n in names for s in self.dataset.slices() if s.name == n]
-        return [PseudoLabel(m, np.where(m, 200, 100).astype(np.uint8)) for m in masks]
+        return LabelBatch([PseudoLabel(m, np.where(m, 200, 100).astype(np.uint8)) for m in masks])
 
 
 @pytest.fixture
@@ -90,17 +90,15 @@ def agreement(image, labels, valid):
 
 
 def test_a_label_lies_on_the_square_as_the_image_does(shapes, data):
-    labels, confidence = vessa_on_square(data, ROWS, Truth(shapes))
+    labels, confidence = on_squares(data, ROWS, Truth(shapes).take(["s0", "s1", "s2", "s3"]).labels)
     assert torch.equal(labels, data.masks.long())
     assert confidence[labels == 1].mean() == pytest.approx(200 / 255, abs=0.02)  # the border is interpolated
     assert (confidence[~data.valid] == 0).all()  # padding was never labeled
 
 
 def test_a_late_label_passes_no_gate(shapes, data):
-    source = Truth(shapes)
-    every = source.take
-    source.take = lambda names: [None, *every(names)[1:]]
-    labels, confidence = vessa_on_square(data, ROWS, source)
+    taken = Truth(shapes).take(["s1", "s2", "s3"]).labels
+    labels, confidence = on_squares(data, ROWS, [None, *taken])
     assert (labels[0] == 0).all()
     assert (confidence[0] == 0).all()
     assert torch.equal(labels[1:], data.masks[1:].long())

@@ -35,6 +35,7 @@ from vessa_trainer.outages import Incidents, interruptions
 from vessa_trainer.prediction.postprocessing import choose
 from vessa_trainer.pseudo_labels.annotator_check import check_served, hold_to_annotator, record_changes
 from vessa_trainer.pseudo_labels.cache import open_cache
+from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
 from vessa_trainer.pseudo_labels.template_bank import find_bank, seed_labeled
 from vessa_trainer.reporting.diagnostics import Advice, never_labeled, over_run
@@ -140,6 +141,7 @@ def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: 
         source = hold_to_annotator(out, info, bank, config.annotator, write=processes.first)
         _record(out, found, processes)
         incidents = Incidents(out) if processes.first else None  # the others see the same
+        cleaner = VolumeCleaner(data, splits.labeled) if config.annotator.clean else None
         feed = AnnotationFeed(
             client,
             data,
@@ -150,6 +152,7 @@ def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: 
             exact=config.deterministic,
             learned=splits.unlabeled,
             incidents=incidents,
+            cleaner=cleaner,
         )
         try:
             if config.semi.method == "vessa_alone":

@@ -53,7 +53,7 @@ def label_key(
 
     `group` is part of it: the query's own patient is left out of the retrieval.
     """
-    parts = [image_id, bank, bank_digest, list(classes), group, _prompts_digest(prompts)]
+    parts: list[object] = [image_id, bank, bank_digest, list(classes), group, _prompts_digest(prompts)]
     parts += [model, labels_version, template_choice, seed if template_choice == "sample" else 0]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

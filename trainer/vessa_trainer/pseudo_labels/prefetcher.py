@@ -1,10 +1,10 @@
-"""The exchange of labels with the annotator, off the training step's path.
+"""Prefetch the annotator's labels in a background thread, off the training step's path.
 
-A background thread takes names in the sampler's order, looks in the cache, asks the annotator for
-the rest in batches, and keeps what came. The step takes labels that are there, and waits only for
-those that are not, or goes on without them (`max_wait_s`). First labels go before those that are
-asked again with prompts; until the new label comes, the old one stays in use, except in an exact feed,
-where a step waits for the new one: which label it learns from then depends on no clock.
+The thread takes names in the sampler's order, reads the cache, requests the rest in batches and stores the
+answers. With a cleaner, a label is available once all slices of its volume have one. The step takes the
+available labels and waits for the others, or goes on without them (`max_wait_s`). First labels go before
+labels requested again with prompts. Until the new label arrives the old one stays in use, except in an exact
+feed: there a step waits for the new one, so that its label depends on no clock.
 """
 
 import logging
@@ -22,9 +22,10 @@ from vessa.schemas import BankInfo
 from vessa_trainer.config import AnnotatorConfig
 from vessa_trainer.outages import ANNOTATOR, Incidents
 from vessa_trainer.pseudo_labels.cache import LabelCache
+from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
 from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
 from vessa_trainer.pseudo_labels.quality import EchoCheck, PooledDice
-from vessa_trainer.pseudo_labels.types import PseudoLabel
+from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
 
 _log = logging.getLogger(__name__)
 _ELSEWHERE_PAUSE = 0.05  # seconds until the cache is asked again for what another process is asking for
@@ -63,12 +64,18 @@ class AnnotationFeed:
         exact: bool = False,
         learned: Collection[str] | None = None,
         incidents: Incidents | None = None,
+        cleaner: VolumeCleaner | None = None,
     ) -> None:
         """Start the background thread.
 
-        bank: the seeded bank; kept: labels held in memory; seed: of template_choice "sample"; exact: steps
-        wait for labels asked again; learned: groups whose labels `stats` judges, None for all; incidents:
-        where it is noted that the annotator was away. Raises VessaError when the annotator does not answer.
+        bank: the seeded bank
+        kept: labels held in memory
+        seed: of template_choice "sample"
+        exact: steps wait for labels requested again
+        learned: groups whose labels `stats` judges, None for all
+        incidents: log of the annotator's absences
+        cleaner: cleans the labels of whole volumes; None delivers them as they come
+        Raises VessaError when the annotator does not answer.
         """
         self._fetcher = LabelFetcher(client, dataset, bank, cache, config, seed)
         self.class_ids = self._fetcher.class_ids  # the K classes of prompts, in this order
@@ -83,9 +90,12 @@ class AnnotationFeed:
         self._first: OrderedDict[str, None] = OrderedDict()  # names without a label, in sampler order
         self._again: OrderedDict[str, None] = OrderedDict()  # names with a label and newer prompts
         self._flying: set[str] = set()
-        self._labels: OrderedDict[str, PseudoLabel] = OrderedDict()
+        self._cleaner = cleaner
+        self._raw: OrderedDict[str, PseudoLabel] = OrderedDict()  # as they came
+        self._labels: dict[str, PseudoLabel] = {}  # of the volumes that are complete, cleaned
         self._prompts: dict[str, Prompts] = {}
-        self._answers: dict[str, Prompts | None] = {}  # what each label was asked with
+        self._answers: dict[str, Prompts | None] = {}  # prompts of each label in `_labels`
+        self._came_with: dict[str, Prompts | None] = {}  # prompts of each label in `_raw`
         self._exact, self._incidents = exact, incidents
         self._learned = None if learned is None else frozenset(learned)
         self._arrived = time.monotonic()
@@ -96,13 +106,20 @@ class AnnotationFeed:
         self._thread.start()
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Ask for labels that are neither here nor on their way; returns at once."""
+        """Request labels that are neither here nor on their way; returns at once."""
         with self._changed:
-            for name in names:
-                if name not in self._labels and name not in self._flying and name not in self._first:
+            for name in self._with_volumes(names):
+                if name not in self._raw and name not in self._flying and name not in self._first:
                     self._first[name] = None
                     self._again.pop(name, None)
             self._changed.notify_all()
+
+    def volume_of(self, name: str) -> tuple[str, ...]:
+        """Return the names of the slices whose labels one label depends on; without a cleaner its own."""
+        return (name,) if self._cleaner is None else self._cleaner.volume_of(name)
+
+    def _with_volumes(self, names: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(other for name in names for other in self.volume_of(name)))
 
     def get(self, names: Sequence[str], *, newest: bool = False) -> list[PseudoLabel]:
         """Return labels, waiting for those on their way; `newest`: also for those asked again.
@@ -114,8 +131,8 @@ class AnnotationFeed:
             self._wait(names, None, exact=newest or self._exact)
             return [self._labels[name] for name in names]
 
-    def take(self, names: Sequence[str]) -> list[PseudoLabel | None]:
-        """Return the labels of a training step, None for those that are late.
+    def take(self, names: Sequence[str]) -> LabelBatch:
+        """Return the labels of a training step, None for those that are late, and the time waited.
 
         Waits for them `max_wait_s` seconds at most, and like `get` where that is None. Raises what `get`
         raises: Unreachable also when steps went without labels for `patience_s` seconds while none came.
@@ -123,14 +140,15 @@ class AnnotationFeed:
         with self._changed:
             started = time.monotonic()
             self._wait(names, self._config.max_wait_s, exact=self._exact)
-            self._wait_seconds += time.monotonic() - started
+            waited = time.monotonic() - started
+            self._wait_seconds += waited
             labels = [self._labels.get(name) for name in names]
             late = labels.count(None)
             if late and not self._late:
                 _log.warning("labels come late: steps go on without them, as annotator.max_wait_s says")
             self._taken += len(labels)
             self._late += late
-            return labels
+            return LabelBatch(labels, waited)
 
     def _wait(self, names: Sequence[str], limit: float | None, *, exact: bool) -> None:
         """Wait until the labels are here, for `limit` seconds if given. Called with the condition held."""
@@ -155,27 +173,33 @@ class AnnotationFeed:
                     break
                 pause = min(pause, limit - (now - started))
             self._changed.wait(timeout=pause)
-        for name in names:
-            if name in self._labels:
-                self._labels.move_to_end(name)
+        for name in self._with_volumes(names):
+            if name in self._raw:
+                self._raw.move_to_end(name)
 
     def _lacks(self, name: str, exact: bool) -> bool:
-        """Whether a label is still to come; `exact`: or a newer one."""
+        """Tell whether a label is still to come; `exact`: or a newer one of its volume."""
         if name not in self._labels:
             return True
-        return exact and self._answers[name] is not self._prompts.get(name)
+        return exact and any(
+            self._answers[other] is not self._prompts.get(other) for other in self.volume_of(name)
+        )
+
+    def _missing(self, name: str) -> bool:
+        """Tell whether a slice has no label, or one that newer prompts replace."""
+        return name not in self._raw or self._came_with[name] is not self._prompts.get(name)
 
     def _urge(self, names: Sequence[str]) -> None:
-        """Put names that somebody waits for before all others."""
-        for name in reversed(names):
-            if name not in self._flying:
+        """Put the missing labels of some volumes in front of all others."""
+        for name in reversed(self._with_volumes(names)):
+            if name not in self._flying and self._missing(name):
                 self._again.pop(name, None)
                 self._first[name] = None
                 self._first.move_to_end(name, last=False)
         self._changed.notify_all()
 
     def refresh(self, names: Sequence[str], prompts: Sequence[Prompts]) -> None:
-        """Ask again with prompts; of two sets of prompts on their way only the newer is sent."""
+        """Request labels again with prompts; of two sets of prompts on their way only the newer is sent."""
         with self._changed:
             for name, prompt in zip(names, prompts, strict=True):
                 self._prompts[name] = prompt
@@ -189,12 +213,14 @@ class AnnotationFeed:
         return list(self._fetcher.annotator_changes)
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start, and what the labels are worth, where that is known.
+        """Return counts since the start, and the quality of the labels where the truth is known.
 
-        wait_seconds: the training step's own waiting; taken: labels that steps asked for; late: those of them
-        that had not come. Of the groups that are learned from alone: refreshed, labels that came again with
-        prompts; label_dice, of the newest labels with masks that exist (never learned from); echo_before,
-        echo_after, Dice of the replaced and of the new labels with the prompts that the new ones answer.
+        wait_seconds: time the training step waited
+        taken, late: labels that steps asked for, and those of them that had not come
+        Of learned groups alone: refreshed, labels that came again with prompts; label_dice, Dice of the
+        newest labels with existing masks (never learned from); echo_before, echo_after, Dice of the replaced
+        and of the new labels with the prompts that the new ones answer.
+        removed_share: share of foreground pixels that cleaning removed
         """
         with self._changed:
             counts: dict[str, float] = {
@@ -213,6 +239,7 @@ class AnnotationFeed:
                 "label_dice": self._quality.value(),
                 "echo_before": self._echo.before.value(),
                 "echo_after": self._echo.after.value(),
+                "removed_share": self._cleaner.removed_share() if self._cleaner is not None else None,
             }
             return counts | {k: round(v, 4) for k, v in worth.items() if v is not None}
 
@@ -230,6 +257,7 @@ class AnnotationFeed:
                 result = self._fetcher.fetch(batch)
                 for wanted, label in result.labels:
                     self._keep(wanted, label)
+                self._deliver([wanted.item.name for wanted, _ in result.labels])
             except BaseException as error:  # the training thread raises it
                 with self._changed:
                     self._broken = error
@@ -260,7 +288,7 @@ class AnnotationFeed:
         with self._changed:
             for wanted in elsewhere:
                 self._flying.discard(wanted.item.name)
-                queue = self._again if wanted.item.name in self._labels else self._first
+                queue = self._again if wanted.item.name in self._raw else self._first
                 queue[wanted.item.name] = None
             self._changed.wait_for(lambda: self._closed, timeout=pause)
 
@@ -275,7 +303,7 @@ class AnnotationFeed:
             self._away = error
             for wanted in reversed(late):
                 name = wanted.item.name
-                queue = self._again if name in self._labels else self._first
+                queue = self._again if name in self._raw else self._first
                 queue[name] = None
                 queue.move_to_end(name, last=False)
                 self._flying.discard(name)
@@ -290,28 +318,54 @@ class AnnotationFeed:
             self._away = None
 
     def _keep(self, wanted: Wanted, label: PseudoLabel) -> None:
+        """Store a label as it came, and request it again where newer prompts came meanwhile."""
         name = wanted.item.name
-        truth = self._truth(wanted.item)
         with self._changed:
-            old = self._labels.get(name)
-            learned = self._learned is None or wanted.item.group in self._learned
-            if learned and wanted.prompts is not None and old is not None:
+            old = self._raw.get(name)
+            if self._judged(wanted.item) and wanted.prompts is not None and old is not None:
                 self._refreshed += 1
                 self._echo.add(name, wanted.prompts, old.labels, label.labels)
-            if learned and truth is not None and truth.shape == label.labels.shape:
-                self._quality.add(name, label.labels, truth)
-            self._labels[name], self._answers[name] = label, wanted.prompts
-            self._labels.move_to_end(name)
+            self._raw[name], self._came_with[name] = label, wanted.prompts
+            self._raw.move_to_end(name)
             self._flying.discard(name)
-            if self._prompts.get(name) is not wanted.prompts:  # newer ones came meanwhile
+            if self._prompts.get(name) is not wanted.prompts:
                 self._again[name] = None
-            while len(self._labels) > self._kept:
-                del self._answers[self._labels.popitem(last=False)[0]]
             self._arrived = time.monotonic()
+
+    def _deliver(self, names: Sequence[str]) -> None:
+        """Make the labels of complete volumes available, cleaned; the background thread calls it."""
+        for volume in dict.fromkeys(self.volume_of(name) for name in names):
+            if any(name not in self._raw for name in volume):
+                continue  # this thread alone changes `_raw`
+            labels = {name: self._raw[name] for name in volume}
+            if self._cleaner is not None:
+                labels = self._cleaner.clean(labels)
+            truths = {name: self._truth(self._slices[name]) for name in volume}
+            with self._changed:
+                for name, label in labels.items():
+                    truth = truths[name]
+                    if truth is not None and truth.shape == label.labels.shape:
+                        self._quality.add(name, label.labels, truth)
+                    self._labels[name], self._answers[name] = label, self._came_with[name]
+        with self._changed:
+            self._forget_oldest()
             self._changed.notify_all()
 
+    def _forget_oldest(self) -> None:
+        """Drop the volumes used longest ago until at most `kept` labels are held."""
+        while len(self._raw) > self._kept:
+            for name in self.volume_of(next(iter(self._raw))):
+                for held in (self._raw, self._came_with, self._labels, self._answers):
+                    held.pop(name, None)
+
+    def _judged(self, item: Slice) -> bool:
+        return self._learned is None or item.group in self._learned
+
     def _truth(self, item: Slice) -> np.ndarray | None:
+        """Read the mask that a label is judged by; None for a group that is not learned from."""
+        if not self._judged(item):
+            return None
         try:
             return self._dataset.mask(item)
-        except VessaError:  # nobody needs this mask: `vessa-trainer verify` names it
+        except VessaError:  # no step needs this mask, and `vessa-trainer verify` names it
             return None

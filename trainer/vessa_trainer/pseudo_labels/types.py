@@ -8,15 +8,32 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PseudoLabel:
-    """VESSA's label of one image at its own size. labels, confidence: uint8 (H, W)."""
+    """VESSA's label of one image at its own size.
+
+    labels: uint8 (H, W) class ids; confidence: uint8 (H, W), 0 where nothing is known
+    box: XYXY px around all structures of the image's volume; None where unknown or empty
+    """
 
     labels: np.ndarray
     confidence: np.ndarray
+    box: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class LabelBatch:
+    """The labels of one training step.
+
+    labels: in the order of the names; None is late, and the step does without it
+    waited: seconds that the step waited for them
+    """
+
+    labels: list[PseudoLabel | None]
+    waited: float = 0.0
 
 
 class LabelSource(Protocol):
     """Where a step gets VESSA's labels from; see `vessa_trainer.pseudo_labels.prefetcher`."""
 
-    def take(self, names: list[str]) -> list[PseudoLabel | None]:
-        """Labels of some slices by name; None is late, and the step goes without it."""
+    def take(self, names: list[str]) -> LabelBatch:
+        """Return the labels of some slices by name."""
         ...

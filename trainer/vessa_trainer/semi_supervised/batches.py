@@ -1,5 +1,6 @@
 """Batches of weak and strong views with the annotator's labels replayed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
 from vessa_trainer.data.prepared import Prepared
-from vessa_trainer.pseudo_labels.types import LabelSource
+from vessa_trainer.pseudo_labels.types import LabelSource, PseudoLabel
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
 
 
@@ -26,6 +27,7 @@ class UnlabeledViews:
     boxes: tuple[Tensor, Tensor]
     valid: Tensor
     vessa: tuple[Tensor, Tensor] | None
+    waited: float = 0.0  # seconds that the step waited for labels
 
 
 def labeled_batch(
@@ -79,27 +81,30 @@ def unlabeled_views(
         augmentation.paste(augmentation.strong_view(weak, config.views, [seed[i] for i in mine]), box)
         for seed, box in zip(seeds, boxes, strict=True)
     ]
-    vessa = None
+    vessa, waited = None, 0.0
     if source is not None:
-        labels, confidence = vessa_on_square(data, rows, source)
+        taken = source.take([data.slices[row].name for row in rows])
+        labels, confidence = on_squares(data, rows, taken.labels)
+        waited = taken.waited
         vessa = (geometry.labels(labels.to(device)), geometry.confidence(confidence.to(device)))
     valid = geometry.valid(data.valid[rows].to(device))
-    return UnlabeledViews(weak, (strong[0], strong[1]), (boxes[0], boxes[1]), valid, vessa)
+    return UnlabeledViews(weak, (strong[0], strong[1]), (boxes[0], boxes[1]), valid, vessa, waited)
 
 
-def vessa_on_square(data: Prepared, rows: list[int], source: LabelSource) -> tuple[Tensor, Tensor]:
+def on_squares(
+    data: Prepared, rows: Sequence[int], labels: Sequence[PseudoLabel | None]
+) -> tuple[Tensor, Tensor]:
     """Put VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S).
 
     A late label is background with confidence 0, which has no weight in any loss.
     """
-    labels, confidence = [], []
-    for row, label in zip(rows, source.take([data.slices[r].name for r in rows]), strict=True):
+    ids, sure = [], []
+    for row, label in zip(rows, labels, strict=True):
         if label is None:
-            labels.append(torch.zeros(data.size, data.size, dtype=torch.int64))
-            confidence.append(torch.zeros(data.size, data.size))
+            ids.append(torch.zeros(data.size, data.size, dtype=torch.int64))
+            sure.append(torch.zeros(data.size, data.size))
             continue
         frame = data.frames[row]
-        labels.append(frame.enter_labels(torch.tensor(label.labels)))
-        moved = frame.enter(torch.tensor(label.confidence)[None].float())
-        confidence.append(moved[0] / 255)
-    return torch.stack(labels), torch.stack(confidence)
+        ids.append(frame.enter_labels(torch.tensor(label.labels)))
+        sure.append(frame.enter(torch.tensor(label.confidence)[None].float())[0] / 255)
+    return torch.stack(ids), torch.stack(sure)

@@ -1,38 +1,63 @@
-"""Teacher-to-VESSA feedback (paper section 3.2): what the teacher knows becomes prompts."""
+"""Teacher-to-VESSA feedback (paper section 3.2): the teacher's predictions are sent back as prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from vessa.client import Prompts
-from vessa.datasets import Slice
+from vessa.datasets import Dataset, Slice
 from vessa_trainer.config import Config
+from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.pseudo_labels.teacher_prompts import prompts_from
+from vessa_trainer.semi_supervised.distributed import ALONE, Processes
 from vessa_trainer.students import checkpoint
+from vessa_trainer.students.inference import predict_slice
 
-if TYPE_CHECKING:
-    from vessa_trainer.semi_supervised.trainer import Run
+
+class ComingImages(Protocol):
+    """The unlabeled images of a run's coming steps."""
+
+    def items_ahead(self, steps: int) -> list[Slice]:
+        """Return the images of the coming steps of all processes, each once, in their order."""
+        ...
+
+    def names_ahead(self, steps: int) -> list[str]:
+        """Return the names of the images of this process's part of the coming steps, in their order."""
+        ...
 
 
 class FeedbackRounds:
-    """Sends the source's predictions on the plain images of the coming steps, every so many steps.
+    """Sends predictions on the plain images of the coming steps to the annotator, round by round.
 
-    The prompts of a round are kept in files until it is over: a run that is taken up in the middle of a
-    round goes on with the very prompts that it had.
+    A round covers whole volumes, since a label is cleaned with its volume. The prompts of a round are stored
+    in files until the round is over: a run resumed in the middle of a round uses the same prompts again.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        """Plan rounds from `feedback.start` on. folder: for the prompts."""
-        self.config, self.folder = config, folder
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        feed: AnnotationFeed,
+        items: Sequence[Slice],
+        predict: Callable[[Sequence[Slice]], list[Prompts]],
+        processes: Processes = ALONE,
+    ) -> None:
+        """Plan rounds from `feedback.start` on.
+
+        folder: for the prompts; items: all unlabeled images; predict: prompts of some images
+        """
+        self.config, self.folder, self._feed, self._predict = config, folder, feed, predict
+        self._items, self._processes = {s.name: s for s in items}, processes
         self.first = int(config.feedback.start * config.steps)
         self.sent = 0
         self._round = -1
 
     def due(self, step: int) -> bool:
-        """Whether a round begins before this step; after a resume without its file also in its middle."""
+        """Tell whether a round begins before this step, or was lost in its middle by a resume."""
         return step >= self.first and self._number(step) != self._round
 
     def _number(self, step: int) -> int:
@@ -44,27 +69,29 @@ class FeedbackRounds:
     def _parts(self, number: int) -> list[Path]:
         return sorted(self.folder.glob(f"{number:06d}-*.safetensors"))
 
-    def send_if_due(self, run: "Run") -> None:
-        """Predict the images of the coming round and ask the annotator to look again.
+    def send_if_due(self, step: int, coming: ComingImages) -> bool:
+        """Predict the images of the coming round and request their labels again, if a round begins.
 
-        Of several processes each predicts a share, and asks for the images of its own steps.
+        Of several processes each predicts a share, and requests the labels of its own steps. Returns whether
+        a round began.
         """
-        if not self.due(run.step) or run.unlabeled is None or run.unlabeled_order is None or run.feed is None:
-            return
-        self._round = self._number(run.step)
+        if not self.due(step):
+            return False
+        self._round = self._number(step)
         end = min(self._begin(self._round + 1), self.config.steps)
-        coming = run.unlabeled_order.ahead(run.step, end - run.step)
-        items = [run.unlabeled.slices[r] for r in dict.fromkeys(r for batch in coming for r in batch)]
-        share = items[run.processes.rank :: run.processes.count]
-        path = self.folder / f"{self._round:06d}-{run.processes.rank:04d}.safetensors"
-        _write(path, [s.name for s in share], predicted_prompts(run, share))
-        run.processes.wait()
-        self.sent += self._send(run)
-        run.student.train()
+        names = self._with_volumes([s.name for s in coming.items_ahead(end - step)])
+        share = [self._items[n] for n in names[self._processes.rank :: self._processes.count]]
+        path = self.folder / f"{self._round:06d}-{self._processes.rank:04d}.safetensors"
+        _write(path, [s.name for s in share], self._predict(share))
+        self._processes.wait()
+        self.sent += self._send(step, coming)
+        return True
 
-    def _send(self, run: "Run") -> int:
-        """Ask with the prompts of the round under way, as far as this process's steps need them."""
-        assert run.feed is not None
+    def _with_volumes(self, names: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(other for name in names for other in self._feed.volume_of(name)))
+
+    def _send(self, step: int, coming: ComingImages) -> int:
+        """Request labels with the prompts of the current round, as far as this process's steps need them."""
         names: list[str] = []
         prompts: list[Prompts] = []
         for path in self._parts(self._round):  # mapped from the file, so that memory stays small
@@ -73,38 +100,43 @@ class FeedbackRounds:
             prompts += more[1]
         end = min(self._begin(self._round + 1), self.config.steps)
         by_name = dict(zip(names, prompts, strict=True))
-        needed = [n for n in dict.fromkeys(run.names_ahead(end - run.step)) if n in by_name]
-        run.feed.refresh(needed, [by_name[n] for n in needed])
+        needed = [n for n in self._with_volumes(coming.names_ahead(end - step)) if n in by_name]
+        self._feed.refresh(needed, [by_name[n] for n in needed])
         return len(needed)
 
-    def take_up(self, run: "Run") -> None:
-        """Ask again for the labels of the round that a run was stopped in; it begins later ones anew."""
+    def resume(self, step: int, coming: ComingImages) -> None:
+        """Request the labels of the interrupted round again; later rounds begin anew."""
         for path in self.folder.glob("*-*.safetensors"):
-            if self._begin(int(path.stem.split("-")[0])) >= run.step:
+            if self._begin(int(path.stem.split("-")[0])) >= step:
                 path.unlink(missing_ok=True)
-        if run.step > self.first and self._parts(self._number(run.step)):
-            self._round = self._number(run.step)
-            self._send(run)
+        if step > self.first and self._parts(self._number(step)):
+            self._round = self._number(step)
+            self._send(step, coming)
 
     def forget_older(self, step: int) -> None:
-        """Delete rounds that a run taken up at this step has no use for."""
+        """Delete the rounds that a run resumed at this step does not need."""
         for path in self.folder.glob("*-*.safetensors"):
             if int(path.stem.split("-")[0]) < self._number(step):
                 path.unlink(missing_ok=True)
 
 
-def predicted_prompts(run: "Run", items: Sequence[Slice]) -> list[Prompts]:
-    """Prompts for some slices from what the source of feedback predicts on them."""
-    from vessa_trainer.students.inference import predict_slice
+def predict_prompts(
+    model: nn.Module,
+    dataset: Dataset,
+    items: Sequence[Slice],
+    class_ids: list[int],
+    config: Config,
+    channels: int,
+) -> list[Prompts]:
+    """Predict some images by a student or teacher and turn the predictions into prompts.
 
-    assert run.feed is not None
-    config = run.config
-    model = run.teacher if config.feedback.source == "teacher" else run.student
+    class_ids: the K classes of the prompts, in the order of the bank; channels: of the network's input
+    """
     prompts = []
     for start in range(0, len(items), config.batch_eval):
-        images = [run.dataset.image(s) for s in items[start : start + config.batch_eval]]
-        predicted = predict_slice(model, images, config, run.channels)
-        prompts += [prompts_from(p, run.feed.class_ids, config.feedback) for p in predicted]
+        images = [dataset.image(s) for s in items[start : start + config.batch_eval]]
+        predicted = predict_slice(model, images, config, channels)
+        prompts += [prompts_from(p, class_ids, config.feedback) for p in predicted]
     return prompts
 
 

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from vessa import atomic_write
-from vessa.datasets import Dataset
+from vessa.client import Prompts
+from vessa.datasets import Dataset, Slice
 from vessa.errors import InvalidConfig, InvalidWeights, VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
@@ -39,7 +40,7 @@ from vessa_trainer.semi_supervised.divergence import (
     require_finite_loss,
     require_finite_weights,
 )
-from vessa_trainer.semi_supervised.feedback import FeedbackRounds, predicted_prompts
+from vessa_trainer.semi_supervised.feedback import FeedbackRounds, predict_prompts
 from vessa_trainer.semi_supervised.objective import compute_loss
 from vessa_trainer.semi_supervised.results import Interrupted, RunResult, describe, evaluate
 from vessa_trainer.semi_supervised.schedule import ema_decay, poly, source_weights, update_teacher
@@ -50,8 +51,7 @@ from vessa_trainer.students.networks import build_student, parameter_groups
 
 _log = logging.getLogger(__name__)
 
-# labeled, unlabeled, seconds waited for labels
-Batch = tuple[tuple[Tensor, Tensor, Tensor], UnlabeledViews | None, float]
+Batch = tuple[tuple[Tensor, Tensor, Tensor], UnlabeledViews | None]  # labeled, unlabeled
 
 
 class Run:
@@ -115,12 +115,13 @@ class Run:
             Order(len(self.unlabeled), config.batch_unlabeled, config.seed + 1) if self.unlabeled else None
         )
         self.feedback: FeedbackRounds | None = None
-        if feed is not None and config.feedback.enabled:
-            self.feedback = FeedbackRounds(config, self.out / "feedback")
+        if feed is not None and config.feedback.enabled and self.unlabeled is not None:
+            self.feedback = FeedbackRounds(
+                config, self.out / "feedback", feed, self.unlabeled.slices, self._prompts, processes
+            )
         self.step, self.best_step, self.seconds, self.waited = 0, -1, 0.0, 0.0
-        self.best: float | None = (
-            None  # validation Dice of the teacher that is kept; None while none was scored
-        )
+        # validation Dice of the teacher that is kept; None while none was scored
+        self.best: float | None = None
         self._said: set[tuple[str, str]] = set()  # advice that was given
         if processes.first:
             self._say(never_labeled(self.labeled.masks.unique().tolist(), dataset.classes))
@@ -158,7 +159,7 @@ class Run:
                 incidents.away(TRAINER, f"stopped after it was saved at step {self.step}", saved_at)
                 incidents.back(TRAINER)
         if self.feedback is not None:
-            self.feedback.take_up(self)
+            self.feedback.resume(self.step, self)
         self.processes.wait()  # nobody writes what another has yet to read
         return found
 
@@ -231,7 +232,8 @@ class Run:
     def _step(self) -> dict[str, float]:
         started = time.perf_counter()
         config = self.config
-        labeled, unlabeled, waited = self._drawn()
+        labeled, unlabeled = self._drawn()
+        waited = 0.0 if unlabeled is None else unlabeled.waited
         factor = poly(self.step, config.steps, config.optim.power)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -260,20 +262,15 @@ class Run:
         config = self.config
         self.student.train()
         unlabeled = None
-        waited = 0.0
         if self.unlabeled is not None and self.unlabeled_order is not None:
             rows = self.unlabeled_order.rows(self.step)
-            if self.feed is not None:
-                self._look_ahead()
-                before = self.feed.stats()["wait_seconds"]
+            self._look_ahead()
             unlabeled = unlabeled_views(
                 self.unlabeled, rows, config, self.feed, self.generator, self.processes, self.device
             )
-            if self.feed is not None:
-                waited = self.feed.stats()["wait_seconds"] - before
         rows = self.order.rows(self.step)
         labeled = labeled_batch(self.labeled, rows, config, self.generator, self.processes, self.device)
-        return labeled, unlabeled, waited
+        return labeled, unlabeled
 
     def _learn(
         self, labeled: tuple[Tensor, Tensor, Tensor], unlabeled: UnlabeledViews | None
@@ -308,19 +305,33 @@ class Run:
         return int(checkpoint.read(path)[1]["state"]["step"]) if path.is_file() else None
 
     def names_ahead(self, steps: int) -> list[str]:
-        """Names of the unlabeled slices of this process's part of the coming steps, in their order."""
+        """Return the names of the images of this process's part of the coming steps, in their order."""
         assert self.unlabeled is not None
         assert self.unlabeled_order is not None
         mine = self.processes.places(self.config.batch_unlabeled)
         batches = self.unlabeled_order.ahead(self.step, steps)
         return [self.unlabeled.slices[rows[place]].name for rows in batches for place in mine]
 
+    def items_ahead(self, steps: int) -> list[Slice]:
+        """Return the images of the coming steps of all processes, each once, in their order."""
+        assert self.unlabeled is not None
+        assert self.unlabeled_order is not None
+        batches = self.unlabeled_order.ahead(self.step, steps)
+        return [self.unlabeled.slices[r] for r in dict.fromkeys(r for batch in batches for r in batch)]
+
     def _look_ahead(self) -> None:
-        """Ask for the labels of the coming batches; send the teacher's feedback when it is due."""
-        assert self.feed is not None
+        """Prefetch the labels of the coming batches; send the teacher's feedback when it is due."""
+        if self.feed is None:
+            return
         self.feed.prefetch(self.names_ahead(self.config.annotator.lookahead_batches + 1))
-        if self.feedback is not None:
-            self.feedback.send_if_due(self)
+        if self.feedback is not None and self.feedback.send_if_due(self.step, self):
+            self.student.train()
+
+    def _prompts(self, items: Sequence[Slice]) -> list[Prompts]:
+        """Predict prompts for some images by the source of feedback."""
+        assert self.feed is not None
+        model = self.teacher if self.config.feedback.source == "teacher" else self.student
+        return predict_prompts(model, self.dataset, items, self.feed.class_ids, self.config, self.channels)
 
     def _log(self, figures: dict[str, float], board: Tracking) -> None:
         row: dict[str, Any] = {"step": self.step, **{k: round(v, 6) for k, v in figures.items()}}
@@ -388,7 +399,7 @@ class Run:
         cases = annotated(self.dataset, self.val_cases)
         items = [item for case in cases for item in case.slices]
         if self.feedback is not None and self.step >= self.feedback.first:
-            self.feed.refresh([s.name for s in items], predicted_prompts(self, items))
+            self.feed.refresh([s.name for s in items], self._prompts(items))
         else:
             self.feed.prefetch([s.name for s in items])
         labels = {

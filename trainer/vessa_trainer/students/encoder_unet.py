@@ -67,7 +67,7 @@ class EncoderUNet(nn.Module):
 
 def _create(name: str) -> Any:
     try:
-        encoder = timm.create_model(name, pretrained=False, features_only=True)
+        encoder: Any = timm.create_model(name, pretrained=False, features_only=True)
     except Exception as error:
         raise InvalidConfig(
             f"timm cannot build an encoder with features from student.encoder '{name}': {error}"
