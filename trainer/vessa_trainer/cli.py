@@ -1,4 +1,4 @@
-"""`vessa-trainer plan|fit|evaluate|predict|export|compare|table1..4|verify`: the trainer's command line."""
+"""Run the trainer from the command line: plan, fit, compare, predict and the rest."""
 
 import json
 import logging
@@ -132,6 +132,32 @@ def plan(
     _say(f"written: {out}. Train with: vessa-trainer fit --config {shlex.quote(str(out))} --out RUN")
     result = {"config": str(out), "step_seconds": made.step_s, "seconds": made.seconds}
     _finish(result | {"steps": made.config.steps, "warnings": made.warnings}, as_json)
+
+
+@app.command()
+def labels(
+    data: Annotated[Path, typer.Argument(help="Data folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the labels.")],
+    labeled: Labeled = None,
+    config: ConfigFile = None,
+    url: Url = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write the annotator's labels of a data folder, so that `fit` needs no service.
+
+    Nodes of clusters have no annotator. Train there with
+    --set annotator.labels=FOLDER --set feedback.enabled=false.
+    """
+    from vessa_trainer.experiments.run import make_labels
+
+    resolved = _config(config, overrides, data=data, labeled=labeled, url=url, **{"semi.method": "vessa"})
+    result = make_labels(resolved, out, _console)
+    _say(
+        f"labels of {result['images']} images in {out}: {result['requested']:.0f} requested, "
+        f"{result['known']:.0f} were there, {result['failed']:.0f} failed"
+    )
+    _finish(result, as_json)
 
 
 @app.command()

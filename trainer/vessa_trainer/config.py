@@ -211,6 +211,8 @@ class AnnotatorConfig:
     Null
         waits for the first label of each image: then, without feedback, a seed gives the same run again; with
         feedback `deterministic` does
+    labels: folder that `vessa-trainer labels` filled; training then needs no service, and no feedback is
+    possible
     allow_change: continue when the annotator's weights, parts, label version or bank change during a run; the
         report lists the changes
     """
@@ -225,6 +227,7 @@ class AnnotatorConfig:
     clean: bool = True
     patience_s: float = 300.0
     max_wait_s: float | None = None
+    labels: str | None = None
     allow_change: bool = False
 
 
@@ -484,6 +487,11 @@ def _check(config: Config) -> None:
         raise InvalidConfig(
             "deterministic runs wait for every label: annotator.max_wait_s must be null, got "
             f"{config.annotator.max_wait_s}"
+        )
+    if config.annotator.labels is not None and config.annotated and feedback.enabled:
+        raise InvalidConfig(
+            "labels of a folder (annotator.labels) cannot be asked again with prompts: set "
+            "feedback.enabled=false"
         )
     if feedback.enabled and not feedback.prompts:
         raise InvalidConfig("feedback.prompts must name at least one of boxes, points, mask_logits")

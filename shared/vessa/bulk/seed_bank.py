@@ -8,6 +8,7 @@ import numpy as np
 
 from vessa.client import AnnotatorClient
 from vessa.datasets import Dataset, Slice
+from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset
 from vessa.schemas import BankInfo
 
@@ -25,13 +26,17 @@ class SeedResult:
 
 
 def annotated_slices(dataset: Dataset, groups: Collection[str]) -> list[tuple[Slice, Mask]]:
-    """Return the slices of some groups whose mask shows a class, with the masks: uint8 (H, W) class ids."""
+    """Return the slices of some groups whose mask shows a class, with the masks: uint8 (H, W) class ids.
+
+    Pixels marked IGNORE are background in a template: the annotator knows no third kind.
+    """
     chosen = set(groups)
-    return [
-        (item, mask)
-        for item in dataset.slices()
-        if item.group in chosen and (mask := dataset.mask(item)) is not None and mask.any()
-    ]
+    found = []
+    for item in dataset.slices():
+        mask = dataset.mask(item) if item.group in chosen else None
+        if mask is not None and (shown := np.where(mask == IGNORE, 0, mask).astype(np.uint8)).any():
+            found.append((item, shown))
+    return found
 
 
 def seed_bank(

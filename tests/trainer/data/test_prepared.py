@@ -206,3 +206,15 @@ def test_a_batch_may_be_larger_than_the_data():
     rows = Order(2, 5, seed=0).rows(0)
     assert len(rows) == 5
     assert sorted(rows[:2]) == sorted(rows[2:4]) == [0, 1]
+
+
+def test_ignored_pixels_are_not_valid_and_no_class(folder):
+    mask = np.full((20, 30), 255, np.uint8)
+    mask[:, :15] = 1
+    Image.fromarray(mask).save(folder / "masks" / "p5_1.png")
+    dataset = open_dataset(folder)
+    dataset.mask = lambda item: mask  # as of a layout that marks pixels without annotation
+    data = Prepared(dataset, slices_of(dataset, ["p5"]), 60, need_masks=True)
+    assert data.valid[1].any()
+    assert not data.valid[1][:, 32:].any()
+    assert (data.masks[1][data.valid[1]] == 1).all()

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from vessa.datasets import Dataset, Slice
+from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset
 from vessa_trainer.data.memmap_cache import MappedSquares, Square, key_of
 
@@ -62,6 +63,13 @@ class Frame:
         return F.interpolate(cut[None], (self.height, self.width), mode="bilinear", align_corners=False)[0]
 
 
+def _covered(frame: Frame, pixels: np.ndarray) -> Tensor:
+    """Return where a square shows any of some pixels: (S, S) bool. pixels: bool (height, width)."""
+    if not pixels.any():
+        return torch.zeros(frame.size, frame.size, dtype=torch.bool)
+    return frame.enter(torch.from_numpy(pixels)[None].float())[0] > 0
+
+
 class Prepared:
     """Slices on squares. images: (N, C, S, S) uint8; masks: (N, S, S) uint8; valid: (N, S, S) bool."""
 
@@ -109,6 +117,8 @@ class Prepared:
         mask = dataset.mask(item) if self._need_masks else np.zeros(image.shape[:2], np.uint8)
         if mask is None:
             raise InvalidDataset(f"{item.name} is in a labeled split but has no mask")
+        ignored = mask == IGNORE
+        mask = np.where(ignored, 0, mask).astype(np.uint8)
         if mask.max(initial=0) > max(dataset.classes):
             raise InvalidDataset(
                 f"the mask of {item.name} holds class id {mask.max()}, '{dataset.name}' names ids up to "
@@ -120,7 +130,7 @@ class Prepared:
         return (
             frame.enter(pixels).round().byte().numpy(),
             frame.enter_labels(torch.from_numpy(mask)).byte().numpy(),
-            frame.valid().numpy(),
+            (frame.valid() & ~_covered(frame, ignored)).numpy(),
             (image.shape[0], image.shape[1]),
         )
 

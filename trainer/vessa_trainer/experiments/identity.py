@@ -16,7 +16,16 @@ DATA_FILE = "data.json"
 # These settings may differ between the starts of one run: where things are, and how fast.
 _PLACE = ("title", "out", "device", "threads", "batch_eval", "checkpoint_every", "cache", "trackers")
 _DATA_PLACE = ("root", "prepared", "prepared_gb")  # the data's contents are compared, not their place
-_ANNOTATOR_PLACE = ("url", "api_key", "serves", "batch", "lookahead_batches", "patience_s", "allow_change")
+_ANNOTATOR_PLACE = (
+    "url",
+    "api_key",
+    "serves",
+    "batch",
+    "lookahead_batches",
+    "patience_s",
+    "labels",
+    "allow_change",
+)
 _MOST = 4  # differences in one message
 
 Identity = dict[str, Any]

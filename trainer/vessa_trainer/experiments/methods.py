@@ -149,6 +149,8 @@ def _annotators(
     address: dict[str | None, str | None] = {}
     for config, summary in zip(every, done, strict=True):
         serves = config.annotator.serves
+        if config.annotator.labels is not None:  # a folder in place of the service
+            continue
         if config.annotated and summary is None and serves not in address:
             address[serves], info = choose(urls, config.annotator)
             _same_labeler(labelers, config, info.model_dump())

@@ -34,8 +34,9 @@ from vessa_trainer.experiments.run_lock import locked
 from vessa_trainer.outages import Incidents, interruptions
 from vessa_trainer.prediction.postprocessing import choose
 from vessa_trainer.pseudo_labels.annotator_check import check_served, hold_to_annotator, record_changes
-from vessa_trainer.pseudo_labels.cache import open_cache
+from vessa_trainer.pseudo_labels.cache import FolderCache, LabelCache, open_cache
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
+from vessa_trainer.pseudo_labels.offline import OfflineAnnotator, write_labels
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
 from vessa_trainer.pseudo_labels.template_bank import find_bank, seed_labeled
 from vessa_trainer.reporting.diagnostics import Advice, never_labeled, over_run
@@ -132,12 +133,15 @@ def fit(
 
 def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: Processes) -> dict[str, Any]:
     out, data, splits = Path(config.out), found.data, found.plan.splits
-    with AnnotatorClient(config.annotator.url, config.annotator.api_key) as client:
+    with _annotator(config) as client:
         info = check_served(client, config.annotator)
-        if processes.first:
-            seed_labeled(client, data, config)
-        processes.wait()
-        bank = find_bank(client, data, config)
+        if isinstance(client, OfflineAnnotator):
+            bank = client.bank()
+        else:
+            if processes.first:
+                seed_labeled(client, data, config)
+            processes.wait()
+            bank = find_bank(client, data, config)
         source = hold_to_annotator(out, info, bank, config.annotator, write=processes.first)
         _record(out, found, processes)
         incidents = Incidents(out) if processes.first else None  # the others see the same
@@ -146,7 +150,7 @@ def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: 
             client,
             data,
             bank,
-            open_cache(config.cache, incidents),
+            _labels_cache(config, incidents),
             config.annotator,
             seed=config.seed,
             exact=config.deterministic,
@@ -160,6 +164,31 @@ def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: 
             return _train(config, found, feed, source, resume_line, processes)
         finally:
             feed.close()
+
+
+def _annotator(config: Config) -> AnnotatorClient | OfflineAnnotator:
+    """Open the service, or the folder of labels in its place."""
+    if config.annotator.labels is not None:
+        return OfflineAnnotator(Path(config.annotator.labels))
+    return AnnotatorClient(config.annotator.url, config.annotator.api_key)
+
+
+def _labels_cache(config: Config, incidents: Incidents | None) -> LabelCache:
+    """Open the cache of a config, or the folder of labels in its place."""
+    if config.annotator.labels is not None:
+        return FolderCache(Path(config.annotator.labels))
+    return open_cache(config.cache, incidents)
+
+
+def make_labels(config: Config, folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Fill the bank of a config and write the annotator's labels of its data to a folder; returns counts."""
+    found = open_run_data(config)
+    found.announce(console)
+    with AnnotatorClient(config.annotator.url, config.annotator.api_key) as client:
+        check_served(client, config.annotator)
+        bank = seed_labeled(client, found.data, config)
+        splits = found.plan.splits
+        return write_labels(client, found.data, splits, bank, config.annotator, folder, seed=config.seed)
 
 
 def _record(out: Path, found: RunData, processes: Processes) -> None:

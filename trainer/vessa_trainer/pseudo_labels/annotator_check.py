@@ -11,6 +11,7 @@ from vessa.client import AnnotatorClient
 from vessa.errors import InvalidConfig, ServiceError, Unreachable
 from vessa.schemas import BankInfo, ServiceInfo
 from vessa_trainer.config import AnnotatorConfig
+from vessa_trainer.pseudo_labels.types import LabelService
 
 ANNOTATOR_FILE = "annotator.json"
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def refusal(info: ServiceInfo, serves: str | None) -> str | None:
     return None
 
 
-def check_served(client: AnnotatorClient, config: AnnotatorConfig) -> ServiceInfo:
+def check_served(client: LabelService, config: AnnotatorConfig) -> ServiceInfo:
     """Ask a service who it is. Raises InvalidConfig when it is not what the config names; VessaError."""
     info = client.info()
     if (why := refusal(info, config.serves)) is not None:

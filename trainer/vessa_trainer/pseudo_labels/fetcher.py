@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vessa.client import Annotation, AnnotatorClient, Prompts
+from vessa.client import Annotation, Prompts
 from vessa.codec import image_digest
 from vessa.datasets import Dataset, Slice
 from vessa.errors import (
@@ -21,7 +21,7 @@ from vessa.schemas import BankInfo
 from vessa_trainer.config import AnnotatorConfig
 from vessa_trainer.pseudo_labels.annotator_check import changed
 from vessa_trainer.pseudo_labels.cache import LabelCache, label_key
-from vessa_trainer.pseudo_labels.types import PseudoLabel
+from vessa_trainer.pseudo_labels.types import LabelService, PseudoLabel
 
 _log = logging.getLogger(__name__)
 _TRIES = 3  # of an item that the annotator itself fails on: it may have been a restart, or it is the image
@@ -56,7 +56,7 @@ class LabelFetcher:
 
     def __init__(
         self,
-        client: AnnotatorClient,
+        client: LabelService,
         dataset: Dataset,
         bank: BankInfo,
         cache: LabelCache,

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from vessa.client import AnnotatorClient, Prompts
+from vessa.client import Prompts
 from vessa.datasets import Dataset, Slice
 from vessa.errors import Unreachable, VessaError
 from vessa.schemas import BankInfo
@@ -25,7 +25,7 @@ from vessa_trainer.pseudo_labels.cache import LabelCache
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
 from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
 from vessa_trainer.pseudo_labels.quality import EchoCheck, PooledDice
-from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
+from vessa_trainer.pseudo_labels.types import LabelBatch, LabelService, PseudoLabel
 
 _log = logging.getLogger(__name__)
 _ELSEWHERE_PAUSE = 0.05  # seconds until the cache is asked again for what another process is asking for
@@ -53,7 +53,7 @@ class AnnotationFeed:
 
     def __init__(
         self,
-        client: AnnotatorClient,
+        client: LabelService,
         dataset: Dataset,
         bank: BankInfo,
         cache: LabelCache,

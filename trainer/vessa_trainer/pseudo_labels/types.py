@@ -1,9 +1,13 @@
 """The annotator's label of one image, and where a step gets labels from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from vessa.client import Annotation
+from vessa.schemas import ServiceInfo
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,24 @@ class LabelBatch:
 
     labels: list[PseudoLabel | None]
     waited: float = 0.0
+
+
+class LabelService(Protocol):
+    """What labels are requested from: a client of the annotator, or a folder of its labels."""
+
+    @property
+    def url(self) -> str:
+        """Its address, for messages."""
+        ...
+
+    def info(self) -> ServiceInfo:
+        """Return which annotator answers."""
+        ...
+
+    @property
+    def segment(self) -> Callable[..., list[Annotation]]:
+        """Return one annotation an image; see `AnnotatorClient.segment`."""
+        ...
 
 
 class LabelSource(Protocol):
