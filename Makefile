@@ -3,7 +3,7 @@
 #   demo             phantoms, annotator, trainer and report on two CPU cores (examples/demo.sh)
 #   test             the tests without the slow ones, with coverage
 #   test-all         the slow tests too
-#   check            lint, format and types
+#   check            lint, format, spelling and types
 #   check-prose      the rules of prose (tests/test_prose.py) and spelling
 #   format           let ruff rewrite what it can
 #   docs             build the documentation site into site/, strictly
@@ -87,6 +87,7 @@ test-ray: setup redis
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: setup
@@ -96,13 +97,9 @@ format: setup
 $(BIN)/uv:
 	@$(MAKE) setup
 
-# Keep the locked versions where possible; ARGS=--upgrade takes the newest. The target needs no finished set-up,
-# so that a new dependency can be locked before it is installed. The file must name no index, because every
-# machine installs from the index of its own configuration.
+# The target needs no finished set-up, so that a new dependency can be locked before it is installed.
 lock: $(BIN)/uv
-	$(BIN)/uv pip compile requirements.in --output-file requirements.lock --quiet --universal --generate-hashes \
-	    --python-version 3.11 --fork-strategy fewest --custom-compile-command "make lock" --no-annotate --no-emit-index-url \
-	    --no-emit-package vessa --no-emit-package vessa-server --no-emit-package vessa-trainer $(ARGS)
+	@scripts/lock.sh $(ARGS)
 
 bench-annotator: setup redis
 	@$(BIN)/python benchmarks/annotator.py $(ARGS)

@@ -3,7 +3,7 @@
 #
 #   scripts/install-lock.sh PYTHON [--runtime]
 #
-# --runtime    leaves out the tools section of requirements.in (container images)
+# --runtime    leaves out what only the tools need, as the last line of the lock lists it (container images)
 # TORCH_INDEX  (environment) address of a package index with builds of torch and torchvision without CUDA.
 #              They are installed from there at the locked versions, without the lock's hashes, which belong to
 #              other files. The CUDA libraries of the lock are left out.
@@ -14,7 +14,7 @@ set -eu
 cd "$(dirname "$0")/.."
 python=$1
 tools=""
-[ "${2:-}" != --runtime ] || tools=$(sed -n '/^# Tools/,$s/^\([A-Za-z].*\)/\1/p' requirements.in | tr 'A-Z_' 'a-z-' | tr '\n' ' ')
+[ "${2:-}" != --runtime ] || tools=$(sed -n 's/^# Only the tools need: //p' requirements.lock)
 part=$(mktemp)
 trap 'rm -f "$part"' EXIT
 

@@ -84,6 +84,14 @@ def test_lock_holds_every_direct_dependency_and_tool() -> None:
     assert wanted - lock_entries().keys() == {"vessa"}
 
 
+def test_images_leave_out_the_tools_and_keep_every_dependency() -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    (left_out,) = re.findall(r"^# Only the tools need: (.+)$", text, flags=re.MULTILINE)
+    assert {"pytest", "mkdocs-material", "twine"} <= set(left_out.split()) <= lock_entries().keys()
+    needed = {normalized(item) for name in DISTRIBUTIONS for item in project(name)["dependencies"]}
+    assert needed.isdisjoint(left_out.split())
+
+
 def test_torch_family_is_pinned_alike_in_server_and_lock() -> None:
     pinned = [item for item in project("vessa-server")["dependencies"] if "==" in item]
     assert {normalized(item) for item in pinned} == {"torch", "torchvision", "sam2"}
