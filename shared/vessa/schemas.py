@@ -1,4 +1,4 @@
-"""What travels as JSON between the annotator and its clients."""
+"""Define the JSON schemas between the annotator and its clients."""
 
 from typing import Literal
 

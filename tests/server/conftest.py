@@ -1,4 +1,4 @@
-"""What the server's tests share: the real app with untrained nano weights, and small annotated examples."""
+"""Share the real app with untrained nano weights and small annotated examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer's tests share: small phantom patients and the configs of tiny runs on them."""
+"""Share small phantom patients and the configs of tiny runs on them."""
 
 from __future__ import annotations
 

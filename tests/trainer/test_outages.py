@@ -1,4 +1,4 @@
-"""What went away during a run: noted at once, paired when it is read."""
+"""Test records of outages: written at once, paired when read."""
 
 from datetime import UTC, datetime, timedelta
 

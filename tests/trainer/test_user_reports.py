@@ -1,4 +1,4 @@
-"""What users of other trainers reported, each with the right behaviour here.
+"""Test the correct behavior for defects that users of other trainers reported.
 
 Each test makes its small data set anew. Students are tiny and train a few steps.
 """

@@ -1,4 +1,4 @@
-"""What went away during a run and came back, kept in the run's folder so that a kill loses nothing of it."""
+"""Record outages of services during a run in its folder, so that a kill loses no record."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How good the annotator is alone, from the templates of a few patients (the paper's Tables 4 and 5).
+"""Score the annotator alone from the templates of a few patients (the paper's Tables 4 and 5).
 
 Each draw of bank patients makes a fresh bank; every test patient outside of it is annotated slice by
 slice and scored as a volume. Variants differ from the default in one thing each.

@@ -1,4 +1,4 @@
-"""What to annotate next: the ranking on features drawn by hand, and its route."""
+"""Test suggestions: the ranking on hand-made features, and its route."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator sees: metrics, logs as JSON, traces that begin at the client, how far loading is."""
+"""Test what operators observe: metrics, JSON logs, traces from the client, loading progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What made an answer, and GET /annotations/{id}, which tells it again while it is kept."""
+"""Test provenance and GET /annotations/{id} while an annotation is cached."""
 
 from __future__ import annotations
 

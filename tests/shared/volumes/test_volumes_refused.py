@@ -1,4 +1,4 @@
-"""What is no usable volume is refused with a reason, before anything large is allocated."""
+"""Unusable volumes are refused with a reason before large allocations."""
 
 import gzip
 import struct

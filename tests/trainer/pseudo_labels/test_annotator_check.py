@@ -1,4 +1,4 @@
-"""Which annotator a config names, and whether the one that answers is it."""
+"""Test the check of the annotator that a config names."""
 
 import pytest
 

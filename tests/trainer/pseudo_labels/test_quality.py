@@ -1,4 +1,4 @@
-"""What labels are worth, and whether they only echo their prompts."""
+"""Test scores of labels and the measure of echoed prompts."""
 
 import numpy as np
 import pytest

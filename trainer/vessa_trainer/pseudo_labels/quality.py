@@ -1,4 +1,4 @@
-"""How good VESSA's labels are where the truth is known, and how much they only echo their prompts.
+"""Score VESSA's labels where the truth is known, and measure how much they echo their prompts.
 
 Both are looked at and never learned from.
 """

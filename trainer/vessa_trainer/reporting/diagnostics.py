@@ -1,4 +1,4 @@
-"""What somebody who watched the curves would say: pure functions over the rows of metrics.jsonl.
+"""Diagnose a run from the rows of metrics.jsonl, by pure functions.
 
 All look at the last `WINDOW` validations, so that one bad validation says nothing. Limits are in Dice. The
 mean over ten validation patients that differ by 0.1 has a standard error of 0.03: a gap of 0.05 in three

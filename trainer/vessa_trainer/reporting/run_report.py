@@ -1,4 +1,4 @@
-"""What people look at when a run has ended: progress.png, report.html, summary.json."""
+"""Write the reports of a finished run: progress.png, report.html, summary.json."""
 
 import json
 from collections.abc import Mapping, Sequence

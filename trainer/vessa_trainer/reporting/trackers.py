@@ -1,4 +1,4 @@
-"""Where a run's figures go while it trains: TensorBoard, and the trackers that a config names."""
+"""Send a run's figures to TensorBoard and to the trackers that a config names."""
 
 import logging
 from collections.abc import Callable, Mapping

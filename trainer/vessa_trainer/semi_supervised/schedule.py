@@ -1,4 +1,4 @@
-"""What changes over a run: who teaches, how fast is learned, how slow the teacher follows."""
+"""Schedules of a run: shares of teacher and VESSA, learning rate, decay of the EMA teacher."""
 
 import math
 from collections.abc import Iterable

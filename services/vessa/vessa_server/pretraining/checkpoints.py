@@ -1,4 +1,4 @@
-"""What a Stage-1 run keeps in its directory, so that it goes on after a kill as if nothing had been.
+"""Save and load the state of a Stage-1 run, so that it resumes exactly after a kill.
 
 run.json            the settings it was started with; a run is resumed with the same or not at all
 checkpoint.json     step, generators, template banks and which state files belong to it; replaced last

@@ -1,4 +1,4 @@
-"""What Stage 1 trains.
+"""Select and wrap the weights that Stage 1 trains.
 
 Nano is trained whole. An official graph keeps what it knows: SAM 2.1's image encoder and memory, DINOv2
 and Qwen3-VL stay as published; trained are LoRA on the language model's linears (Sa2VA's recipe), the row

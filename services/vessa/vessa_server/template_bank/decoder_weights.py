@@ -1,4 +1,4 @@
-"""What a bank has learned: a mask decoder for this bank alone (see `pretraining.adapt`).
+"""A bank's own mask decoder, trained by `adaptation.finetune`.
 
 Kept beside the bank's templates in the store, so that every annotator on it serves the same.
 """

@@ -1,4 +1,4 @@
-"""What the language model has read before it sees the target: kept, and continued for every new target.
+"""Cache the language model's state before the target, and continue it for every new target.
 
 Template and text come first in the conversation, so their keys and values are the same for all targets of a
 template and class. A target then costs its own tokens and those of the answer.

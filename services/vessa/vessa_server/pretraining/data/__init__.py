@@ -1,1 +1,1 @@
-"""What Stage 1 learns from: tasks of real and synthetic studies, augmentation, phantoms."""
+"""Training data of Stage 1: tasks of real and synthetic studies, augmentation, phantoms."""

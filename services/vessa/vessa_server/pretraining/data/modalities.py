@@ -1,4 +1,4 @@
-"""How tissues appear: one function for each family of imaging methods.
+"""Draw tissues as imaging methods show them, one function per family of methods.
 
 A modality turns tissue maps of one study into images. Its parameters are drawn once for a study, since
 all patients of a study are seen by one protocol; noise, bias field and gain are drawn for each image.

@@ -1,4 +1,4 @@
-"""Which episodes Stage 1 sees: the mix of real pools, synthetic studies and region tasks.
+"""Draw the episodes of Stage 1: a mix of real pools, synthetic studies and region tasks.
 
 Synthetic studies are renewed while the training goes on, so that no anatomy is seen for long. Study
 number `i` is the same in every run with the same seed, which makes a resumed run see the same ones.
