@@ -18,6 +18,7 @@ VERSION = 1  # of the procedure, for caches and provenance
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 NEIGHBOR_WEIGHT = 0.15  # of each of the two neighboring slices; the slice itself has the rest
+_STRUCTURE = 0.2  # of a class's largest component: smaller components are islands
 _DOMINANT = 0.95  # of a class's voxels: a component with so many is the class's only one
 
 
@@ -84,6 +85,22 @@ def clean_volume(
             labels[islands] = confidence[islands] = 0
             removed[class_id] = int(islands.sum())
     return CleanedVolume(labels, confidence, removed, box_of(np.asarray((labels > 0).any(0))))
+
+
+def structure_box(labels: Bytes) -> tuple[int, int, int, int] | None:
+    """Return the box XYXY px around the structures of a volume, without its small islands.
+
+    labels: (D, H, W) uint8 class ids. Of each class the components count that have at least a fifth of its
+    largest component's voxels: both kidneys, but no specks. None where the volume is empty.
+    """
+    shown = np.zeros(labels.shape[1:], bool)
+    for class_id in np.unique(labels[labels > 0]).tolist():
+        components, _ = ndimage.label(labels == class_id)
+        sizes = np.bincount(components.ravel())
+        sizes[0] = 0
+        large = sizes >= _STRUCTURE * sizes.max()
+        shown |= np.asarray(large[components].any(0))
+    return box_of(shown)
 
 
 def stack_slices(slices: Sequence[Bytes]) -> Bytes | None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vessa.datasets.base import IGNORE
-from vessa.label_cleaning import clean_volume, single_component_classes, stack_slices
+from vessa.label_cleaning import clean_volume, single_component_classes, stack_slices, structure_box
 
 
 def volume(depth=3, side=8):
@@ -103,3 +103,12 @@ def test_slices_of_different_sizes_are_no_volume():
     small, large = np.zeros((4, 4), np.uint8), np.zeros((5, 4), np.uint8)
     assert stack_slices([small, large]) is None
     assert stack_slices([small, small]).shape == (2, 4, 4)
+
+
+def test_the_box_of_structures_leaves_out_specks_and_keeps_both_kidneys():
+    labels = volume(side=16)
+    labels[:, 2:6, 1:5] = 1
+    labels[:, 2:5, 10:13] = 1  # more than a fifth of the other: a second organ
+    labels[0, 14, 15] = 1
+    assert structure_box(labels) == (1, 2, 13, 6)
+    assert structure_box(labels * 0) is None

@@ -74,6 +74,9 @@ class StudentConfig:
     pretrained: whether backbone or encoder starts from published weights; false starts from noise
     weights: local safetensors file of the backbone or encoder, under timm's names; null takes the installed
         vessa-trainer[pretrained] for tf_efficientnet_lite0, else timm's hub copy
+    window: side of a square region of interest, as a multiple of the box around all structures of the volume,
+        resized to `crop`; 0 shows the whole image. In training VESSA's cleaned labels or the masks give the
+        box, at prediction the student's own first pass on the whole image
     init: run directory whose best teacher the student starts from; its last layer starts from noise where
         the number of classes differs
     """
@@ -86,6 +89,7 @@ class StudentConfig:
     backbone: Literal["tiny", "small", "base", "large"] = "small"
     pretrained: bool = True
     weights: str | None = None
+    window: float = 0.0
     init: str | None = None
 
     @property
@@ -105,6 +109,10 @@ class ViewsConfig:
     scale: factor of the long side in the weak view; UniMatch V2 draws from (0.5, 2.0), slices of one scanner
         vary less
     flip_p: horizontal flip in the weak view
+    rotate_p: rotation in the weak view
+    rotate: largest angle of the rotation, degrees
+    whole_p: the whole image in place of the region of interest (`student.window`), so that the student also
+        learns the first pass
     jitter_p: change of intensities in a strong view
     gamma: exponent of the intensities
     contrast: factor of the contrast
@@ -119,6 +127,9 @@ class ViewsConfig:
 
     scale: tuple[float, float] = (0.8, 1.25)
     flip_p: float = 0.5
+    rotate_p: float = 0.0
+    rotate: float = 15.0
+    whole_p: float = 0.25
     jitter_p: float = 0.8
     gamma: tuple[float, float] = (0.6, 1.6)
     contrast: tuple[float, float] = (0.5, 1.5)
@@ -444,6 +455,8 @@ def _check(config: Config) -> None:
         "seed": config.seed,
         "optim.backbone_lr": config.optim.backbone_lr,
         "optim.encoder_lr": config.optim.encoder_lr,
+        "views.rotate": views.rotate,
+        "student.window": student.window,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.power": config.optim.power,
         "optim.lambda_ce": config.optim.lambda_ce,
@@ -470,6 +483,10 @@ def _check(config: Config) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
+    if 0 < student.window < 1:
+        raise InvalidConfig(f"student.window must be 0 or at least 1, got {student.window}")
+    if student.window and config.annotated and not config.annotator.clean:
+        raise InvalidConfig("student.window needs the boxes of cleaned labels: annotator.clean must be true")
     if student.crop % student.multiple:
         raise InvalidConfig(f"student.crop must be a multiple of {student.multiple}, got {student.crop}")
     if student.name == "unet" and config.batch_labeled == 1 and student.crop == student.multiple:

@@ -22,7 +22,7 @@ from vessa_trainer.config import save_config
 from vessa_trainer.prediction.onnx_export import export
 from vessa_trainer.prediction.predict import predict
 from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import load_best, predict_slice
+from vessa_trainer.students.inference import load_best, predict_slices
 from vessa_trainer.students.networks import build_student
 
 CLASSES = {1: "cavity", 2: "wall"}
@@ -54,7 +54,7 @@ def expected(run, volume, axis):
     model, channels, _ = load_best(*run)
     labels = np.zeros(volume.shape, np.uint8)
     for i in range(volume.shape[axis]):
-        (probability,) = predict_slice(model, [volume.image(axis, i)], run[1], channels)
+        (probability,) = predict_slices(model, [volume.image(axis, i)], run[1], channels)
         slice_of(labels, axis, i)[...] = probability.argmax(0).numpy()
     return labels
 
@@ -122,10 +122,10 @@ def test_an_interrupted_prediction_goes_on_and_nothing_else_is_mixed_in(run, tmp
 def test_flips_average_the_four_mirror_images(run):
     model, channels, _ = load_best(*run)
     image = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
-    (found,) = predict_slice(model, [image], run[1], channels, flips=True)
+    (found,) = predict_slices(model, [image], run[1], channels, flips=True)
     views = [image, image[:, ::-1], image[::-1], image[::-1, ::-1]]
     back = [lambda p: p, lambda p: p.flip(-1), lambda p: p.flip(-2), lambda p: p.flip(-2, -1)]
-    each = predict_slice(model, [np.ascontiguousarray(v) for v in views], run[1], channels)
+    each = predict_slices(model, [np.ascontiguousarray(v) for v in views], run[1], channels)
     mean = sum(turn(p) for turn, p in zip(back, each, strict=True)) / 4
     torch.testing.assert_close(found, mean)
 

@@ -17,7 +17,7 @@ from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 from vessa_trainer.semi_supervised import trainer
 from vessa_trainer.semi_supervised.trainer import Interrupted, Run, evaluate
 from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import load_best, predict_slice
+from vessa_trainer.students.inference import load_best, predict_slices
 from vessa_trainer.students.networks import build_student
 
 RESUME = "vessa-trainer fit --out here --resume"
@@ -279,7 +279,7 @@ def test_predictions_have_each_images_own_size(tiny):
     rng = np.random.default_rng(0)
     shapes = [(20, 31), (64, 10), (32, 32, 3), (1, 1)]
     images = [rng.integers(0, 255, shape, np.uint8) for shape in shapes]
-    for image, probability in zip(images, predict_slice(model, images, config, 1), strict=True):
+    for image, probability in zip(images, predict_slices(model, images, config, 1), strict=True):
         assert probability.shape == (4, *image.shape[:2])
         assert torch.allclose(probability.sum(0), torch.ones(image.shape[:2]), atol=1e-5)
 
@@ -288,7 +288,7 @@ def test_predictions_have_each_images_own_size(tiny):
 def test_squares_are_padded_to_what_the_network_wants(tiny, widths):
     config = tiny(f"student.widths={widths}", "student.size=37", "student.crop=64")
     model = build_student(config.student, 1, 3)
-    (probability,) = predict_slice(model, [np.zeros((37, 37), np.uint8)], config, 1)
+    (probability,) = predict_slices(model, [np.zeros((37, 37), np.uint8)], config, 1)
     assert probability.shape == (3, 37, 37)
 
 

@@ -40,6 +40,10 @@ class Geometry:
         """Those of some images of the batch."""
         return Geometry(self.grid[list(places)])
 
+    def on(self, windows: Tensor) -> "Geometry":
+        """Move views of whole squares onto windows: (B, 3) float, center x, y and half the side."""
+        return Geometry(self.grid * windows[:, None, None, 2:] + windows[:, None, None, :2])
+
     def to(self, device: str | torch.device) -> "Geometry":
         """Return the same on a device."""
         return Geometry(self.grid.to(device))
@@ -52,7 +56,7 @@ class Geometry:
 def draw_geometry(
     count: int, size: int, crop: int, config: ViewsConfig, generator: torch.Generator
 ) -> Geometry:
-    """Draw the weak view: scale, position, mirror.
+    """Draw the weak view: scale, position, mirror, rotation.
 
     size: side of the squares, px; crop: side of the views, px. Where the scaled square is smaller
     than the crop it lies anywhere within it, and the rest is padding.
@@ -65,8 +69,15 @@ def draw_geometry(
     room = (1 - span).abs()
     center_x, center_y = uniform(-1, 1) * room, uniform(-1, 1) * room
     mirror = 1 - 2 * (torch.rand(count, generator=generator) < config.flip_p).float()
-    zero = torch.zeros(count)
-    rows = [torch.stack([span * mirror, zero, center_x], 1), torch.stack([zero, span, center_y], 1)]
+    cosine, sine = torch.ones(count), torch.zeros(count)
+    if config.rotate_p:
+        turned = torch.rand(count, generator=generator) < config.rotate_p
+        angle = torch.deg2rad(uniform(-config.rotate, config.rotate)) * turned
+        cosine, sine = angle.cos(), angle.sin()
+    rows = [
+        torch.stack([span * mirror * cosine, -span * sine, center_x], 1),
+        torch.stack([span * mirror * sine, span * cosine, center_y], 1),
+    ]
     return Geometry(F.affine_grid(torch.stack(rows, 1), [count, 1, crop, crop], align_corners=False))
 
 

@@ -15,6 +15,7 @@ from vessa.datasets import Dataset, Slice
 from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset
 from vessa_trainer.data.memmap_cache import MappedSquares, Square, key_of
+from vessa_trainer.data.windows import Window, union_box, window_around
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class Frame:
         """Return where the square shows the image and no border: (size, size) bool."""
         return self.enter(torch.ones(1, self.height, self.width))[0] > 0.5
 
+    def box_on_square(self, box: Sequence[float]) -> tuple[float, float, float, float]:
+        """Move a box XYXY px of the image to px of the square."""
+        inner = self.inner
+        top, left = (self.size - inner[0]) // 2, (self.size - inner[1]) // 2
+        x, y = inner[1] / self.width, inner[0] / self.height
+        return left + x * box[0], top + y * box[1], left + x * box[2], top + y * box[3]
+
     def leave(self, array: Tensor) -> Tensor:
         """Move (C, size, size) float back to (C, height, width)."""
         inner = self.inner
@@ -90,6 +98,7 @@ class Prepared:
         of that folder; out: of the run, which may lie among the images like that folder.
         """
         self.slices = list(slices)
+        self._windows: dict[float, Tensor] = {}
         self.rows = {s.name: i for i, s in enumerate(self.slices)}
         self.size, self._dataset, self._need_masks = size, dataset, need_masks
         if not self.slices:
@@ -136,6 +145,23 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.slices)
+
+    def windows(self, factor: float) -> Tensor:
+        """Return each row's window around the masks of its volume, (N, 3) float; see `data.windows`."""
+        if factor not in self._windows:
+            rows_of: dict[str, list[int]] = {}
+            for row, item in enumerate(self.slices):
+                rows_of.setdefault(item.case, []).append(row)
+            found = torch.empty(len(self.slices), 3)
+            for rows in rows_of.values():
+                box = union_box(self.masks[rows])
+                found[rows] = torch.tensor(window_around(box, self.size, factor))
+            self._windows[factor] = found
+        return self._windows[factor]
+
+    def usual_window(self, factor: float) -> Window:
+        """Return the window around all masks of all volumes, for images whose structures are not known."""
+        return window_around(union_box(self.masks), self.size, factor)
 
     @property
     def channels(self) -> int:

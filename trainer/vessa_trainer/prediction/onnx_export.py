@@ -30,6 +30,11 @@ def export(run: Path, out: Path) -> dict[str, Any]:
     except ImportError as error:
         raise InvalidConfig("export needs more packages: pip install 'vessa-trainer[export]'") from error
     config = load_config(run / "config.yaml", ["device=cpu"])
+    if config.student.window:
+        raise InvalidConfig(
+            f"{run} has a region of interest (student.window {config.student.window}), which an ONNX file of "
+            "the network cannot hold. Use vessa-trainer predict, or train with window 0"
+        )
     model, channels, classes = load_best(run, config)
     size = config.student.size + -config.student.size % config.student.multiple
     example = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
@@ -60,7 +65,7 @@ def export(run: Path, out: Path) -> dict[str, Any]:
 
 
 def _metadata(size: int, padded: int, channels: int, classes: dict[int, str]) -> dict[str, Any]:
-    """Say in the file what `predict_slice` does around the network."""
+    """Describe in the file what `predict_slices` does around the network."""
     return {
         "classes": {str(i): name for i, name in classes.items()},
         "preprocessing": {

@@ -21,7 +21,7 @@ from vessa_trainer.prediction.output_files import Output, find_outputs
 from vessa_trainer.prediction.postprocessing import Postprocessing
 from vessa_trainer.prediction.volumes import VolumeOptions
 from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import load_best, predict_slice
+from vessa_trainer.students.inference import load_best, predict_volume
 
 SETTINGS = "predict.json"  # beside the masks: what they were made by
 _log = logging.getLogger(__name__)
@@ -93,12 +93,8 @@ def read_geometry(run: Path) -> Geometry | None:
 
 
 def _labels(output: Output, model: Any, config: Config, channels: int, *, flips: bool) -> list[np.ndarray]:
-    images, labels = output.images(), []
-    for start in range(0, len(images), config.batch_eval):
-        part = images[start : start + config.batch_eval]
-        probabilities = predict_slice(model, part, config, channels, flips=flips)
-        labels += [p.argmax(0).byte().numpy() for p in probabilities]
-    return labels
+    predicted = predict_volume(model, output.images(), config, channels, flips=flips)
+    return [p.argmax(0).byte().numpy() for p in predicted]
 
 
 def _check_folder(source: Path, out: Path, outputs: Sequence[Output]) -> None:

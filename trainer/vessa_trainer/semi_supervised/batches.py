@@ -9,7 +9,8 @@ from torch import Tensor
 from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
 from vessa_trainer.data.prepared import Prepared
-from vessa_trainer.pseudo_labels.types import LabelSource, PseudoLabel
+from vessa_trainer.data.windows import WHOLE, Window, window_around
+from vessa_trainer.pseudo_labels.types import LabelBatch, LabelSource, PseudoLabel
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
 
 
@@ -42,10 +43,12 @@ def labeled_batch(
 
     Squares go to the device as bytes, and the views are made there, of all images at once.
     """
-    crop = config.student.crop
-    geometry = augmentation.draw_geometry(len(rows), data.size, crop, config.views, generator)
     mine = processes.places(len(rows))
-    geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
+    geometry, whole = _draw_geometry(len(rows), data, config, generator)
+    geometry, rows = geometry.of(mine), [rows[i] for i in mine]
+    if config.student.window:
+        geometry = geometry.on(_or_whole(data.windows(config.student.window)[rows], whole[mine]))
+    geometry = geometry.to(device)
     return (
         geometry.image(data.floats(rows, device)),
         geometry.labels(data.masks[rows].to(device)),
@@ -61,20 +64,27 @@ def unlabeled_views(
     generator: torch.Generator,
     processes: Processes = ALONE,
     device: str | torch.device = "cpu",
+    usual: Window = WHOLE,
 ) -> UnlabeledViews:
     """Draw the weak view, both strong views and their CutMix boxes; replay VESSA's labels.
 
-    rows: of the whole batch, for which is drawn; what is returned is of this process's part of it. The
-    draws are made on the CPU, so that they are the same everywhere, the views on the device.
+    rows: of the whole batch; the result is this process's part of it. Random draws are made on the CPU, so
+    that they are the same everywhere, the views on the device.
+    usual: the region of interest of images for which VESSA's labels give none
     """
     crop, count = config.student.crop, len(rows)
-    geometry = augmentation.draw_geometry(count, data.size, crop, config.views, generator)
+    geometry, whole = _draw_geometry(count, data, config, generator)
     all_boxes = [
         augmentation.cutmix_boxes(count, (crop, crop), config.views.cutmix_p, generator) for _ in range(2)
     ]
     seeds = [augmentation.draw_seeds(count, generator) for _ in range(2)]
     mine = processes.places(count)
-    geometry, rows = geometry.of(mine).to(device), [rows[i] for i in mine]
+    geometry, rows = geometry.of(mine), [rows[i] for i in mine]
+    taken = None if source is None else source.take([data.slices[row].name for row in rows])
+    if config.student.window:
+        windows = _windows(data, rows, taken, config.student.window, usual)
+        geometry = geometry.on(_or_whole(windows, whole[mine]))
+    geometry = geometry.to(device)
     weak = geometry.image(data.floats(rows, device))
     boxes = [box[mine].to(device) for box in all_boxes]
     strong = [
@@ -82,13 +92,47 @@ def unlabeled_views(
         for seed, box in zip(seeds, boxes, strict=True)
     ]
     vessa, waited = None, 0.0
-    if source is not None:
-        taken = source.take([data.slices[row].name for row in rows])
+    if taken is not None:
         labels, confidence = on_squares(data, rows, taken.labels)
-        waited = taken.waited
         vessa = (geometry.labels(labels.to(device)), geometry.confidence(confidence.to(device)))
+        waited = taken.waited
     valid = geometry.valid(data.valid[rows].to(device))
     return UnlabeledViews(weak, (strong[0], strong[1]), (boxes[0], boxes[1]), valid, vessa, waited)
+
+
+def _draw_geometry(
+    count: int, data: Prepared, config: Config, generator: torch.Generator
+) -> tuple[augmentation.Geometry, Tensor]:
+    """Draw weak views, and which of them show the whole image where others show the region of interest.
+
+    With `student.window` the views are of a window that is yet to be placed (`Geometry.on`).
+    """
+    crop = config.student.crop
+    if not config.student.window:
+        nowhere = torch.zeros(count, dtype=torch.bool)
+        return augmentation.draw_geometry(count, data.size, crop, config.views, generator), nowhere
+    geometry = augmentation.draw_geometry(count, crop, crop, config.views, generator)
+    return geometry, torch.rand(count, generator=generator) < config.views.whole_p
+
+
+def _or_whole(windows: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole[:, None], torch.tensor(WHOLE), windows)
+
+
+def _windows(
+    data: Prepared, rows: Sequence[int], taken: LabelBatch | None, factor: float, usual: Window
+) -> Tensor:
+    """Return the region of interest of each unlabeled image, (B, 3), from the box of its volume's labels.
+
+    The usual window serves where there is no annotator or a label is late; an empty volume shows the whole.
+    """
+    if taken is None:
+        return torch.tensor([usual for _ in rows])
+    found = []
+    for row, label in zip(rows, taken.labels, strict=True):
+        box = None if label is None or label.box is None else data.frames[row].box_on_square(label.box)
+        found.append(usual if label is None else window_around(box, data.size, factor))
+    return torch.tensor(found)
 
 
 def on_squares(

@@ -15,7 +15,7 @@ from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.pseudo_labels.teacher_prompts import prompts_from
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
 from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import predict_slice
+from vessa_trainer.students.inference import predict_volume
 
 
 class ComingImages(Protocol):
@@ -132,12 +132,15 @@ def predict_prompts(
 
     class_ids: the K classes of the prompts, in the order of the bank; channels: of the network's input
     """
-    prompts = []
-    for start in range(0, len(items), config.batch_eval):
-        images = [dataset.image(s) for s in items[start : start + config.batch_eval]]
-        predicted = predict_slice(model, images, config, channels)
-        prompts += [prompts_from(p, class_ids, config.feedback) for p in predicted]
-    return prompts
+    prompts: dict[str, Prompts] = {}
+    volumes: dict[str, list[Slice]] = {}
+    for item in items:
+        volumes.setdefault(item.case, []).append(item)
+    for volume in volumes.values():
+        predicted = predict_volume(model, [dataset.image(s) for s in volume], config, channels)
+        for item, probability in zip(volume, predicted, strict=True):
+            prompts[item.name] = prompts_from(probability, class_ids, config.feedback)
+    return [prompts[item.name] for item in items]
 
 
 def _write(path: Path, names: Sequence[str], prompts: Sequence[Prompts]) -> None:

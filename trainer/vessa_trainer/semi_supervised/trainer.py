@@ -266,7 +266,14 @@ class Run:
             rows = self.unlabeled_order.rows(self.step)
             self._look_ahead()
             unlabeled = unlabeled_views(
-                self.unlabeled, rows, config, self.feed, self.generator, self.processes, self.device
+                self.unlabeled,
+                rows,
+                config,
+                self.feed,
+                self.generator,
+                self.processes,
+                self.device,
+                self.labeled.usual_window(config.student.window),
             )
         rows = self.order.rows(self.step)
         labeled = labeled_batch(self.labeled, rows, config, self.generator, self.processes, self.device)

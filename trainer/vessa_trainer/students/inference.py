@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig
+from vessa.label_cleaning import structure_box
 from vessa_trainer.config import Config
 from vessa_trainer.data.prepared import Frame
+from vessa_trainer.data.windows import WHOLE, Window, put_back, show, window_around
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.networks import build_student, logits_of
 
@@ -39,12 +41,20 @@ def open_device(name: str) -> torch.device:
 
 
 @torch.no_grad()
-def predict_slice(
-    model: nn.Module, images: Sequence[np.ndarray], config: Config, channels: int, *, flips: bool = False
+def predict_slices(
+    model: nn.Module,
+    images: Sequence[np.ndarray],
+    config: Config,
+    channels: int,
+    *,
+    flips: bool = False,
+    window: Window = WHOLE,
 ) -> list[Tensor]:
-    """Class probabilities (C, H, W) of images uint8 (H, W[, 3]), each at its own size.
+    """Predict class probabilities (C, H, W) of images uint8 (H, W[, 3]), each at its own size.
 
     flips: average over the image and its three mirror images, at four times the work
+    window: the part of each square that the network sees; the rest is background. Ignored without
+    `student.window`, where the network sees squares of `student.size`
     """
     model.eval()
     size, device = config.student.size, next(model.parameters()).device
@@ -52,6 +62,19 @@ def predict_slice(
     batch = torch.stack(
         [f.enter(with_channels(image, channels)) / 255 for f, image in zip(frames, images, strict=True)]
     ).to(device)
+    if config.student.window:
+        shown = show(window, batch, config.student.crop)
+        foreground = _probabilities(model, shown, config, flips=flips)[:, 1:]
+        foreground = put_back(window, foreground, size)
+        total = torch.cat([1 - foreground.sum(1, keepdim=True), foreground], 1)
+    else:
+        total = _probabilities(model, batch, config, flips=flips)
+    return [f.leave(p) for f, p in zip(frames, total, strict=True)]
+
+
+def _probabilities(model: nn.Module, batch: Tensor, config: Config, *, flips: bool) -> Tensor:
+    """Compute class probabilities (B, C, S, S) of square images on the CPU, whatever S is."""
+    size = batch.shape[-1]
     padding = -size % config.student.multiple
     views: list[list[int]] = [[], [-1], [-2], [-2, -1]] if flips else [[]]
     total = torch.zeros(())
@@ -59,7 +82,35 @@ def predict_slice(
         padded = nn.functional.pad(batch.flip(turned), (0, padding, 0, padding))
         probability = logits_of(model, padded, bf16=config.bf16).softmax(1)[..., :size, :size]
         total = total + probability.flip(turned).cpu() / len(views)
-    return [f.leave(p) for f, p in zip(frames, total, strict=True)]
+    return total
+
+
+def predict_volume(
+    model: nn.Module, images: Sequence[np.ndarray], config: Config, channels: int, *, flips: bool = False
+) -> list[Tensor]:
+    """Predict class probabilities (C, H, W) of the slices of one volume, each at its own size.
+
+    With `student.window` a first pass on the whole images finds the region of interest of the volume, and a
+    second pass predicts it; slices of different sizes are volumes of their own.
+    """
+
+    def predicted(window: Window) -> list[Tensor]:
+        found: list[Tensor] = []
+        for start in range(0, len(images), config.batch_eval):
+            part = images[start : start + config.batch_eval]
+            found += predict_slices(model, part, config, channels, flips=flips, window=window)
+        return found
+
+    if config.student.window and len({image.shape for image in images}) > 1:
+        return [predict_volume(model, [i], config, channels, flips=flips)[0] for i in images]
+    first = predicted(WHOLE)
+    if not config.student.window or not first:
+        return first
+    box = structure_box(np.stack([p.argmax(0).byte().numpy() for p in first]))
+    frame = Frame(images[0].shape[0], images[0].shape[1], config.student.size)
+    on_square = None if box is None else frame.box_on_square(box)
+    window = window_around(on_square, frame.size, config.student.window)
+    return first if window == WHOLE else predicted(window)
 
 
 def with_channels(image: np.ndarray, channels: int) -> Tensor:
@@ -74,11 +125,10 @@ def with_channels(image: np.ndarray, channels: int) -> Tensor:
 def predict_labels(
     model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
 ) -> dict[str, list[np.ndarray]]:
-    """Class ids uint8 (H, W) of every slice of some cases, each at its own size, by the case's name."""
+    """Predict class ids uint8 (H, W) of every slice of some cases, each at its own size, by case name."""
     labels: dict[str, list[np.ndarray]] = {}
     for case in cases:
-        found = labels[case.name] = []
-        for start in range(0, len(case.slices), config.batch_eval):
-            images = [dataset.image(s) for s in case.slices[start : start + config.batch_eval]]
-            found += [p.argmax(0).byte().numpy() for p in predict_slice(model, images, config, channels)]
+        images = [dataset.image(s) for s in case.slices]
+        predicted = predict_volume(model, images, config, channels)
+        labels[case.name] = [p.argmax(0).byte().numpy() for p in predicted]
     return labels
