@@ -6,7 +6,9 @@ import contextlib
 import gzip
 import io
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from vessa.errors import VessaError
 from vessa.volumes import Bounds, read_volume
 from vessa_server.serialization.fields import read_classes, read_per_class, read_strings
 from vessa_server.serialization.image_files import decode_image, decode_mask
-from vessa_server.serialization.job_request import read_job
+from vessa_server.serialization.job_request import job_form, read_job
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.prompt_arrays import Prompts
 from vessa_server.serialization.request_parser import SEGMENT_FIELDS, SEGMENT_TENSORS
@@ -65,6 +67,14 @@ def read_form(data: bytes) -> None:
     read.file("image"), read.text("bank", "default"), read.json("boxes")
 
 
+def read_job_form(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        stream = job_form(FORM, Path(folder), 4)
+        for start in range(0, len(data), 50):
+            stream.feed(data[start : start + 50])
+        read_job(stream.finish())
+
+
 NIFTI = nifti(phantom(), np.eye(4))
 TENSORS = {"images": np.zeros((2, 8, 9), np.uint8), "boxes": np.zeros((2, 2, 4), np.float32)}
 DECODERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
@@ -96,7 +106,7 @@ DECODERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
         [encode({"images": TENSORS["images"]}, {"count": "1", "groups": '["p", null]'})],
     ),
     "form": (read_form, [form(image=b"i", bank=b"b", boxes=b'{"a": [1, 2, 3, 4]}')]),
-    "job": (lambda data: read_job(FORM, data, 4), [form(image=NIFTI[:400], classes=b'["a"]', axis=b"axial")]),
+    "job": (read_job_form, [form(image=NIFTI[:400], classes=b'["a"]', axis=b"axial")]),
 }  # fmt: skip
 EDGES = [b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"-1", b"1e309", b"\xff\xda", b"["]
 

@@ -2,8 +2,8 @@
 
 import gzip
 import io
-import json
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from scans import dicom_multiframe, dicom_series, dicom_slice, nifti, phantom, w
 
 from vessa.codec import image_digest
 from vessa.volumes import read_volume
-from vessa_server.serialization.image_files import decode_mask, label_png
+from vessa_server.serialization.image_files import decode_mask
 from vessa_server.settings import Settings
-from vessa_server.volume_jobs.store import alone_on, remove, size_of
+from vessa_server.volume_jobs.slices import read_provenance, write_images, write_slice
+from vessa_server.volume_jobs.store import JobStore, alone_on
 
 AFFINE = np.array([[-1.2, 0, 0.1, 3], [0, 1.5, 0, 4], [0.1, 0, 6.0, 5], [0, 0, 0, 1]], np.float32)
 SHAPE = (40, 30, 5)
@@ -203,18 +204,17 @@ def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_
     data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
     whole = finished(first, data, bank="jobs").content
     first.http.__exit__(None, None, None)
-    # what a kill leaves: a job that runs, its input, and two slices, one of which shows that it is kept
-    folder = next((tmp_path / ".jobs").glob("*/job.json")).parent
-    job = json.loads((folder / "job.json").read_text())
-    (folder / "job.json").write_text(json.dumps({**job, "state": "running"}))
+    # What a kill leaves: a running job, its input, and three slices; the labels of one are cut off.
+    store, job = run_again(tmp_path / ".jobs", data)
+    folder = store.path(job)
     (folder / "result").unlink()
-    (folder / "00000.input").write_bytes(data)
-    for k in (0, 1):
-        (folder / f"{k:05d}.png").write_bytes(label_png(np.full((30, 40), 2, np.uint8)))
+    for k, made in enumerate(read_provenance(folder)[:3]):
+        write_slice(folder, k, np.full((30, 40), 2, np.uint8), made)
+    (folder / "00002.png").write_bytes((folder / "00002.png").read_bytes()[:40])
     shutil.copytree(folder, folder.parent / ".cut-off-upload")
     second = server_of(settings)
-    assert wait(second, job["id"])["state"] == "done"
-    answer = second.http.get(f"/jobs/{job['id']}/result")
+    assert wait(second, job.id)["state"] == "done"
+    answer = second.http.get(f"/jobs/{job.id}/result")
     labels, before = (
         np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(d)).dataobj) for d in (answer.content, whole)
     )
@@ -222,6 +222,9 @@ def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_
     np.testing.assert_array_equal(labels[:, :, 2:], before[:, :, 2:])
     made = [f"{k:05d}.made" for k in range(5)]
     assert sorted(p.name for p in folder.iterdir()) == [*made, "job.json", "result"]
+    assert not (folder.parent / ".cut-off-upload").exists()
+    modes = {p.stat().st_mode & 0o777 for p in (folder, *folder.iterdir())}
+    assert modes == {0o700, 0o600}
 
 
 def test_of_the_services_that_share_a_folder_one_works(tmp_path: Path) -> None:
@@ -239,6 +242,15 @@ def test_slices_are_counted_along_the_axis_that_is_asked_for(server):
     assert "3000 slices along this axis, more than 2048" in answer.text
 
 
+def run_again(folder: Path, data: bytes):
+    """Make the only finished job of a folder a running one again; returns the store and the job."""
+    store = JobStore(folder)
+    (job,) = store.all()
+    (store.path(job) / "00000.input").write_bytes(data)
+    images = write_images(store.path(job), read_volume([data]), job.axis)
+    return store, store.change(job, state="running", ended=0.0, result="", images=images)
+
+
 def job_done_before(first):
     """Let a server end a job, and then itself; returns the job's id and its volume."""
     first.seed("jobs")
@@ -252,11 +264,8 @@ def job_done_before(first):
 def test_a_job_whose_banks_classes_were_changed_fails_and_mixes_nothing(server_of, nano_weights, tmp_path):
     settings = settings_of(nano_weights, tmp_path)
     identity, data = job_done_before(server_of(settings))
-    folder = tmp_path / ".jobs" / identity
-    job = json.loads((folder / "job.json").read_text())
-    classes = {key: f"not {name}" if key == "1" else name for key, name in job["classes"].items()}
-    (folder / "job.json").write_text(json.dumps({**job, "state": "running", "classes": classes}))
-    (folder / "00000.input").write_bytes(data)
+    store, job = run_again(tmp_path / ".jobs", data)
+    store.change(job, classes={k: f"not {name}" if k == 1 else name for k, name in job.classes.items()})
     second = server_of(settings)
     info = wait(second, identity)
     assert info["state"] == "failed"
@@ -270,20 +279,135 @@ def test_a_job_is_gone_at_once_whoever_still_writes_to_it(tmp_path):
     folder = tmp_path / "job"
     folder.mkdir()
     (folder / "job.json").write_text("{}")
-    remove(folder)
-    remove(folder)
+    store = JobStore(tmp_path)
+    store.remove("job")
+    store.remove("job")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError):
         (folder / "result").write_bytes(b"late")
-    assert size_of(tmp_path) == 0
+    assert store.bytes_by_owner() == {}
 
 
 def test_a_job_whose_files_are_gone_fails_and_holds_nobody_up(server_of, nano_weights, tmp_path):
     settings = settings_of(nano_weights, tmp_path)
     identity, data = job_done_before(server_of(settings))  # its input is deleted with that
-    kept = tmp_path / ".jobs" / identity / "job.json"
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "state": "running"}))
+    store = JobStore(tmp_path / ".jobs")
+    store.change(store.all()[0], state="running")
     second = server_of(settings)
     info = wait(second, identity)
     assert (info["state"], "missing" in info["error"]) == ("failed", True)
     assert wait(second, post(second, data, bank="jobs").json()["id"])["state"] == "done"
+
+
+def test_a_damaged_job_file_is_skipped_and_the_others_run(server_of, nano_weights, tmp_path):
+    server = server_of(settings_of(nano_weights, tmp_path))
+    server.seed("jobs")
+    data = gzip.compress(nifti(phantom(SHAPE), AFFINE))
+    damaged = post(server, data, bank="jobs").json()["id"]
+    wait(server, damaged)
+    file = tmp_path / ".jobs" / damaged / "job.json"
+    for content in (file.read_bytes().replace(b"done", b"gone"), b'{"job": "{}"', b"[1]", b""):
+        file.write_bytes(content)
+        assert wait(server, post(server, data, bank="jobs").json()["id"])["state"] == "done"
+        assert server.http.get(f"/jobs/{damaged}").status_code == 404
+    assert damaged in server.app.state.jobs.store.damaged
+    assert server.http.delete(f"/jobs/{damaged}").status_code == 204  # an admin may delete it
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["00000.input", "images.npy"])
+def test_a_damaged_input_fails_its_job(server_of, nano_weights, tmp_path, name):
+    settings = settings_of(nano_weights, tmp_path)
+    identity, data = job_done_before(server_of(settings))
+    store, job = run_again(tmp_path / ".jobs", data)
+    path = store.path(job) / name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    info = wait(server_of(settings), identity)
+    assert (info["state"], "damaged" in info["error"]) == ("failed", True)
+
+
+def test_a_damaged_result_is_an_error_and_no_label(server_of, nano_weights, tmp_path):
+    server = server_of(settings_of(nano_weights, tmp_path))
+    server.seed("jobs")
+    identity = post(server, gzip.compress(nifti(phantom(SHAPE), AFFINE)), bank="jobs").json()["id"]
+    wait(server, identity)
+    path = tmp_path / ".jobs" / identity / "result"
+    path.write_bytes(path.read_bytes() + b"x")
+    answer = server.http.get(f"/jobs/{identity}/result")
+    assert (answer.status_code, "damaged" in answer.text) == (500, True)
+
+
+def test_jobs_of_keys_take_turns(server, key_of):
+    server.seed("jobs")
+    server.http.put("/banks/jobs/share")
+    busy, other = (server.as_key(key_of("annotate", name)) for name in ("ann", "bob"))
+    long = gzip.compress(nifti(phantom((40, 30, 400)), AFFINE))
+    first = [post(busy, long, bank="jobs").json()["id"] for _ in range(2)]
+    small = post(other, gzip.compress(nifti(phantom((40, 30, 1)), AFFINE)), bank="jobs").json()
+    assert wait(other, small["id"])["state"] == "done"
+    assert {busy.http.get(f"/jobs/{job}").json()["state"] for job in first} <= {"queued", "running"}
+    for job in first:
+        busy.http.delete(f"/jobs/{job}")
+
+
+def test_a_key_holds_a_share_of_the_disk(server_of, nano_weights, tmp_path):
+    server = server_of(settings_of(nano_weights, tmp_path, max_jobs_bytes=40_000, job_share=0.5))
+    server.seed("jobs")
+    data = nifti(phantom((40, 30, 8)), AFFINE)  # with its slices more than half of the bytes
+    refused = post(server, data, bank="jobs")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert "of 20000 bytes" in refused.text
+    assert post(server, gzip.compress(nifti(phantom((40, 30, 2)), AFFINE)), bank="jobs").status_code == 202
+
+
+def test_jobs_of_a_revoked_key_stop(server, key_of):
+    server.seed("jobs")
+    server.http.put("/banks/jobs/share")
+    key = server.as_key(key_of("annotate", "leaver"))
+    job = post(key, gzip.compress(nifti(phantom((40, 30, 400)), AFFINE)), bank="jobs").json()["id"]
+    server.app.state.access.keys.remove("leaver")
+    info = wait(server, job)
+    assert (info["state"], "revoked" in info["error"]) == ("failed", True)
+    assert info["done"] < 400
+
+
+def test_a_jump_of_the_clock_deletes_no_result(server_of, nano_weights, tmp_path, monkeypatch):
+    server = server_of(settings_of(nano_weights, tmp_path, job_age_s=3600))
+    server.seed("jobs")
+    data = gzip.compress(nifti(phantom((40, 30, 1)), AFFINE))
+    first = post(server, data, bank="jobs").json()["id"]
+    wait(server, first)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 30 * 86400)
+    wait(server, post(server, data, bank="jobs").json()["id"])
+    assert server.http.get(f"/jobs/{first}/result").status_code == 200
+
+
+def test_a_failing_turn_does_not_end_the_thread(server_of, nano_weights, tmp_path, monkeypatch):
+    server = server_of(settings_of(nano_weights, tmp_path))
+    server.seed("jobs")
+    jobs, failed = server.app.state.jobs, threading.Event()
+    whole = jobs.store.all
+
+    def fail_once():
+        if threading.current_thread().name == "vessa-jobs" and not failed.is_set():
+            failed.set()
+            raise RuntimeError("a fault of the service")
+        return whole()
+
+    monkeypatch.setattr(jobs.store, "all", fail_once)
+    data = gzip.compress(nifti(phantom((40, 30, 1)), AFFINE))
+    identity = post(server, data, bank="jobs").json()["id"]
+    assert failed.wait(20)
+    assert wait(server, identity)["state"] == "done"
+    assert server.http.get("/readyz").status_code == 200
+    monkeypatch.setattr(type(jobs._runner), "alive", False)
+    answer = server.http.get("/readyz")
+    assert (answer.status_code, "volume jobs has died" in answer.text) == (503, True)
+
+
+def test_an_upload_that_fails_leaves_nothing(server_of, nano_weights, tmp_path):
+    server = server_of(settings_of(nano_weights, tmp_path))
+    server.seed("jobs")
+    assert post(server, b"no volume", bank="jobs").status_code == 422
+    assert [p.name for p in (tmp_path / ".jobs").iterdir() if p.name != "worker.lock"] == []

@@ -1,19 +1,33 @@
-"""Jobs over HTTP: a volume in, progress, a label volume out."""
+"""Routes of volume jobs: a volume in, progress, a label volume out."""
 
 from functools import partial
+from pathlib import Path
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 
 from vessa.errors import UnsupportedMedia
 from vessa.schemas import JobInfo, Provenance
 from vessa_server.api.authentication import CallerDep, require_key
-from vessa_server.api.dependencies import FORM, limits_of, media_type, read_body, service_of
+from vessa_server.api.dependencies import (
+    FORM,
+    READ,
+    BanksDep,
+    ChangeDep,
+    body_chunks,
+    callers_banks,
+    limits_of,
+    media_type,
+    service_of,
+)
 from vessa_server.api.openapi import JOB_BODY, answering
-from vessa_server.serialization.job_request import read_job
-from vessa_server.volume_jobs.runner import Jobs
+from vessa_server.serialization.job_request import job_form, read_job
+from vessa_server.serialization.multipart import FormStream
+from vessa_server.settings import Settings
+from vessa_server.volume_jobs.jobs import Jobs
 
+_WRITE_BYTES = 1 << 20  # of an upload, in one write
 jobs_api = APIRouter(dependencies=[Depends(require_key)])
 
 MEDIA = {
@@ -29,59 +43,75 @@ def _jobs(request: Request) -> Jobs:
 
 
 @jobs_api.post("/jobs", status_code=202, openapi_extra=JOB_BODY)
-async def create_job(request: Request, response: Response, caller: CallerDep) -> JobInfo:
+async def create_job(request: Request, response: Response, caller: CallerDep, change: ChangeDep) -> JobInfo:
     """Segment a volume slice by slice, in the background.
 
     image: one NIfTI file (.nii, .nii.gz), one DICOM file of one or many frames, or, repeated, the files of
     one DICOM series. axis: how it is cut: auto (default: a DICOM's images, else the axis with the largest
     spacing), axial, coronal or sagittal. result: nifti, dicom-seg or nrrd (.seg.nrrd, as 3D Slicer
-    writes it); by default DICOM SEG for DICOM and NIfTI for NIfTI. The answer's Location tells how it goes.
+    writes it); by default DICOM SEG for DICOM and NIfTI for NIfTI. The answer's Location is the address of
+    its state. Once this answers, the job is on the disk.
     """
-    limits = limits_of(request)
+    limits, jobs = limits_of(request), _jobs(request)
     with limits.work(caller), service_of(request).permit() as engine:
         if media_type(request) != FORM:
-            raise UnsupportedMedia(f"a job needs a form: {FORM}")
-        body = await read_body(
-            request,
-            limit=engine.settings.jobs.max_job_bytes,
-            seconds=engine.settings.limits.body_timeout_s,
-        )
-        files, wish = await run_in_threadpool(
-            read_job, request.headers["content-type"], body, engine.settings.jobs.max_job_slices
-        )
-        take = partial(limits.take, caller)
-        jobs = _jobs(request)
-        create = partial(jobs.create, files, wish, caller, engine, take)
-        info = await run_sync(create, limiter=jobs.reading)
+            raise UnsupportedMedia(f"A job needs a form: send it as {FORM}.")
+        # Entered and left in this thread: they only create and remove a folder.
+        with jobs.upload(caller) as folder:
+            form = await _receive(request, folder, engine.settings)
+            wanted, files = await run_in_threadpool(read_job, form.finish()), form.paths
+            banks = callers_banks(engine, caller)
+            async with contextmanager_in_threadpool(change("job.create", bank=wanted.bank)) as more:
+                take = partial(limits.take, caller)
+                reader = engine.reader.for_caller(banks)
+                create = partial(jobs.create, folder, files, wanted, caller, reader, take)
+                info = await run_sync(create, limiter=jobs.reading)
+                more["job"] = info.id
     response.headers["Location"] = f"/jobs/{info.id}"
     return info
 
 
-@jobs_api.get("/jobs")
+async def _receive(request: Request, folder: Path, settings: Settings) -> FormStream:
+    """Write the uploaded files to a folder as they arrive, without a whole one in memory."""
+    form = job_form(request.headers["content-type"], folder, settings.jobs.max_job_slices)
+    pending = bytearray()
+    limit, seconds = settings.jobs.max_job_bytes, settings.limits.body_timeout_s
+    async for chunk in body_chunks(request, limit=limit, seconds=seconds):
+        pending += chunk
+        if len(pending) >= _WRITE_BYTES:
+            await run_in_threadpool(form.feed, bytes(pending))
+            pending.clear()
+    await run_in_threadpool(form.feed, bytes(pending))
+    return form
+
+
+@jobs_api.get("/jobs", dependencies=READ)
 def list_jobs(request: Request, caller: CallerDep) -> list[JobInfo]:
-    """The jobs of this key, the oldest first."""
+    """List the jobs of this key, the oldest first."""
     return _jobs(request).visible(caller)
 
 
-@jobs_api.get("/jobs/{identity}")
+@jobs_api.get("/jobs/{identity}", dependencies=READ)
 def job_info(identity: str, request: Request, caller: CallerDep) -> JobInfo:
-    """How a job goes: its state, and how many of its slices are done."""
+    """Return the state of a job, and how many of its slices are done."""
     return _jobs(request).info(identity, caller)
 
 
 @jobs_api.delete("/jobs/{identity}", status_code=204)
-def cancel_job(identity: str, request: Request, caller: CallerDep) -> None:
-    """Stop a job, or forget a finished one."""
-    _jobs(request).cancel(identity, caller)
+def cancel_job(identity: str, request: Request, caller: CallerDep, change: ChangeDep) -> None:
+    """Stop a job and delete all of it, or delete a finished one."""
+    with change("job.delete", job=identity):
+        _jobs(request).cancel(identity, caller)
 
 
 @jobs_api.get(
     "/jobs/{identity}/result",
     response_class=Response,
     responses=answering(*(media for media, _ in MEDIA.values())),
+    dependencies=READ,
 )
 def job_result(identity: str, request: Request, caller: CallerDep) -> Response:
-    """The label volume on the grid of the image: .nii.gz, DICOM SEG or .seg.nrrd.
+    """Return the label volume on the grid of the image: .nii.gz, DICOM SEG or .seg.nrrd.
 
     409 job_unfinished until the job is done.
     """
@@ -90,7 +120,11 @@ def job_result(identity: str, request: Request, caller: CallerDep) -> Response:
     return Response(data, media_type=media, headers={"Content-Disposition": f'attachment; filename="{name}"'})
 
 
-@jobs_api.get("/jobs/{identity}/provenance")
-def job_provenance(identity: str, request: Request, caller: CallerDep) -> list[Provenance]:
-    """What made the labels of each slice that is done, in their order: templates, weights, bank version."""
+@jobs_api.get("/jobs/{identity}/provenance", dependencies=READ)
+def job_provenance(identity: str, request: Request, caller: CallerDep, banks: BanksDep) -> list[Provenance]:
+    """Return the provenance of each finished slice, in their order: templates, weights, bank version.
+
+    It names templates and patients of the bank: 404 unknown_bank for a key that may no longer use it.
+    """
+    banks.get(_jobs(request).info(identity, caller).bank)
     return _jobs(request).provenance(identity, caller)

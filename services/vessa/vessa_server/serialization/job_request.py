@@ -1,13 +1,14 @@
-"""The form of POST /jobs."""
+"""Read the form of POST /jobs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from vessa.errors import InvalidRequest
 from vessa.volumes import AXES
 from vessa.volumes.files import LabelFormat
 from vessa_server.serialization.fields import read_name, read_strings
-from vessa_server.serialization.multipart import Form
+from vessa_server.serialization.multipart import Form, FormStream
 from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.template_bank.retrieval import check_name
 
@@ -16,7 +17,7 @@ ResultKind = LabelFormat
 
 @dataclass(frozen=True)
 class JobRequest:
-    """The fields of a job request. axis: see `Volume.axis`; kind: None for what fits the files."""
+    """Hold the fields of a job request. axis: see `Volume.axis`; kind: None for what fits the files."""
 
     bank: str
     classes: list[str] | None = None
@@ -28,22 +29,25 @@ class JobRequest:
 _FIELDS = {"image", "bank", "classes", "group", "axis", "result"}
 
 
-def read_job(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], JobRequest]:
-    """Return the files and what is wished of them; MalformedBody, InvalidRequest, TooLarge."""
-    form = Form(content_type, body, _FIELDS, many="image", max_parts=max_files + len(_FIELDS))
+def job_form(content_type: str, folder: Path, max_files: int) -> FormStream:
+    """Return the parser of a job's form, which writes the uploaded files to a folder."""
+    return FormStream(content_type, _FIELDS, many="image", max_parts=max_files + len(_FIELDS), folder=folder)
+
+
+def read_job(form: Form) -> JobRequest:
+    """Return the fields of a job's form. Raises InvalidRequest, TooLarge."""
     classes, group = form.json("classes"), form.text("group", "")
-    request = JobRequest(
+    return JobRequest(
         bank=check_name(form.text("bank", DEFAULT_BANK)),
         classes=None if classes is None else read_strings(classes, "classes", None),
         group=read_name(group, "group") if group else None,
         axis=_one_of(form, "axis", AXES, "auto"),
         kind=_one_of(form, "result", get_args(ResultKind), None),
     )
-    return form.files("image"), request
 
 
 def _one_of(form: Form, name: str, allowed: tuple[str, ...], default: str | None) -> Any:
     value = form.text(name, "") or default
     if value is not None and value not in allowed:
-        raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {value[:40]!r}")
+        raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}. Got {value[:40]!r}.")
     return value

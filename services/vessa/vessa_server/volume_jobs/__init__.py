@@ -1,1 +1,1 @@
-"""Jobs that segment volumes, kept on disk across restarts."""
+"""Jobs that segment volumes in the background, stored on disk across restarts."""

@@ -1,0 +1,98 @@
+"""Store the slices of a job and their labels, each with a checksum."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from vessa.atomic_write import write_bytes
+from vessa.errors import InternalError
+from vessa.schemas import Provenance
+from vessa.volumes import Volume
+from vessa.volumes.grid import slice_of
+from vessa_server.serialization.image_files import decode_mask, label_png
+from vessa_server.volume_jobs.store import Job, digest_of_file
+
+log = logging.getLogger(__name__)
+
+IMAGES = "images.npy"
+
+
+def write_images(folder: Path, volume: Volume, axis: int) -> str:
+    """Write the slices along an axis as uint8 (S, H, W); return the SHA-256 of the file.
+
+    A job reads a few slices at a time, so that jobs of several keys take turns without their volumes in
+    memory.
+    """
+    count = volume.shape[axis]
+    first = volume.image(axis, 0)
+    images = np.lib.format.open_memmap(
+        folder / IMAGES, mode="w+", dtype=np.uint8, shape=(count, *first.shape)
+    )
+    for index in range(count):
+        images[index] = first if index == 0 else volume.image(axis, index)
+    images.flush()
+    del images
+    (folder / IMAGES).chmod(0o600)
+    return digest_of_file(folder / IMAGES)
+
+
+def read_images(folder: Path, places: Sequence[int]) -> NDArray[np.uint8]:
+    """Read some slices, uint8 (len(places), H, W)."""
+    images = np.load(folder / IMAGES, mmap_mode="r")
+    return np.array(images[list(places)])
+
+
+def check_inputs(folder: Path, job: Job) -> None:
+    """Compare the uploaded files and the slices with their checksums. Raises InternalError."""
+    paths = [(folder / f"{i:05d}.input", digest) for i, digest in enumerate(job.files)]
+    for path, digest in [*paths, (folder / IMAGES, job.images)]:
+        if digest_of_file(path) != digest:
+            raise InternalError("A stored file of the job is damaged. Send the volume again.")
+
+
+def write_slice(folder: Path, place: int, labels: NDArray[np.uint8], made: Provenance) -> None:
+    """Write the labels (H, W) of one slice and their provenance."""
+    png = label_png(labels)
+    record = {"png": hashlib.sha256(png).hexdigest(), "made": made.model_dump_json()}
+    write_bytes(folder / f"{place:05d}.png", png, 0o600)
+    write_bytes(folder / f"{place:05d}.made", json.dumps(record).encode(), 0o600)
+
+
+def finished_slices(folder: Path, job: Job) -> set[int]:
+    """Return the slices whose labels are complete; damaged ones are removed, with a warning in the log."""
+    done = set()
+    for path in folder.glob("*.made"):
+        labels = path.with_suffix(".png")
+        try:
+            record = json.loads(path.read_bytes())
+            Provenance.model_validate_json(record["made"])
+            if digest_of_file(labels) != record["png"]:
+                raise ValueError("the labels do not match")
+            done.add(int(path.stem))
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            log.warning("job %s: slice %s is damaged; it is segmented again", job.id, path.stem)
+            path.unlink(missing_ok=True)
+            labels.unlink(missing_ok=True)
+    return done
+
+
+def read_provenance(folder: Path) -> list[Provenance]:
+    """Return the provenance of each finished slice, in their order. Raises OSError, ValueError."""
+    records = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.made"))]
+    return [Provenance.model_validate_json(record["made"]) for record in records]
+
+
+def assemble(volume: Volume, job: Job, folder: Path) -> NDArray[np.uint8]:
+    """Return the labels of all slices on the grid of the volume."""
+    labels = np.zeros(volume.shape, np.uint8)
+    for index in range(job.slices):
+        part = slice_of(labels, job.axis, index)
+        size = (part.shape[0], part.shape[1])
+        part[...] = decode_mask((folder / f"{index:05d}.png").read_bytes(), size, part.size)
+    return labels
