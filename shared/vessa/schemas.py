@@ -165,6 +165,20 @@ class ItemInfo(_Frozen):
     scores: dict[str, float] = {}
 
 
+class Erasure(_Frozen):
+    """Report what was removed of a patient.
+
+    banks: that held templates of it; templates, jobs, annotations: how many were removed; unreadable_banks:
+    damaged ones, which were not searched
+    """
+
+    banks: list[str]
+    templates: int
+    jobs: int
+    annotations: int
+    unreadable_banks: list[str] = []
+
+
 class Suggestion(_Frozen):
     """What to annotate next.
 

@@ -54,6 +54,11 @@ class ByteCache:
             oldest, _ = self._held.popitem(last=False)
             self.nbytes -= self._sizes.pop(oldest)
 
+    def drop(self, key: Hashable) -> None:
+        """Remove one entry, if it is there."""
+        if self._held.pop(key, None) is not None:
+            self.nbytes -= self._sizes.pop(key)
+
     def clear(self) -> None:
         """Forget everything."""
         self._held.clear()

@@ -38,6 +38,7 @@ class AdaptationRunner:
         self._banks, self._model, self._digest, self._decoder_lock = banks, model, digest, decoder_lock
         self._states: dict[tuple[str, str | None], AdaptationInfo] = {}  # by bank and owner
         self._lock = threading.Lock()
+        self._cancelled: set[tuple[str, str | None]] = set()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -50,6 +51,7 @@ class AdaptationRunner:
                     "another bank is being adapted to, the limit is one at a time; retry later",
                     retry_after=30.0,
                 )
+            self._cancelled.discard(_key(bank))
             self._states[_key(bank)] = AdaptationInfo(bank=name, state="running")
             self._thread = threading.Thread(
                 target=self._run, args=(bank, seconds), name="vessa-adapt", daemon=True
@@ -68,10 +70,10 @@ class AdaptationRunner:
         return AdaptationInfo(bank=name, state="none")
 
     def forget(self, name: str) -> None:
-        """Serve a bank by the common weights again; UnknownBank, QueueFull while it is being adapted to."""
-        if self.info(name).state == "running":
-            raise QueueFull("the bank is being adapted to; retry later", retry_after=30.0)
+        """Serve a bank by the common weights again, and cancel a running adaptation. Raises UnknownBank."""
         bank = self._banks.get(name)
+        with self._lock:
+            self._cancelled.add(_key(bank))
         self._banks.adapt(name, None)
         self._states.pop(_key(bank), None)
 
@@ -106,8 +108,11 @@ class AdaptationRunner:
 
     def _run(self, bank: Bank, seconds: float) -> None:
         def progress(share: float, step: int, dice: float) -> None:
-            if self._stopping.is_set():
+            if self._stopping.is_set() or _key(bank) in self._cancelled:
                 raise _ShutdownError
+            now = self._banks.get(bank.name)  # a deleted bank, or an erased patient, ends it
+            if now.owner != bank.owner or not now.entries.keys() >= bank.entries.keys():
+                raise UnknownBank("templates that it learns from were removed")
             self._states[_key(bank)] = AdaptationInfo(
                 bank=bank.name, state="running", progress=min(share, 1.0)
             )
@@ -115,6 +120,8 @@ class AdaptationRunner:
         try:
             found, figures = self.fit(bank, seconds, progress)
             log.info("bank %s: adaptation %s", bank.name, figures)
+            if _key(bank) in self._cancelled:
+                return
             if found is not None:
                 self._banks.adapt(bank.name, found, learned_from=bank)
                 del self._states[_key(bank)]

@@ -1,9 +1,6 @@
-"""`vessa-server keys create|list|revoke`: who may use the annotator, and what for."""
+"""Create, list and revoke keys."""
 
-import getpass
 import json
-import secrets
-import socket
 from typing import Annotated, Literal
 
 import typer
@@ -13,36 +10,40 @@ from rich.table import Table
 from vessa.errors import InvalidRequest
 from vessa_server.auth.audit_log import Actor, AuditLog, open_audit
 from vessa_server.auth.keys import Keys, Role, create_key, open_keys
+from vessa_server.cli.actor import command_line_actor
 from vessa_server.settings import Settings
 
 keys = typer.Typer(no_args_is_help=True, help=__doc__)
-Name = Annotated[str, typer.Argument(help="Whose key it is: of a person or of a program.")]
+Name = Annotated[str, typer.Argument(help="Name of the person or the program that will hold the key.")]
 Store = Annotated[str | None, typer.Option(help="The annotator's store, as `serve` was given it.")]
 _console = Console(stderr=True)
 
 
 def _open(store: str | None) -> tuple[Keys, AuditLog, Actor]:
     settings = Settings() if store is None else Settings(store=store)
-    actor = Actor(getpass.getuser(), f"command line on {socket.gethostname()}", secrets.token_hex(16))
-    return open_keys(settings), open_audit(settings), actor
+    return open_keys(settings), open_audit(settings), command_line_actor()
 
 
 @keys.command()
 def create(
     name: Name,
     role: Annotated[
-        Literal["annotate", "curate", "admin"],
-        typer.Option(help="annotate: segment; curate: template banks too; admin: everything."),
+        Literal["monitor", "annotate", "curate", "admin"],
+        typer.Option(
+            help="monitor: read /metrics; annotate: segment; curate: template banks too; admin: everything."
+        ),
     ] = "annotate",
-    requests: Annotated[int | None, typer.Option(help="Requests in work at once.", min=1)] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests in progress at once.", min=1)] = None,
     images_per_minute: Annotated[int | None, typer.Option(help="Images in a minute.", min=1)] = None,
     store: Store = None,
 ) -> None:
-    """Make a key and print it, once: only its hash is kept. A running annotator takes it at once."""
+    """Create a key and print it once: only its hash is stored. Running annotators accept it at once."""
     known, audit, actor = _open(store)
     with audit.change(actor, "key.create", name=name[:40], role=role):
         key = create_key(known, name, Role[role], requests, images_per_minute)
-    _console.print(f"key {name!r} with the role {role}; it cannot be shown again:", highlight=False)
+    _console.print(
+        f"key {name!r} with the role {role}; it cannot be shown again:", highlight=False, markup=False
+    )
     print(key)
 
 
@@ -53,7 +54,7 @@ def list_keys(
         bool, typer.Option("--json", help="End with one JSON object on the last line.")
     ] = False,
 ) -> None:
-    """List the keys; the admin key "local", which the service makes itself, is not among them."""
+    """List the keys, without the admin key "local" that the service generates itself."""
     found = sorted(_open(store)[0].all().values(), key=lambda key: key.name)
     table = Table("name", "role", "created", "requests", "images a minute")
     for key in found:
@@ -67,9 +68,9 @@ def list_keys(
 
 @keys.command()
 def revoke(name: Name, store: Store = None) -> None:
-    """Forget a key. A running annotator refuses it at once; its banks stay, for a new key of this name."""
+    """Revoke a key. Running annotators refuse it at once; its banks stay, for a new key of this name."""
     known, audit, actor = _open(store)
     with audit.change(actor, "key.revoke", name=name[:40]):
         if not known.remove(name):
-            raise InvalidRequest(f"there is no key {name!r}; `vessa-server keys list` shows them")
-    _console.print(f"key {name!r} is revoked", highlight=False)
+            raise InvalidRequest(f"There is no key {name!r}. `vessa-server keys list` shows them.")
+    _console.print(f"key {name!r} is revoked", highlight=False, markup=False)

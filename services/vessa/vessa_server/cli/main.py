@@ -13,8 +13,11 @@ from rich.console import Console
 
 from vessa.errors import InvalidConfig, InvalidRequest, VessaError
 from vessa.redaction import redact
+from vessa_server.cli.audit import audit as audit_app
 from vessa_server.cli.data import data as data_app
 from vessa_server.cli.keys import keys as keys_app
+from vessa_server.cli.store import erase
+from vessa_server.cli.store import store as store_app
 from vessa_server.cli.weights import weights as weights_app
 
 # Local variables in a traceback would show keys and addresses with passwords.
@@ -24,6 +27,9 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(weights_app, name="weights")
 app.add_typer(data_app, name="data")
+app.add_typer(store_app, name="store")
+app.add_typer(audit_app, name="audit")
+app.command()(erase)
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
 
 

@@ -82,6 +82,7 @@ class BatchQueue:
             )
         self.max_items, self.max_batch, self.wait_s = max_items, max_batch, wait_s
         self._runner, self._observe = BatchRunner(process, release), observe
+        self._release, self._dropping = release, threading.Event()
         self._max_pixels, self._pixels_of = max_pixels, pixels_of
         self._waiting: FairQueue[_Entry] = FairQueue()
         self._in_flight: dict[Hashable, _Entry] = {}  # entries that wait or are processed, by key
@@ -194,8 +195,15 @@ class BatchQueue:
         if entry.key is not None and self._in_flight.get(entry.key) is entry:
             del self._in_flight[entry.key]
 
+    def release_memory(self) -> None:
+        """Let the batch thread drop all cached images and templates before its next batch, within seconds."""
+        self._dropping.set()
+
     def _run(self) -> None:
         while (batch := self._take()) is not None:
+            if self._dropping.is_set():
+                self._dropping.clear()
+                self._release(True)
             if batch:
                 start = time.monotonic()
                 try:

@@ -1,5 +1,6 @@
 """Keep template banks in Redis."""
 
+import contextlib
 import random
 import time
 from collections.abc import Mapping
@@ -79,7 +80,10 @@ class RedisStore:
                 return old
             return _store(pipe, bank, replace(wanted, version=old.version + 1), blobs, old.blobs)
 
-        return self._transaction(bank, attempt)
+        new = self._transaction(bank, attempt)
+        if not new.exists and not blobs:
+            self._forget_deleted()
+        return new
 
     def reset(self, bank: str, index: Index) -> Index:
         """Store an index whatever is stored now."""
@@ -89,6 +93,11 @@ class RedisStore:
             return _store(pipe, bank, index, {}, there)
 
         return self._transaction(bank, attempt)
+
+    def _forget_deleted(self) -> None:
+        """Let Redis rewrite its append-only file, which still holds the templates of a deleted bank."""
+        with contextlib.suppress(redis.RedisError):  # not allowed, not used, or running already
+            self._redis.bgrewriteaof()
 
     def _transaction(self, bank: str, attempt: Any) -> Index:
         for _ in range(self._attempts):

@@ -1,0 +1,43 @@
+"""Route that erases a patient."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Request
+
+from vessa.schemas import Erasure
+from vessa_server.active_learning import CandidateCache
+from vessa_server.api.authentication import require_admin, require_key
+from vessa_server.api.dependencies import ChangeDep, EngineDep
+from vessa_server.volume_jobs.jobs import Jobs
+
+groups = APIRouter(dependencies=[Depends(require_key)])
+
+
+@groups.delete("/groups/{group}", dependencies=[Depends(require_admin)])
+def erase_group(
+    group: Annotated[str, Path(description="patient, as it was given to templates and jobs", max_length=128)],
+    request: Request,
+    engine: EngineDep,
+    change: ChangeDep,
+) -> Erasure:
+    """Remove a patient from banks, jobs and this service's memory, and say how much was removed.
+
+    All cached features are dropped, because images without a group may show the patient. Other replicas need
+    this request too; `vessa-server erase` lists what stays elsewhere.
+    """
+    jobs: Jobs = request.app.state.jobs
+    with change("erase") as more:
+        removed = {b.name: engine.banks.remove_group(b.name, group) for b in engine.banks.all()}
+        banks = sorted(name for name, count in removed.items() if count)
+        result = Erasure(
+            banks=banks,
+            templates=sum(removed.values()),
+            jobs=jobs.erase_group(group),
+            annotations=engine.annotations.erase(group, banks),
+            unreadable_banks=sorted(engine.banks.damaged),
+        )
+        candidates: CandidateCache = request.app.state.candidates
+        candidates.clear()
+        engine.queue.release_memory()
+        more |= {"templates": result.templates, "jobs": result.jobs, "annotations": result.annotations}
+    return result
