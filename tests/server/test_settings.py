@@ -87,4 +87,4 @@ def test_an_unknown_setting_is_refused() -> None:
 
 def test_an_empty_key_is_no_key_and_a_key_is_not_shown() -> None:
     assert Settings(api_key="  ").key == ""
-    assert "geheim" not in repr(Settings(api_key="geheim"))
+    assert "geheim" not in repr(Settings(api_key="geheim" * 3))

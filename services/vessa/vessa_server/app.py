@@ -1,4 +1,4 @@
-"""The FastAPI app: its parts put together, every failure in one form, and how it is served."""
+"""Build the FastAPI app and serve it."""
 
 import logging
 import math
@@ -8,18 +8,21 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 from vessa_server import __version__
 from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
+from vessa_server.api.client_address import client_address
 from vessa_server.api.error_handlers import add_error_handlers
-from vessa_server.api.h11_limits import BoundedHttp
+from vessa_server.api.groups import groups
+from vessa_server.api.h11_limits import bounded_http
 from vessa_server.api.jobs import jobs_api
 from vessa_server.api.openapi import FAILURES
 from vessa_server.api.segment import segmentation
-from vessa_server.api.status import operations, probes
+from vessa_server.api.status import monitoring, operations, probes
 from vessa_server.api.suggest import suggestions
 from vessa_server.auth.api_key import resolve_access
 from vessa_server.auth.audit_log import open_audit
@@ -32,15 +35,15 @@ from vessa_server.serving.worker import Worker
 from vessa_server.serving.worker_process import WorkerProcess
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
-from vessa_server.volume_jobs.runner import Jobs
+from vessa_server.volume_jobs.jobs import Jobs
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """Reference-guided segmentation of medical images.
 
-Every route but /livez and /readyz needs the header `Authorization: Bearer <key>`. A key has a role: annotate,
-curate (may change template banks too) or admin. A failure is {"error": {"code", "message", "item",
-"request_id"}}.
+Every route but /livez and /readyz needs the header `Authorization: Bearer <key>`. A key has a role: monitor
+(reads /metrics alone), annotate, curate (may change template banks too) or admin. A failure is {"error":
+{"code", "message", "item", "request_id"}}.
 """
 _SWITCH_S = 0.0005
 
@@ -58,7 +61,8 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     """
     settings = settings or Settings()
     service = Service(settings, worker_factory)
-    jobs = Jobs(settings, service)
+    access = resolve_access(settings)
+    jobs = Jobs(settings, service, access.current)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,26 +83,41 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         redirect_slashes=False,
     )
     app.state.service, app.state.jobs = service, jobs
-    app.state.access = resolve_access(settings)
+    app.state.access = access
     app.state.audit = open_audit(settings)
-    app.state.candidates = CandidateCache(2 * settings.limits.max_candidates)
-    app.state.limits = KeyLimits(settings.limits.key_requests, settings.limits.key_images_per_minute)
+    bounds = settings.limits
+    app.state.candidates = CandidateCache(2 * bounds.max_candidates)
+    app.state.limits = KeyLimits(
+        bounds.key_requests,
+        bounds.key_images_per_minute,
+        share=max(1, bounds.max_requests * 3 // 4),
+        reads=bounds.key_reads,
+        changes_per_minute=bounds.key_changes_per_minute,
+        failures_per_minute=bounds.failed_keys_per_minute,
+    )
+    app.state.reading = CapacityLimiter(bounds.max_reads)
     for router in (
         banks_api,
         segmentation,
         jobs_api,
         suggestions,
+        groups,
         operations,
     ):  # in the order in which they are tried
         app.include_router(router, responses=FAILURES)
+    app.include_router(monitoring, responses=FAILURES)
     app.include_router(probes)
     add_error_handlers(app)
-    app.add_middleware(Observe, metrics=service.metrics)
+    app.add_middleware(
+        Observe,
+        metrics=service.metrics,
+        client_of=lambda scope: client_address(scope, settings.trusted_proxies),
+    )
     return app
 
 
 def prepare_process(settings: Settings) -> None:
-    """Do what a process that serves the app does once, before anything else."""
+    """Set up logs, traces and the interpreter of a process that serves the app; call it once, first."""
     log_to_stderr(settings)
     unknown = sorted(n for n in os.environ if n.startswith("VESSA_") and n not in Settings.variables())
     if unknown:  # a misspelt limit would silently not hold
@@ -110,17 +129,19 @@ def prepare_process(settings: Settings) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; then take no more connections and finish the requests in work.
+    """Serve until SIGTERM or SIGINT; then accept no more connections and finish the requests in progress.
 
-    Prints how to get in before it loads, and logs the progress of loading. Raises what made loading fail.
+    Prints where the key is before it loads, and logs the progress of loading. Raises the error that made
+    loading fail.
     """
     prepare_process(settings)
     app = create_app(settings)
     service: Service = app.state.service
-    print(app.state.access.describe(), flush=True)
+    print(app.state.access.describe(show_key=sys.stdout.isatty()), flush=True)
     if settings.insecure and not settings.loopback:
         log.warning(
-            "serving without a key on %s: everyone who can reach it can use and change it", settings.host
+            "serving without a key on %s: everyone who can reach this address can use and change it",
+            settings.host,
         )
     server = uvicorn.Server(
         uvicorn.Config(
@@ -130,7 +151,8 @@ def serve(settings: Settings) -> None:
             log_level=settings.log_level,
             log_config=None,
             lifespan="on",
-            http=BoundedHttp,
+            http=bounded_http(settings.limits.max_connections, settings.limits.write_timeout_s),
+            access_log=False,  # Observe writes one line a request, with key, bank and real address
             ws="none",
             server_header=False,
             proxy_headers=False,

@@ -5,6 +5,7 @@ Settings are read by group (`settings.limits.max_items`) and given by their own 
 """
 
 import os
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from vessa.errors import InvalidConfig
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 MEGABYTE = 1024 * 1024
 DAY_S = 86400.0
+SHORTEST_KEY = 16
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -44,12 +46,27 @@ class Limits(_Group):
     max_points: Positive = Field(64, description="points for one class of one image")
     max_candidates: Positive = Field(10_000, description="images that one suggestion is chosen from")
     max_requests: Positive = Field(32, description="segment and template requests in progress at once")
-    key_requests: Positive = Field(32, description="of them by one key without a limit of its own")
+    key_requests: Positive = Field(
+        32, description="of them by one key without a limit of its own; never more than 3/4 of max_requests"
+    )
+    max_reads: Positive = Field(4, description="GET requests that draw, read or list, in progress at once")
+    key_reads: Positive = Field(16, description="GET requests of one key in progress or waiting")
+    key_changes_per_minute: Natural = Field(
+        240, description="changes of banks and jobs by one key that is no admin; 0: any number"
+    )
+    failed_keys_per_minute: Natural = Field(
+        60, description="wrong keys of one address before it gets 429; 0: any number"
+    )
+    max_connections: Positive = Field(512, description="open connections")
     key_images_per_minute: Natural = Field(
         0, description="images by one key without a limit of its own; 0: any number"
     )
     request_timeout_s: Seconds = Field(120.0, description="from the complete body to the answer")
     body_timeout_s: Seconds = Field(30.0, description="for the whole head, and the whole body, to arrive")
+    write_timeout_s: Seconds = Field(
+        30.0, description="for the client to read an answer, plus 1 s for each 256 KiB of it"
+    )
+    suggest_timeout_s: Seconds = Field(60.0, description="longest computation of one suggestion")
     adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be requested")
 
 
@@ -72,7 +89,10 @@ class JobSettings(_Group):
     """Bound the volume jobs and say where they are stored."""
 
     jobs_folder: Path | None = Field(None, description="folder of the jobs; default: in the store's folder")
-    max_jobs: Positive = Field(64, description="stored jobs; a key may hold 3/4 of them")
+    max_jobs: Positive = Field(64, description="stored jobs")
+    job_share: float = Field(
+        0.75, gt=0, le=1, description="share of the stored jobs and of their bytes that one key may hold"
+    )
     max_jobs_bytes: Positive = Field(4096 * MEGABYTE, description="size of all jobs on disk")
     job_age_s: Seconds = Field(7 * DAY_S, description="finished jobs older than this are deleted")
     max_job_bytes: Positive = Field(256 * MEGABYTE, description="size of the files of one job")
@@ -96,7 +116,8 @@ class Audit(_Group):
 
     audit_file: Path | None = Field(None, description="file of the audit log; default: in the store's folder")
     audit_bytes: Positive = Field(16 * MEGABYTE, description="size of one file of the audit log")
-    audit_files: int = Field(8, ge=2, description="files of the audit log that are stored")
+    audit_files: int = Field(8, ge=2, description="files of the audit log that are always stored")
+    audit_days: Seconds = Field(90.0, description="days for which more files are stored")
 
 
 class Storage(_Group):
@@ -148,6 +169,9 @@ class Settings(_Group):
         None, description="file of the named keys; default: the store's Redis, or beside the key file"
     )
     insecure: bool = Field(False, description="serve everybody, without any key")
+    trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
+        (), description="gateways whose X-Forwarded-For is believed: addresses or networks, by comma"
+    )
     weights: str = Field("nano", description="`nano`, the shipped weights, or a weights directory")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="cpu, cuda, cuda:N, mps or auto"
@@ -185,6 +209,11 @@ class Settings(_Group):
             parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
             raise InvalidConfig("; ".join(parts)) from error
 
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _split_networks(cls, value: Any) -> Any:
+        return tuple(p.strip() for p in value.split(",") if p.strip()) if isinstance(value, str) else value
+
     @field_validator("without", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
@@ -195,6 +224,8 @@ class Settings(_Group):
     @model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
         language, limits = self.language_model, self.limits
+        if self.key and (len(self.key) < SHORTEST_KEY or not self.key.isascii()):
+            raise ValueError(f"api_key needs {SHORTEST_KEY} ASCII characters or more, it has {len(self.key)}")
         if self.insecure and self.key:
             raise ValueError(
                 "insecure and api_key exclude each other: remove VESSA_API_KEY or VESSA_INSECURE"

@@ -31,6 +31,20 @@ class ModelInfo:
     trained_on: tuple[str, ...] | None
 
 
+def scoped_id(client: str, image_id: str) -> str:
+    """Return the id under which an image of one client is cached.
+
+    An image id is a digest of the pixels, which others may know. Only the client that sent the pixels can
+    refer to them, and no client learns that another one has sent an image. Names of clients hold no slash.
+    """
+    return f"{client}/{image_id}"
+
+
+def public_id(scoped: str) -> str:
+    """Return the image id that clients know."""
+    return scoped.partition("/")[2] or scoped
+
+
 @dataclass(frozen=True)
 class TemplateItem:
     """An annotated image to encode.

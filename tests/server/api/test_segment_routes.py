@@ -226,7 +226,7 @@ def test_an_unknown_id_fails_its_item_alone(server: Any, seeded: str, example: A
     for i in (0, 2):
         error = metadata["items"][i]["error"]
         assert (error["code"], error["item"]) == ("unknown_image", i)
-        assert "send its pixels" in error["message"]
+        assert "Send its pixels" in error["message"]
         assert not tensors["labels"][i].any()
     none, metadata = tensors_of(server.segment({}, bank=seeded, image_ids='["sha256:none"]'))
     assert none["labels"].shape == (1, 1, 1)

@@ -14,9 +14,11 @@ from fastapi.routing import iter_route_contexts
 
 from vessa.client import AnnotatorClient, default_key_file
 from vessa.errors import InvalidConfig
-from vessa_server.api.authentication import require_key
+from vessa_server.api.authentication import require_key, require_monitor
+from vessa_server.api.client_address import client_address, is_served_host
 from vessa_server.app import create_app
 from vessa_server.auth.api_key import resolve_access
+from vessa_server.auth.rate_limits import Allowance
 from vessa_server.settings import Settings
 
 OPEN_ROUTES = {"/livez", "/readyz"}
@@ -40,12 +42,13 @@ def test_every_route_but_the_probes_depends_on_the_key() -> None:
         # A mount or a plain Starlette route has no dependant and would count as unprotected.
         dependant = getattr(context, "dependant", None)
         calls = {part.call for part in dependant.dependencies} if dependant else set()
-        if require_key not in calls:
+        if not calls & {require_key, require_monitor}:
             unprotected.add(context.path)
     assert unprotected == OPEN_ROUTES
 
 
-def test_every_route_refuses_a_missing_and_a_wrong_key(server: Any) -> None:
+def test_every_route_refuses_a_missing_and_a_wrong_key(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.app.state.limits, "failures_per_minute", 0)
     tried = 0
     for context in iter_route_contexts(server.app.routes):
         path = re.sub(r"\{\w+\}", "x", context.path)
@@ -104,8 +107,9 @@ def test_a_key_is_made_at_the_first_start_and_shown_with_its_place() -> None:
     assert len(access.key or "") >= 40
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert str(access.key) in access.describe()
-    assert str(path) in access.describe()
+    assert str(access.key) in access.describe(show_key=True)
+    assert str(access.key) not in access.describe(show_key=False)  # stdout is a file or a container's log
+    assert str(path) in access.describe(show_key=False)
     with AnnotatorClient() as client:
         assert client._http.headers["Authorization"] == f"Bearer {access.key}"
 
@@ -114,7 +118,7 @@ def test_the_second_start_uses_the_same_key_and_does_not_show_it() -> None:
     first, second = resolve_access(Settings()), resolve_access(Settings())
     assert second.key == first.key
     assert not second.created
-    assert str(first.key) not in second.describe()
+    assert str(first.key) not in second.describe(show_key=True)
 
 
 def test_servers_that_start_together_agree_on_the_key() -> None:
@@ -144,21 +148,76 @@ def test_a_useless_key_file_is_an_error_and_not_an_open_service(content: str) ->
 def test_a_configured_key_is_used_and_never_written_or_shown() -> None:
     access = resolve_access(Settings(api_key="my-own-key-123456"))
     assert access.key == "my-own-key-123456"
-    assert "my-own" not in access.describe()
+    assert "my-own" not in access.describe(show_key=True)
     assert not default_key_file().exists()
 
 
 def test_open_only_when_told_and_then_it_says_so() -> None:
     access = resolve_access(Settings(insecure=True))
     assert access.key is None
-    assert "INSECURE" in access.describe()
+    assert "INSECURE" in access.describe(show_key=True)
 
 
 def test_an_open_service_refuses_pages_of_other_sites(server_of: Any) -> None:
     server = server_of(Settings(insecure=True), wait=False)
-    assert server.http.get("/metrics", headers={"Authorization": ""}).status_code == 200
-    own = server.http.get("/metrics", headers={"Origin": "http://testserver"})
-    assert own.status_code == 200
-    answer = server.http.get("/metrics", headers={"Origin": "https://other.example"})
+    own = {"Host": "127.0.0.1:8700"}
+    assert server.http.get("/metrics", headers=own).status_code == 200
+    same = server.http.get("/metrics", headers={**own, "Origin": "http://127.0.0.1:8700"})
+    assert same.status_code == 200
+    answer = server.http.get("/metrics", headers={**own, "Origin": "https://other.example"})
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "forbidden"
+    for host in ("rebound.example", "rebound.example:8700", "10.0.0.1", "localhost.example", ""):
+        answer = server.http.get("/metrics", headers={"Host": host, "Origin": f"http://{host}"})
+        assert answer.status_code == 403, host
+
+
+@pytest.mark.parametrize(
+    ("host", "bound", "served"),
+    [
+        ("localhost:8700", "127.0.0.1", True),
+        ("[::1]:8700", "::1", True),
+        ("127.0.0.1", "localhost", True),
+        ("192.168.1.4:8700", "0.0.0.0", True),
+        ("192.168.1.4", "192.168.1.4", True),
+        ("192.168.1.5", "192.168.1.4", False),
+        ("evil.example", "0.0.0.0", False),
+        ("127.0.0.1.evil.example", "127.0.0.1", False),
+        (None, "127.0.0.1", False),
+    ],
+)
+def test_an_open_service_answers_under_its_own_address(host: str | None, bound: str, served: bool) -> None:
+    assert is_served_host(host, bound) is served
+
+
+@pytest.mark.parametrize("key", ["short", "0123456789abcde", "ä" * 20])
+def test_a_short_configured_key_is_refused(key: str) -> None:
+    with pytest.raises(InvalidConfig, match="16 ASCII characters") as caught:
+        Settings(api_key=key)
+    assert key not in str(caught.value)
+
+
+def test_wrong_keys_of_one_address_are_limited(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.app.state.limits, "failures_per_minute", 3)
+    monkeypatch.setattr(server.app.state.limits, "_failures", Allowance())
+
+    def ask(key: str) -> int:
+        return int(server.http.get("/info", headers={"Authorization": f"Bearer {key}"}).status_code)
+
+    assert [ask("wrong") for _ in range(5)] == [401, 401, 401, 429, 429]
+    assert ask(server.settings.key) == 200  # a valid key is not locked out by others' mistakes
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "trusted", "expected"),
+    [
+        ("203.0.113.9", "10.0.0.0/8", "203.0.113.9"),
+        ("6.6.6.6, 203.0.113.9", "10.0.0.0/8", "203.0.113.9"),
+        ("203.0.113.9, 10.1.1.1", "10.0.0.0/8", "203.0.113.9"),
+        ("203.0.113.9", "", "10.2.3.4"),
+        ("nonsense", "10.0.0.0/8", "10.2.3.4"),
+    ],
+)
+def test_the_client_behind_a_trusted_gateway_is_named(forwarded: str, trusted: str, expected: str) -> None:
+    scope = {"client": ("10.2.3.4", 5), "headers": [(b"x-forwarded-for", forwarded.encode())]}
+    assert client_address(scope, Settings(trusted_proxies=trusted).trusted_proxies) == expected

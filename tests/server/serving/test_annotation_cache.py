@@ -133,8 +133,22 @@ def test_another_bank_version_is_another_annotation_and_the_old_one_stays(
     second = form().json()
     assert (first["bank_version"], second["bank_version"]) == (1, 2)
     assert second["annotation_id"] != first["annotation_id"]
-    server.http.delete(f"/banks/{bank}")
     assert kept(server, first["annotation_id"]).json() == first
+    server.http.delete(f"/banks/{bank}")
+    assert kept(server, first["annotation_id"]).status_code == 404
+
+
+def test_annotations_by_a_bank_that_is_no_longer_shared_are_hidden(
+    server: Any, bank: str, form: Any, key_of: Any, example: Any, file_of: Any
+) -> None:
+    server.http.put(f"/banks/{bank}/share")
+    other = server.as_key(key_of("annotate", "guest"))
+    answer = other.http.post("/segment", files={"image": file_of(example(3)[0])}, data={"bank": bank})
+    identity = answer.json()["annotation_id"]
+    assert kept(other, identity).status_code == 200
+    server.http.delete(f"/banks/{bank}/share")
+    assert kept(other, identity).status_code == 404
+    assert kept(server, identity).status_code == 200
 
 
 def test_only_the_keys_that_were_answered_see_it(server: Any, bank: str, example: Any, key_of: Any) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ ACTOR = Actor("alice", "10.0.0.1", "r1")
 
 @pytest.fixture
 def audit(tmp_path: Path) -> AuditLog:
-    return AuditLog(tmp_path / "log" / "audit.jsonl", 600, 3)
+    return AuditLog(tmp_path / "log" / "audit.jsonl", 1000, 3)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -121,13 +122,44 @@ def test_a_change_is_written_down_before_and_after(server: Any, bank: str, key_o
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_the_audit_log_keeps_files_that_are_not_old_enough(audit: AuditLog) -> None:
+    for number in range(40):
+        with audit.change(ACTOR, "template.remove", number=number):
+            pass
+    assert len(audit.files()) > audit.most_files  # a busy hour pushes nothing out
+    assert audit.verify() == (80, [])
+
+
+def test_a_changed_removed_or_inserted_line_is_found(audit: AuditLog) -> None:
+    audit = replace(audit, most_bytes=10_000)
+    for number in range(4):
+        with audit.change(ACTOR, "template.remove", number=number):
+            pass
+    whole = audit.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    changed = whole.replace(b'"number": 1', b'"number": 7')
+    for damage in (
+        changed,
+        b"".join(lines[:3] + lines[4:]),
+        b"".join(lines[:-1]),
+        b"".join(lines[:3] + lines[2:]),
+    ):
+        audit.path.write_bytes(damage)
+        assert audit.verify()[1], damage
+    audit.path.write_bytes(b"")
+    assert audit.verify()[1]
+    audit.path.write_bytes(whole)
+    assert audit.verify() == (8, [])
+
+
 def test_the_audit_log_is_bounded_and_loses_the_oldest(audit: AuditLog) -> None:
+    audit = replace(audit, most_days=1e-9)
     for number in range(40):
         with audit.change(ACTOR, "template.remove", number=number):
             pass
     files = sorted(p.name for p in audit.path.parent.iterdir() if not p.name.startswith("."))
     assert files == ["audit.jsonl", "audit.jsonl.1", "audit.jsonl.2"]
-    assert all((audit.path.parent / name).stat().st_size <= 600 for name in files)
+    assert all((audit.path.parent / name).stat().st_size <= audit.most_bytes for name in files)
     kept = [line["number"] for name in reversed(files) for line in lines_of(audit.path.parent / name)]
     assert kept == sorted(kept)
     assert kept[-2:] == [39, 39]

@@ -14,6 +14,7 @@ import pytest
 
 from vessa.errors import StoreUnavailable
 from vessa_server.settings import Settings
+from vessa_server.storage.redis_connection import check_redis
 from vessa_server.template_bank.redis_store import RedisStore
 
 
@@ -166,3 +167,34 @@ def test_a_redis_that_takes_no_more_says_so_and_keeps_what_it_has(
     assert served.http.get("/banks/b").status_code == 404
     assert store._redis.exists("vessa:blobs:{b}") == 0
     store._redis.config_set("maxmemory", "0")
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
+def test_a_redis_that_evicts_banks_is_refused(redis: Redis, policy: str) -> None:
+    client = RedisStore(redis.url)._redis
+    client.config_set("maxmemory-policy", policy)
+    with pytest.raises(StoreUnavailable, match=f"maxmemory-policy {policy}.*noeviction"):
+        check_redis(redis.url)
+    client.config_set("maxmemory-policy", "volatile-lru")
+    assert check_redis(redis.url) == []
+    client.config_set("appendfsync", "no")
+    assert "appendfsync no" in check_redis(redis.url)[0]
+    client.config_set("appendonly", "no")
+    assert "appendonly" in check_redis(redis.url)[0]
+    client.replicaof("127.0.0.1", 1)  # type: ignore[attr-defined]
+    with pytest.raises(StoreUnavailable, match="replica"):
+        check_redis(redis.url)
+
+
+def test_readyz_names_a_redis_that_evicts_or_hangs(served: Any, redis: Redis) -> None:
+    client = served.app.state.service.engine().banks.store._redis
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    answer = served.http.get("/readyz")
+    assert (answer.status_code, "allkeys-lru" in answer.text) == (503, True)
+    client.config_set("maxmemory-policy", "noeviction")
+    assert served.http.get("/readyz").status_code == 200
+    redis.process.send_signal(signal.SIGSTOP)
+    try:
+        assert served.http.get("/readyz").status_code == 503
+    finally:
+        redis.process.send_signal(signal.SIGCONT)

@@ -36,6 +36,12 @@ class CandidateCache:
             if confidence is not None:
                 _put(self._confidences, (image_id, bank, digest), confidence, self.capacity)
 
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._features.clear()
+            self._confidences.clear()
+
     def feature(self, image_id: str) -> NDArray[np.float32] | None:
         """Return an image's feature (D,), None when it is not cached."""
         with self._lock:

@@ -8,7 +8,7 @@ patient, that lowers the coverage loss most. Only numpy is used: no HTTP, no net
 import heapq
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,7 @@ def suggest(
     confidence: Floats | None = None,
     power: float = POWER,
     until: float = math.inf,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Pick]:
     """Rank what to annotate next, best first: at most `count` groups.
 
@@ -53,6 +54,7 @@ def suggest(
     groups: the patient of each candidate; None ranks single images
     confidence: (N,) float32 in [0, 1], of the annotator's present answers; None for an empty bank
     power: exponent of the distance; until: time.monotonic() after which the ranking stops
+    stopped: returns True once nobody waits for the ranking any more
 
     The loss is the sum over candidates of (1 - confidence) x (1 - cosine to the nearest template) ** power.
     A large power counts only the farthest candidates, which is k-center and picks outliers; 1 is k-medians.
@@ -76,6 +78,8 @@ def suggest(
     whole = float((weights * away**power).sum())
 
     def gain(name: str) -> float:
+        if stopped():
+            raise DeadlineExceeded("The caller has left.")
         if time.monotonic() > until:
             raise DeadlineExceeded(f"{number} candidates take too long; rank fewer at once")
         return float((weights * (away**power - np.minimum(away, nearest(name)) ** power)).sum())

@@ -9,9 +9,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from vessa.errors import Forbidden, Unauthorized
+from vessa_server.api.client_address import is_served_host
 from vessa_server.auth.api_key import Access
 from vessa_server.auth.audit_log import Actor
 from vessa_server.auth.keys import Caller, Role
+from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.observability.request_context import current_request
 
 log = logging.getLogger(__name__)
@@ -19,55 +21,83 @@ log = logging.getLogger(__name__)
 _bearer = HTTPBearer(auto_error=False, description="The key of the key file, or VESSA_API_KEY")
 
 
-async def require_key(
+async def identify(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
-    """Let the request through when it presents a key, and return whose; Unauthorized otherwise.
+    """Return whose key the request presents, of any role.
 
-    An insecure service has no key to check. It refuses (Forbidden) requests that a browser sends for another
-    site's page, so that visiting a page cannot change the banks of a service on the visitor's machine.
+    Raises Unauthorized without a valid key, LimitReached after too many wrong ones of one address. A service
+    without keys (--insecure) refuses (Forbidden) requests under another host name and requests that a browser
+    sends for another site's page, so that visiting a page cannot change the banks of a service on the
+    visitor's machine.
     """
     access: Access = request.app.state.access
     if access.key is None:
-        _same_origin(request)
+        _check_host(request)
         return Caller("anyone", Role.admin)
     if credentials is None:
-        raise Unauthorized("this needs the header 'Authorization: Bearer <key>'")
+        raise Unauthorized("The request has no key. Send the header 'Authorization: Bearer <key>'.")
     presented = credentials.credentials
-    # other keys than the local one may have to be read from a file or from Redis
+    # Keys other than the local one may have to be read from a file or from Redis.
     caller = access.local(presented)
     if caller is None:
-        caller = await run_in_threadpool(access.identify, presented)
+        try:
+            caller = await run_in_threadpool(access.identify, presented)
+        except Unauthorized:
+            limits: KeyLimits = request.app.state.limits
+            limits.failed(current_request().source)
+            raise
     current_request().key = caller.name
     return caller
+
+
+async def require_key(caller: Annotated[Caller, Depends(identify)]) -> Caller:
+    """Let keys of the role annotate and above through. Raises Forbidden for others."""
+    return _require(caller, Role.annotate)
 
 
 CallerDep = Annotated[Caller, Depends(require_key)]
 
 
+async def require_monitor(caller: Annotated[Caller, Depends(identify)]) -> Caller:
+    """Let keys of the roles monitor and admin through. Raises Forbidden for others."""
+    if caller.role not in (Role.monitor, Role.admin):
+        raise _wrong_role(caller, Role.monitor)
+    return caller
+
+
 async def require_curator(caller: CallerDep) -> Caller:
-    """Let curators and admins through; Forbidden for others."""
+    """Let curators and admins through. Raises Forbidden for others."""
     return _require(caller, Role.curate)
 
 
 async def require_admin(caller: CallerDep) -> Caller:
-    """Let admins through; Forbidden for others."""
+    """Let admins through. Raises Forbidden for others."""
     return _require(caller, Role.admin)
+
+
+def actor_of(caller: Caller) -> Actor:
+    """Return who makes the current request, for the audit log."""
+    context = current_request()
+    return Actor(caller.name, context.source, context.id)
 
 
 def _require(caller: Caller, role: Role) -> Caller:
     if caller.role < role:
-        raise Forbidden(f"this needs the role {role.name}; key {caller.name!r} has {caller.role.name}")
+        raise _wrong_role(caller, role)
     return caller
 
 
-def actor_of(request: Request, caller: Caller) -> Actor:
-    """Return who asks, for the audit log."""
-    source = request.client.host if request.client else "unknown"
-    return Actor(caller.name, source, current_request().id)
+def _wrong_role(caller: Caller, role: Role) -> Forbidden:
+    return Forbidden(
+        f"This needs the role {role.name}; key {caller.name!r} has {caller.role.name}. Use another key."
+    )
 
 
-def _same_origin(request: Request) -> None:
+def _check_host(request: Request) -> None:
+    host = request.headers.get("host")
+    if not is_served_host(host, request.app.state.service.settings.host):
+        raise Forbidden("A service without keys answers only under its own address. Use its IP address.")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise Forbidden("an insecure service answers no pages of other sites")
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise Forbidden("A service without keys answers no pages of other sites. Serve it with a key.")

@@ -10,6 +10,7 @@ from vessa.schemas import AdaptationInfo, BankInfo, TemplateInfo, TemplateInfos
 from vessa_server.api.authentication import CallerDep, require_curator, require_key
 from vessa_server.api.dependencies import (
     FORM,
+    READ,
     BankPath,
     BankQuery,
     BanksDep,
@@ -31,13 +32,13 @@ banks_api = APIRouter(dependencies=[Depends(require_key)])
 CURATE = [Depends(require_curator)]
 
 
-@banks_api.get("/banks")
+@banks_api.get("/banks", dependencies=READ)
 def list_banks(banks: BanksDep) -> list[BankInfo]:
     """The template banks of this key, and the shared ones."""
     return banks.list()
 
 
-@banks_api.get("/banks/{bank}")
+@banks_api.get("/banks/{bank}", dependencies=READ)
 def bank_info(bank: BankPath, banks: BanksDep) -> BankInfo:
     """One template bank."""
     return banks.get(bank).info()
@@ -85,7 +86,7 @@ def adapt_bank(
         return engine.worker.adapt(bank, seconds)
 
 
-@banks_api.get("/banks/{bank}/adapt")
+@banks_api.get("/banks/{bank}/adapt", dependencies=READ)
 def adaptation_info(bank: BankPath, engine: EngineDep, banks: BanksDep) -> AdaptationInfo:
     """How the bank's adaptation goes, or went."""
     banks.get(bank)
@@ -100,19 +101,24 @@ def forget_adaptation(bank: BankPath, engine: EngineDep, banks: BanksDep, change
         engine.worker.forget_adaptation(bank)
 
 
-@banks_api.get("/templates")
+@banks_api.get("/templates", dependencies=READ)
 def list_templates(banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> list[TemplateInfo]:
     """The templates of a bank."""
     return [template.info(bank) for template in banks.get(bank).templates]
 
 
-@banks_api.get("/templates/{identity}")
+@banks_api.get("/templates/{identity}", dependencies=READ)
 def template_info(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> TemplateInfo:
     """One template."""
     return banks.get(bank).template(identity).info(bank)
 
 
-@banks_api.get("/templates/{identity}/overlay.png", response_class=Response, responses=answering(PNG))
+@banks_api.get(
+    "/templates/{identity}/overlay.png",
+    response_class=Response,
+    responses=answering(PNG),
+    dependencies=READ,
+)
 def template_overlay(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> Response:
     """A template for the eye: its image with tinted classes, contours and a legend."""
     template = banks.get(bank).template(identity)

@@ -1,10 +1,10 @@
-"""What every route needs: the service, a body within its bounds, work that ends when the caller has left.
+"""Provide what routes share: the service, a bounded body, work that ends when the caller has left.
 
 Dependencies that never block are `async`, or each would cost a request a hop through the thread pool.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -65,18 +65,35 @@ BanksDep = Annotated[CallersBanks, Depends(banks_of)]
 
 
 async def change_of(request: Request, caller: CallerDep) -> Change:
-    """Return how to write down a change by this caller: `with change("bank.delete", bank=name): ...`."""
+    """Return how to record a change by this caller: `with change("bank.delete", bank=name): ...`.
+
+    Raises LimitReached for a key that makes too many changes.
+    """
     audit: AuditLog = request.app.state.audit
-    return partial(audit.change, actor_of(request, caller))
+    limits_of(request).change(caller)
+    return partial(audit.change, actor_of(caller))
 
 
 ChangeDep = Annotated[Change, Depends(change_of)]
 
 
 def limits_of(request: Request) -> KeyLimits:
-    """Return what one key may take."""
+    """Return the limits of one key."""
     limits: KeyLimits = request.app.state.limits
     return limits
+
+
+async def read_place(request: Request, caller: CallerDep) -> AsyncIterator[None]:
+    """Wait for a place among the GET requests that draw, read or list. Raises LimitReached.
+
+    The place is given back before the answer is sent, so that a slow reader does not hold it.
+    """
+    with limits_of(request).read(caller):
+        async with request.app.state.reading:
+            yield
+
+
+READ = [Depends(read_place, scope="function")]
 
 
 def media_type(request: Request) -> str:
@@ -95,24 +112,38 @@ async def read_body(request: Request, *, limit: int, seconds: float) -> bytes:
     The announced length is checked first. The bytes that arrive are counted too, because a chunked body
     announces no length.
     """
+    body = bytearray()
+    async for chunk in body_chunks(request, limit=limit, seconds=seconds):
+        body += chunk
+    return bytes(body)
+
+
+async def body_chunks(request: Request, *, limit: int, seconds: float) -> AsyncIterator[bytes]:
+    """Yield the body in chunks, with the bounds of `read_body`."""
     too_large = TooLarge(
         f"The body has more than {limit} bytes, the limit. Send fewer or smaller images in one request."
     )
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limit:
-                    raise too_large
-                body += chunk
-    except TimeoutError:
-        raise MalformedBody(
-            f"The body did not arrive within {seconds:g} s: {len(body)} bytes came. Send it faster, or less."
-        ) from None
-    return bytes(body)
+    received = 0
+    deadline = asyncio.get_running_loop().time() + seconds
+    chunks = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise MalformedBody(
+                f"The body did not arrive within {seconds:g} s: {received} bytes came. Send it faster, or "
+                "less."
+            ) from None
+        if chunk is None:
+            return
+        received += len(chunk)
+        if received > limit:
+            raise too_large
+        yield chunk
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

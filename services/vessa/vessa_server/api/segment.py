@@ -1,18 +1,20 @@
 """Routes that segment images and return stored annotations."""
 
-from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from vessa.errors import VessaError
+from vessa.errors import UnknownBank, VessaError
 from vessa.schemas import SegmentAnswer
 from vessa.tracing import span
 from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import (
     FORM,
+    READ,
+    BanksDep,
     EngineDep,
+    callers_banks,
     limits_of,
     media_type,
     read_body,
@@ -33,7 +35,7 @@ from vessa_server.serialization.responses import (
     overlay_answer,
     tensor_answer,
 )
-from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.serving.annotation_cache import unknown_annotation
 
 segmentation = APIRouter(dependencies=[Depends(require_key)])
 ANNOTATION_ID = "X-Annotation-Id"
@@ -64,7 +66,7 @@ async def segment(
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as engine:
-        reader = replace(engine.reader, banks=CallersBanks(engine.banks, caller))
+        reader = engine.reader.for_caller(callers_banks(engine, caller))
         kind = media_type(request)
         offered = [JSON, PNG, SAFETENSORS, DICOM] if kind == FORM else [SAFETENSORS]
         answer_type = choose_type(request.headers.get("accept"), offered)
@@ -108,16 +110,23 @@ async def segment(
     "/annotations/{identity}",
     response_class=Response,
     responses=answering(JSON, PNG, SAFETENSORS, model=SegmentAnswer),
+    dependencies=READ,
 )
-def annotation(identity: str, request: Request, engine: EngineDep, caller: CallerDep) -> Response:
-    """What POST /segment answered under this annotation_id, with what made it, while it is kept.
+def annotation(
+    identity: str, request: Request, engine: EngineDep, caller: CallerDep, banks: BanksDep
+) -> Response:
+    """Return an answer of POST /segment by its annotation_id, with its provenance, while it is cached.
 
     By Accept: application/json (default; COCO compressed RLE), image/png (8-bit gray label map) or
-    application/vnd.safetensors (labels uint8 (1, H, W), metadata provenance). Only the keys that were
-    answered see it, and admins; 404 unknown_annotation once it is gone.
+    application/vnd.safetensors (labels uint8 (1, H, W), metadata provenance). Visible to admins and to the
+    keys that were answered, while they may use its bank; else 404 unknown_annotation.
     """
     answer_type = choose_type(request.headers.get("accept"), [JSON, PNG, SAFETENSORS])
     found = engine.annotations.get(identity, caller)
+    try:
+        banks.get(found.provenance.bank)  # it was deleted, or is no longer shared
+    except UnknownBank:
+        raise unknown_annotation(identity) from None
     if answer_type == SAFETENSORS:
         body = kept_tensor_answer(found)
     else:

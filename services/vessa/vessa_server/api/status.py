@@ -1,4 +1,4 @@
-"""The service about itself: probes, metrics, documentation, and what runs here."""
+"""Routes about the service itself: probes, metrics, documentation, information."""
 
 from typing import Any
 
@@ -6,14 +6,16 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from vessa.schemas import ServiceInfo
 from vessa_server import __version__
-from vessa_server.api.authentication import CallerDep, require_admin, require_key
-from vessa_server.api.dependencies import BanksDep, EngineDep, service_of
+from vessa_server.api.authentication import CallerDep, require_key, require_monitor
+from vessa_server.api.dependencies import READ, BanksDep, EngineDep, service_of
 from vessa_server.api.openapi import FAILURES, answering, docs_page
+from vessa_server.api.readiness import check_ready
 from vessa_server.auth.keys import Role
 from vessa_server.observability.metrics import METRICS_TYPE
 
 probes = APIRouter()  # the only routes without a key
 operations = APIRouter(dependencies=[Depends(require_key)])
+monitoring = APIRouter(dependencies=[Depends(require_monitor)])
 
 
 @probes.get("/livez")
@@ -23,20 +25,22 @@ async def livez() -> dict[str, str]:
 
 
 @probes.get("/readyz", responses={503: FAILURES[503]})
-def readyz(request: Request) -> dict[str, str]:
-    """Answer 200 when weights are loaded and the device lives, else 503; it needs no key."""
-    service_of(request).check_ready()
+async def readyz(request: Request) -> dict[str, str]:
+    """Answer 200 when the service can work, else 503 with the reason; it needs no key.
+
+    It checks the weights, the worker, the store and the thread of volume jobs, within a bounded time.
+    """
+    await check_ready(request.app)
     return {"status": "ready"}
 
 
-@operations.get(
+@monitoring.get(
     "/metrics",
-    dependencies=[Depends(require_admin)],
     response_class=Response,
     responses=answering("text/plain"),
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
+    """Return the Prometheus metrics, to keys of the role monitor or admin."""
     return Response(service_of(request).metrics.expose(), headers={"content-type": METRICS_TYPE})
 
 
@@ -53,14 +57,14 @@ async def openapi(request: Request) -> dict[str, Any]:
     return description
 
 
-@operations.get("/info")
-def info(engine: EngineDep, banks: BanksDep, caller: CallerDep) -> ServiceInfo:
+@operations.get("/info", dependencies=READ)
+def info(request: Request, engine: EngineDep, banks: BanksDep, caller: CallerDep) -> ServiceInfo:
     """Describe what runs here: version, weights, device, limits, banks, and the annotator's parts in use.
 
-    An admin also sees which banks are set aside as damaged.
+    An admin also sees which banks are set aside as damaged, and what should be mended.
     """
     about, listed = engine.info, banks.list()
-    damaged = dict(engine.banks.damaged) if caller.role is Role.admin else {}
+    admin = caller.role is Role.admin
     return ServiceInfo(
         version=__version__,
         preset=about.preset,
@@ -70,6 +74,7 @@ def info(engine: EngineDep, banks: BanksDep, caller: CallerDep) -> ServiceInfo:
         banks=listed,
         labels_version=engine.labels_version,
         parts=engine.parts,
-        damaged_banks=damaged,
+        damaged_banks=dict(engine.banks.damaged) if admin else {},
+        warnings=service_of(request).warnings if admin else [],
         trained_on=None if about.trained_on is None else list(about.trained_on),
     )

@@ -40,6 +40,7 @@ from vessa_server.types import (
     SegmentItem,
     SegmentResult,
     TemplateItem,
+    public_id,
 )
 
 _Result = TypeVar("_Result")
@@ -248,7 +249,9 @@ def _query(item: SegmentItem, bank: Bank | VessaError, view: ImageView | None) -
     if isinstance(bank, VessaError):
         raise bank
     if view is None:
-        raise UnknownImage(f"image {item.image_id} is no longer cached; send the image's pixels again")
+        raise UnknownImage(
+            f"Image {public_id(item.image_id)} is no longer cached. Send the image's pixels again."
+        )
     return Query(item, bank, view)
 
 

@@ -17,9 +17,11 @@ from prometheus_client.registry import Collector
 from vessa_server.observability.request_context import CURRENT_REQUEST, RequestContext
 
 log = logging.getLogger(__name__)
+access = logging.getLogger("vessa_server.access")
 
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PROBES = {"/livez", "/readyz"}  # called every few seconds
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Message = MutableMapping[str, Any]
@@ -104,15 +106,16 @@ class _Annotator(Collector):
 
 
 class Observe:
-    """Outermost middleware: gives each request an id, counts it, and answers where nothing else did.
+    """Give each request an id, count it, log it, and answer where nothing else did (outermost middleware).
 
     The id is the caller's `X-Request-Id` when that is plain, and comes back in the same header and in the
     log. An exception that reached this place is logged with it and answered 500 in the usual form, without
     its words.
     """
 
-    def __init__(self, app: AsgiApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: AsgiApp, metrics: Metrics, client_of: Callable[[Scope], str]) -> None:
+        """Wrap an app. client_of: returns the client's address, also behind a gateway."""
+        self.app, self.metrics, self._client_of = app, metrics, client_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -120,7 +123,8 @@ class Observe:
             await self.app(scope, receive, send)
             return
         identity = _request_id(scope)
-        CURRENT_REQUEST.set(RequestContext(identity))
+        context = RequestContext(identity, source=self._client_of(scope))
+        CURRENT_REQUEST.set(context)
         start, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -139,7 +143,11 @@ class Observe:
         finally:
             route = _route(scope)
             self.metrics.requests.labels(route, scope["method"], str(status)).inc()
-            self.metrics.latency.labels(route).observe(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.metrics.latency.labels(route).observe(seconds)
+            if route not in _PROBES:
+                line = "%s %s %s %d in %.3f s, bank %s"
+                access.info(line, context.source, scope["method"], route, status, seconds, context.bank)
 
 
 def _request_id(scope: Scope) -> str:
@@ -155,7 +163,7 @@ def _route(scope: Scope) -> str:
 async def _send_internal(send: Send, identity: str) -> None:
     error = {
         "code": "internal",
-        "message": "the service failed; its log says why, by X-Request-Id",
+        "message": "The service failed. Its log names the cause, under this request's X-Request-Id.",
         "item": None,
         "request_id": identity,
     }

@@ -1,4 +1,4 @@
-"""The context of the request that is served, for logs and errors."""
+"""Hold the context of the current request, for logs, errors and the audit log."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 @dataclass
 class RequestContext:
-    """What the log says of the request that is served. key: name of its key, "-" before it is known."""
+    """Describe the current request; "-" stands for what is not known yet.
+
+    id: of the request; key: name of its key; bank: name of its template bank; source: address of the client
+    """
 
     id: str = "-"
     key: str = "-"
+    bank: str = "-"
+    source: str = "-"
 
 
 # Filled in place: a dependency that runs in a worker thread sees the object, but could not set the variable.
@@ -17,5 +22,5 @@ CURRENT_REQUEST: ContextVar[RequestContext | None] = ContextVar("vessa_request",
 
 
 def current_request() -> RequestContext:
-    """Return the context of the request that this code serves, an empty one outside of any."""
+    """Return the context of the current request, an empty one outside of any."""
     return CURRENT_REQUEST.get() or RequestContext()

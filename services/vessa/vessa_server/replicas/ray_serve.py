@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,7 @@ def run(settings: Settings, scale: Scale, address: str | None = None) -> None:
         _deploy(settings, scale, given)
         for number in (signal.SIGTERM, signal.SIGINT):  # until here they end this process as usual
             signal.signal(number, lambda *_: stop.set())
-        print(access.describe(), flush=True)
+        print(access.describe(show_key=sys.stdout.isatty()), flush=True)
         print(f"serving on http://{settings.host}:{settings.port}", flush=True)
         stop.wait()
     finally:

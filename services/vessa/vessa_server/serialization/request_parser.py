@@ -3,8 +3,8 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +41,7 @@ from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.template_bank.retrieval import Bank, check_name
-
-if TYPE_CHECKING:
-    # The annotator brings torch, which takes seconds to import; /livez must not wait for it.
-    from vessa_server.types import SegmentItem, TemplateItem
+from vessa_server.types import SegmentItem, TemplateItem, scoped_id
 
 DEFAULT_BANK = "default"
 _IMAGES = TensorSpec(("U8",), ((None, None, None), (None, None, None, 3)))
@@ -91,7 +88,7 @@ class TemplateRequest:
     """Annotated examples for one bank."""
 
     bank: str
-    items: "list[TemplateItem]"
+    items: list[TemplateItem]
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class SegmentRequest:
 
     bank: Bank
     ids: tuple[str, ...]
-    items: "list[SegmentItem | VessaError]"
+    items: list[SegmentItem | VessaError]
     classes: dict[int, str]
     size: tuple[int, int] | None
     probabilities: bool
@@ -113,12 +110,21 @@ class SegmentRequest:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads bodies. holds: whether the annotator still has an image's features. Runs in a worker thread."""
+    """Read bodies, in a thread of the pool.
+
+    holds: tells whether the worker still has the features of an image, by its scoped id; client: whose
+    requests are read, see `types.scoped_id`
+    """
 
     settings: Settings
     banks: TemplateBanks | CallersBanks
     sizes: SeenSizes
     holds: Callable[[str], bool]
+    client: str = ""
+
+    def for_caller(self, banks: CallersBanks) -> "Reader":
+        """Return a reader of one caller's requests."""
+        return replace(self, banks=banks, client=banks.caller.name)
 
     def template_form(self, content_type: str, body: bytes) -> TemplateRequest:
         """Read multipart POST /templates: one example."""
@@ -150,8 +156,6 @@ class Reader:
     def _template_request(
         self, bank: str, images: NDArray[Any], masks: NDArray[Any], classes: dict[int, str], groups: list[str]
     ) -> TemplateRequest:
-        from vessa_server.types import TemplateItem
-
         check_size(images.shape[1:3], len(classes), self.settings.limits.max_pixels)
         items = []
         for i, (image, mask, group) in enumerate(zip(images, masks, groups, strict=True)):
@@ -238,16 +242,15 @@ class Reader:
         if images is not None:
             ids = tuple(image_digest(image) for image in images)
             for identity in ids:
-                self.sizes.add(identity, images.shape[1:3])
+                self.sizes.add(scoped_id(self.client, identity), images.shape[1:3])
             sizes: list[tuple[int, int] | None] = [images.shape[1:3]] * len(ids)
         else:
             ids = tuple(image_ids or ())
-            sizes = [self.sizes.get(identity) if self.holds(identity) else None for identity in ids]
+            held = [scoped_id(self.client, identity) for identity in ids]
+            sizes = [self.sizes.get(identity) if self.holds(identity) else None for identity in held]
         size = _common_size(sizes)
         check_size(size or (MIN_SIDE, MIN_SIDE), len(classes), self.settings.limits.max_pixels)
         self._check_answer(len(ids), len(classes), size, probabilities)
-        from vessa_server.types import SegmentItem
-
         names = tuple(classes.values())
         items: list[SegmentItem | VessaError] = []
         for i, identity in enumerate(ids):
@@ -255,7 +258,7 @@ class Reader:
             try:
                 if own_size is None:
                     raise UnknownImage(
-                        f"the service does not hold {identity[:80]!r}; send its pixels", item=i
+                        f"The service holds no image {identity[:80]!r} of this key. Send its pixels.", item=i
                     )
                 drawn = prompts.item(i, own_size, names)
             except VessaError as error:
@@ -264,7 +267,7 @@ class Reader:
             pixels = None if images is None else images[i]
             items.append(
                 SegmentItem(
-                    identity,
+                    scoped_id(self.client, identity),
                     pixels,
                     bank.name,
                     names,

@@ -20,7 +20,7 @@ from vessa.schemas import Provenance
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.byte_cache import ByteCache
 from vessa_server.serialization.request_parser import SegmentRequest
-from vessa_server.types import Answer, SegmentItem, SegmentResult
+from vessa_server.types import Answer, SegmentItem, SegmentResult, public_id
 
 _OVERHEAD = 1024  # bytes of an entry besides its content, a generous estimate
 
@@ -82,10 +82,7 @@ class AnnotationCache:
         with self._lock:
             entry: _Entry | None = self._cache.get(identity)
         if entry is None or not (caller.name in entry.owners or caller.role is Role.admin):
-            raise UnknownAnnotation(
-                f"annotation {identity[:80]!r} is not in the cache, which holds the latest "
-                "VESSA_ANNOTATION_BYTES; segment the image again"
-            )
+            raise unknown_annotation(identity)
         provenance = Provenance.model_validate_json(entry.provenance)
         labels = np.frombuffer(zlib.decompress(entry.packed), np.uint8)
         return Answer(identity, provenance, labels.reshape(provenance.height, provenance.width))
@@ -101,11 +98,19 @@ class AnnotationCache:
             self._cache.put(identity, _Entry(provenance, packed, owners))
         return identity
 
+    def erase(self, group: str, banks: Sequence[str]) -> int:
+        """Drop the annotations of a patient and those made with templates of banks; return how many."""
+        with self._lock:
+            gone = [key for key, entry in list(self._cache) if _names(entry, group, banks)]
+            for key in gone:
+                self._cache.drop(key)
+        return len(gone)
+
     def provenance(self, request: SegmentRequest, item: SegmentItem, result: SegmentResult) -> Provenance:
         """Describe how one result was made: image, bank, weights, classes, prompts, templates."""
         height, width = result.labels.shape
         return Provenance(
-            image_id=result.image_id,
+            image_id=public_id(result.image_id),
             height=height,
             width=width,
             bank=request.bank.name,
@@ -122,6 +127,20 @@ class AnnotationCache:
             scores=result.scores,
             **_prompts(item),
         )
+
+
+def unknown_annotation(identity: str) -> UnknownAnnotation:
+    """Return the error for an annotation that was evicted, or belongs to other keys."""
+    return UnknownAnnotation(
+        f"Annotation {identity[:80]!r} is not in the cache, which holds the latest VESSA_ANNOTATION_BYTES. "
+        "Segment the image again."
+    )
+
+
+def _names(entry: Any, group: str, banks: Sequence[str]) -> bool:
+    made = Provenance.model_validate_json(entry.provenance)
+    used = (use.group for uses in made.templates.values() for use in uses)
+    return made.group == group or made.bank in banks or group in used
 
 
 def _prompts(item: SegmentItem) -> dict[str, Any]:

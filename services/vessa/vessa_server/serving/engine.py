@@ -64,10 +64,10 @@ class Engine:
         client: whose request it is; clients take turns on the worker; deadline: False for jobs
         """
         places = [i for i, item in enumerate(request.items) if not isinstance(item, VessaError)]
-        for i in places:
-            self.metrics.feature(self.worker.holds(request.ids[i]))
         results: list[Any] = list(request.items)
         items = [item for item in request.items if not isinstance(item, VessaError)]
+        for item in items:
+            self.metrics.feature(self.worker.holds(item.image_id))
         keys = [item.key(request.bank.digest) for item in items]
         for place, answer in zip(places, await self._submit(items, client, keys, deadline), strict=True):
             results[place] = answer

@@ -19,7 +19,7 @@ from vessa_server.serving.engine import Engine
 from vessa_server.serving.worker import Worker
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
-from vessa_server.template_bank.store import open_store
+from vessa_server.template_bank.store import check_store, open_store
 from vessa_server.template_bank.template import Template
 from vessa_server.types import TemplateItem
 
@@ -44,6 +44,7 @@ class Service:
         self._progress = "starting"
         self._stopping = threading.Event()
         self._requests = 0
+        self.warnings: list[str] = []  # what an operator should mend, for /info
 
     def start(self) -> None:
         """Start to load."""
@@ -68,6 +69,7 @@ class Service:
     def check_ready(self) -> None:
         """Raise NotReady unless the weights are loaded and the worker responds; this may take seconds."""
         engine = self.engine()
+        check_store(self.settings.storage.store)
         engine.worker.check()
         if engine.queue.silence() > self.settings.queue.hang_s:
             seconds = self.settings.queue.hang_s
@@ -116,6 +118,9 @@ class Service:
             self._fail(InternalError("loading failed; see the log"))
 
     def _load_once(self) -> Engine:
+        self.warnings = check_store(self.settings.storage.store)
+        for warning in self.warnings:
+            log.warning("%s", warning)
         banks = TemplateBanks(open_store(self.settings.storage.store), self.settings.storage.max_templates)
         names = banks.store.names()
         self._report(f"loading weights {self.settings.weights!r}")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import redis
 
@@ -32,9 +33,48 @@ def connect(url: str, timeout: float = 5.0) -> redis.Redis:
         raise InvalidConfig("the store must be folder:PATH or a redis:// address") from error
 
 
+def check_redis(url: str, timeout: float = 1.0) -> list[str]:
+    """Check that Redis can store banks and keys; return warnings.
+
+    Raises StoreUnavailable when it does not answer within `timeout` seconds, evicts keys, or is a replica.
+    """
+    with contextlib.closing(connect(url, timeout)) as client, reachable():
+        facts: dict[str, Any] = {}
+        for section in ("memory", "persistence", "replication"):
+            facts |= client.info(section)
+        policy = str(facts.get("maxmemory_policy", "unknown"))
+        if policy.startswith("allkeys-"):
+            raise StoreUnavailable(
+                f"Redis evicts keys (maxmemory-policy {policy}): banks and keys would be lost. Set "
+                "maxmemory-policy to noeviction or volatile-lru.",
+                retry_after=RETRY_AFTER_S,
+            )
+        if facts.get("role") != "master":
+            raise StoreUnavailable(
+                "Redis is a replica and takes no writes. Set VESSA_STORE to the address of the master.",
+                retry_after=RETRY_AFTER_S,
+            )
+        if not facts.get("aof_enabled"):
+            return [
+                "Redis has no append-only file (appendonly no): a restart may lose banks and keys. Set "
+                "appendonly yes and appendfsync everysec or always."
+            ]
+        return _check_sync(client)
+
+
+def _check_sync(client: redis.Redis) -> list[str]:
+    try:
+        answer: Any = client.config_get("appendfsync")
+    except redis.exceptions.NoPermissionError:
+        return []  # an ACL user need not read the configuration; docs/privacy.md says what it must be
+    if answer.get("appendfsync") == "no":
+        return ["Redis does not sync its append-only file (appendfsync no): a power cut loses changes."]
+    return []
+
+
 @contextlib.contextmanager
 def reachable() -> Iterator[None]:
-    """Turn a failure of Redis into StoreUnavailable without its address, which may hold a password."""
+    """Turn a Redis failure into StoreUnavailable without its address, which may hold a password."""
     try:
         yield
     except redis.WatchError:
