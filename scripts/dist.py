@@ -65,7 +65,8 @@ def try_readme(python: Path, folder: Path) -> None:
     tests = folder / "tests"
     tests.mkdir()
     shutil.copy(ROOT / "README.md", folder)
-    shutil.copy(ROOT / "tests" / "test_readme.py", tests)
+    for name in ("tests/test_readme.py", "benchmarks/processes.py"):
+        shutil.copy(ROOT / name, tests)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n    timeout\n")
     options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "-c", folder / "pytest.ini"]
     run(python, "-m", "pytest", *options, tests, cwd=folder)

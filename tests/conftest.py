@@ -1,6 +1,6 @@
 """Fixtures for all tests: nano weights of a fixed seed, a real Redis, a running annotator.
 
-Tests marked `gpu` are skipped where torch sees no CUDA device. Processes end with the test run, also when it
+Tests marked `gpu` are skipped without a CUDA device. Processes end with the test run, also when it
 is interrupted or killed.
 """
 
@@ -49,7 +49,7 @@ def end(process: subprocess.Popen[bytes], seconds: float = 20) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the `gpu` tests on machines without one; torch is imported only when there is such a test."""
+    """Skip the `gpu` tests without a GPU; torch is imported only for such a test."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def free_port() -> int:
-    """Return a port on loopback that nobody listens on now."""
+    """Return a free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights directory of an untrained nano annotator: real code and files, the same in every run."""
+    """A weights directory of an untrained nano annotator, the same in every run."""
     import torch
 
     from vessa_server.model.presets import PRESETS
@@ -83,7 +83,7 @@ def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_redis(folder: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
-    """Start a Redis of the tests' own on a loopback port and wait until it listens."""
+    """Start a separate Redis on a loopback port and wait until it listens."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.fail(
@@ -97,13 +97,13 @@ def run_redis(folder: Path, port: int, *options: str) -> subprocess.Popen[bytes]
 
 @pytest.fixture(scope="session")
 def start_redis() -> Callable[..., subprocess.Popen[bytes]]:
-    """Start a Redis: `start_redis(folder, port, *options)`; who starts it ends it."""
+    """Return a function that starts a Redis: `start_redis(folder, port, *options)`. The caller ends it."""
     return run_redis
 
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a real Redis of this test session's own."""
+    """Address of a real Redis of this test session."""
     port = free_port()
     server = run_redis(tmp_path_factory.mktemp("redis"), port)
     yield f"redis://127.0.0.1:{port}/0"
@@ -112,13 +112,13 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def port() -> int:
-    """A port on loopback that nobody listens on now."""
+    """A free port on loopback."""
     return free_port()
 
 
 @pytest.fixture
 def png_of_size() -> Callable[[int, int], bytes]:
-    """Make a small PNG file that claims to have (height, width) gray pixels: `png_of_size(height, width)`."""
+    """Return a function that makes a small PNG file with a claimed size: `png_of_size(height, width)`."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -134,7 +134,7 @@ def png_of_size() -> Callable[[int, int], bytes]:
 
 @dataclass(frozen=True)
 class Service:
-    """A running annotator, how to reach it, and where it keeps its banks and its log."""
+    """A running annotator with its address, its banks and its log."""
 
     url: str
     api_key: str
@@ -144,7 +144,7 @@ class Service:
 
 @pytest.fixture(scope="session")
 def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
-    """Run `vessa-server serve` on the untrained nano weights: `start_annotator(folder, **settings)`.
+    """Return a function that serves untrained weights: `start_annotator(folder, **settings)`.
 
     Each in a process of its own, with a key, ended with the test session; a second one on the same folder
     has the banks of the first.
@@ -181,12 +181,12 @@ def start_annotator(nano_weights: Path) -> Iterator[Callable[..., Service]]:
 
 @pytest.fixture(scope="session")
 def annotator(start_annotator: Callable[..., Service], tmp_path_factory: pytest.TempPathFactory) -> Service:
-    """One running annotator for all tests that only need banks of their own."""
+    """A running annotator for all tests that only need separate banks."""
     return start_annotator(tmp_path_factory.mktemp("annotator"))
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 20) -> None:
-    """Wait until something listens on a loopback port; fail when the process ends before."""
+    """Wait until a process listens on a loopback port; fail when it ends before."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -199,7 +199,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
-    """Wait until the service answers that it is ready; fail with its log otherwise."""
+    """Wait until the service is ready; fail with its log otherwise."""
     import httpx
 
     deadline = time.monotonic() + seconds
@@ -215,19 +215,19 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seco
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let a worker of pytest-xdist tell what it has tried."""
+    """Return the counts of a pytest-xdist worker."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["tried"] = dict(proving.tried)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add what a worker has tried; one that died tells nothing."""
+    """Add the counts of a worker; a dead worker has none."""
     proving.tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many inputs the proving ground has tried, for docs/explanation/reliability.md."""
+    """Print the number of inputs of the proving ground, for docs/explanation/reliability.md."""
     if proving.tried:
         counts = ", ".join(f"{what} {count}" for what, count in sorted(proving.tried.items()))
         terminalreporter.write_line(f"inputs tried: {proving.tried.total()} ({counts})")
