@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from vessa.cli.options import Json
-from vessa.datasets import Finding, collection, open_dataset, recognize
+from vessa.datasets import Finding, PngFolder, collection, open_dataset, recognize
 from vessa.datasets import verify as find_faults
 from vessa.datasets.registry import Collection
 from vessa.errors import InvalidRequest
@@ -55,6 +55,7 @@ def verify(
         "classes": dataset.classes,
         "groups": len(dataset.groups()),
         "images": len(dataset.slices()),
+        "pattern": dataset.listing.pattern if isinstance(dataset, PngFolder) else None,
         "splits": names,
         "errors": errors,
         "warnings": len(findings) - errors,

@@ -5,7 +5,7 @@ from pathlib import Path
 from vessa.datasets.base import Case, Dataset, Slice
 from vessa.datasets.biomedparse import BiomedParse
 from vessa.datasets.nnunet import NnUnet
-from vessa.datasets.png_folder import PngFolder
+from vessa.datasets.png_folder import PngFolder, is_picture_folder
 from vessa.datasets.registry import COLLECTIONS, Collection, collection, recognize
 from vessa.datasets.ssl4mis import Ssl4mis, slices_folder, volumes_folder
 from vessa.datasets.verify import Finding, require_sound, verify
@@ -48,7 +48,7 @@ def open_dataset(path: str | Path) -> Dataset:
 
 def layout_of(root: Path) -> type[PngFolder | NnUnet | Ssl4mis | BiomedParse] | None:
     """Return the layout found in a folder, None where it is none that is known."""
-    if (root / "meta.json").is_file() and (root / "images").is_dir():
+    if is_picture_folder(root):
         return PngFolder
     if (root / "dataset.json").is_file():
         return NnUnet

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from vessa.errors import InvalidDataset
+from vessa.mask_files import IGNORE
 
-IGNORE = 255  # in a mask: the pixel was not annotated; it is neither learned from nor scored
+__all__ = ["IGNORE", "Case", "Dataset", "Slice"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Dataset(ABC):
         self.root = Path(root)
         self.name = self.root.resolve().name
 
+    def leftovers(self) -> tuple[tuple[str, str], ...]:
+        """Return (file name, why) of files that take no part: masks of no image, and files of other kinds."""
+        return ()
+
     @abstractmethod
     def cases(self) -> tuple[Case, ...]:
         """Return all cases, sorted by name."""
@@ -86,7 +91,7 @@ class Dataset(ABC):
                 f"no split file '{name_or_path}' in {self.root} or here: expected one group a line"
             )
         try:
-            lines = [line.strip() for line in found.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in found.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidDataset(f"{found} is not a readable text file") from error
         groups = tuple(dict.fromkeys(self._split_entry(line) for line in lines if line))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vessa.datasets.base import Case, Dataset, Slice
-from vessa.datasets.png_folder import read_png
+from vessa.datasets.png_folder import read_picture
 from vessa.datasets.registry import recognize
 from vessa.errors import InvalidDataset
 
@@ -84,7 +84,10 @@ class BiomedParse(Dataset):
         if not path.is_file():
             return {}
         try:
-            return {str(image): str(group) for image, group in json.loads(path.read_text()).items()}
+            return {
+                str(image): str(group)
+                for image, group in json.loads(path.read_text(encoding="utf-8-sig")).items()
+            }
         except (OSError, ValueError, AttributeError) as error:
             raise InvalidDataset(f"{path} must hold {{image name: group}} as JSON") from error
 
@@ -103,14 +106,14 @@ class BiomedParse(Dataset):
 
     def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels, uint8 (H, W) or (H, W, 3)."""
-        return read_png(self._images[item.name], color=True)
+        return read_picture(self._images[item.name])
 
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
         """Return the class ids, uint8 (H, W); None where no target is annotated."""
         targets = self._targets.get(item.name)
         if not targets:
             return None
-        binary = {t: read_png(p, color=True) for t, p in targets.items()}
+        binary = {t: read_picture(p) for t, p in targets.items()}
         flat = {t: (m if m.ndim == 2 else m.max(-1)) > 0 for t, m in binary.items()}
         sizes = {t: m.shape for t, m in flat.items()}
         if len(set(sizes.values())) > 1:

@@ -9,13 +9,16 @@ import nibabel as nib
 import numpy as np
 
 from vessa.datasets.base import Case, Dataset, Slice
-from vessa.errors import InvalidDataset, VessaError
+from vessa.errors import InvalidDataset, UnknownClass, VessaError
+from vessa.mask_files import IGNORE, IGNORE_NAME, LARGEST_ID, class_ids, read_classes
 from vessa.volumes import Bounds, Volume
 from vessa.volumes.grid import slice_of
 from vessa.volumes.nifti import NiftiHeader, read_nifti, read_nifti_header
 
 _CHANNEL = "_0000"
 _BOUNDS = Bounds()
+_ENDINGS = (".nii", ".nii.gz")
+_APART = 0.5  # of the smallest voxel size: how far labels may lie from their image
 
 
 class NnUnet(Dataset):
@@ -32,12 +35,12 @@ class NnUnet(Dataset):
         """Open a folder. Raises InvalidDataset when dataset.json is missing or damaged."""
         super().__init__(root)
         try:
-            meta = json.loads((self.root / "dataset.json").read_text())
-            labels = meta["labels"]
-            numbered = {int(v): str(k) for k, v in labels.items()} if "background" in labels else labels
-            self.classes = {int(c): str(n) for c, n in numbered.items() if int(c) != 0}
+            meta = json.loads((self.root / "dataset.json").read_text(encoding="utf-8-sig"))
+            self.classes, self._values = _read_labels(meta["labels"])
             self._groups: dict[str, str] = dict(meta.get("groups", {}))
             channels = meta.get("channel_names", meta.get("modality", {}))
+        except VessaError as error:
+            raise InvalidDataset(f"dataset.json of '{self.name}': {error.message}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidDataset(
                 f'{self.root}/dataset.json must hold {{"labels": {{"background": 0, ...}}}} with an id each'
@@ -50,14 +53,18 @@ class NnUnet(Dataset):
         self.modality = self.channels[0] if self.channels else ""
         self.licence = str(meta.get("licence", meta.get("license", "")))
         if not self._files:
-            raise InvalidDataset(f"{self.root} holds no imagesTr/<case>{_CHANNEL}.nii.gz")
+            ending = str(meta.get("file_ending", ".nii.gz"))
+            other = "" if ending in _ENDINGS else f": files that end in {ending} are not read; convert them"
+            raise InvalidDataset(f"'{self.name}' holds no imagesTr/<case>{_CHANNEL}.nii.gz{other}")
 
     @cached_property
     def _files(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for folder in ("imagesTr", "imagesTs"):
-            for path in sorted((self.root / folder).glob(f"*{_CHANNEL}.nii*")):
-                name = path.name.split(".nii")[0].removesuffix(_CHANNEL)
+            for path in _niftis(self.root / folder):
+                if not _stem(path).endswith(_CHANNEL):
+                    continue
+                name = _stem(path).removesuffix(_CHANNEL)
                 if name in found:
                     raise InvalidDataset(f"the case {name} is there twice: {found[name]} and {path}")
                 found[name] = path
@@ -95,7 +102,8 @@ class NnUnet(Dataset):
 
     def _channel_file(self, case: str) -> Path:
         first = self._files[case]
-        return first.with_name(first.name.replace(f"{_CHANNEL}.nii", f"_{self.channel:04d}.nii"))
+        stem = _stem(first).removesuffix(_CHANNEL)
+        return first.with_name(f"{stem}_{self.channel:04d}{first.name[len(_stem(first)) :]}")
 
     def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels, uint8 (H, W)."""
@@ -111,12 +119,23 @@ class NnUnet(Dataset):
             return None
         self._check_grid(self._files[item.case], path)
         ids = slice_of(_volume(path).voxels, 2, item.index)
-        return np.ascontiguousarray(ids.round().astype(np.uint8))
+        try:
+            return np.ascontiguousarray(class_ids(ids, self.classes, self._values, f"the labels {path.name}"))
+        except VessaError as error:
+            raise InvalidDataset(error.message) from error
 
     @cached_property
     def _labels(self) -> dict[str, Path]:
         folders = [self.root / name for name in ("labelsTr", "labelsTs")]
-        return {p.name.split(".nii")[0]: p for folder in folders for p in sorted(folder.glob("*.nii*"))}
+        return {_stem(p): p for folder in folders for p in _niftis(folder)}
+
+    def leftovers(self) -> tuple[tuple[str, str], ...]:
+        """Return (file name, why) of labels without an image and of files that are no NIfTI."""
+        orphans = [(p.name, "orphan_mask") for case, p in self._labels.items() if case not in self._files]
+        folders = [self.root / name for name in ("imagesTr", "imagesTs", "labelsTr", "labelsTs")]
+        present = [p for f in folders if f.is_dir() for p in sorted(f.iterdir()) if p.is_file()]
+        others = [p for p in present if not p.name.startswith(".") and not p.name.lower().endswith(_ENDINGS)]
+        return (*orphans, *((p.name, "left_out") for p in others))
 
     @staticmethod
     def _check_grid(image: Path, labels: Path) -> None:
@@ -127,13 +146,50 @@ class NnUnet(Dataset):
         directions: Any = nib.aff2axcodes
         if directions(one.affine) != directions(other.affine):
             raise InvalidDataset(f"{labels.name} is stored in another orientation than its image")
+        corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], np.float64)
+        corners[:, :3] *= np.array(one.shape) - 1
+        apart = float(np.linalg.norm((corners @ (one.affine - other.affine).T)[:, :3], axis=1).max())
+        if apart > _APART * float(np.linalg.norm(one.affine[:3, :3], axis=0).min()):
+            raise InvalidDataset(
+                f"{labels.name} lies elsewhere than its image: corners are up to {apart:.1f} mm "
+                "apart. Resample it "
+                "onto the image, or correct the header that is wrong"
+            )
+
+
+def _read_labels(labels: dict[str, Any]) -> tuple[dict[int, str], dict[int, int]]:
+    """Return the classes by id, and stored value -> id; nnU-Net's `ignore` is no class. UnknownClass."""
+    named = labels if "background" in labels or not all(str(k).isdigit() for k in labels) else None
+    pairs = named.items() if named is not None else ((name, key) for key, name in labels.items())
+    regions = [str(name) for name, value in pairs if isinstance(value, list)]
+    if regions:
+        raise UnknownClass(
+            f"the labels {', '.join(regions)} are regions (lists of ids), which overlap. Give each "
+            "structure one id"
+        )
+    pairs = named.items() if named is not None else ((name, key) for key, name in labels.items())
+    ids = {int(value): str(name) for name, value in pairs}
+    ignored = [value for value, name in ids.items() if name.lower() == IGNORE_NAME]
+    classes = read_classes({value: name for value, name in ids.items() if value not in ignored})
+    values = {value: value for value in range(LARGEST_ID + 1)} | dict.fromkeys(ignored, IGNORE)
+    return classes, values
+
+
+def _niftis(folder: Path) -> list[Path]:
+    """Return the NIfTI files of a folder by name, whatever the case of their suffix, without hidden ones."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in files if p.name.lower().endswith(_ENDINGS) and not p.name.startswith(".")]
+
+
+def _stem(path: Path) -> str:
+    return path.name[: path.name.lower().rindex(".nii")]
 
 
 def _header(path: Path) -> NiftiHeader:
     try:
         return read_nifti_header(path, _BOUNDS)
     except (OSError, VessaError) as error:
-        raise InvalidDataset(f"{path} is not a readable NIfTI file: {error}") from error
+        raise InvalidDataset(f"{path.name}: {error}") from error
 
 
 @lru_cache(maxsize=4)
@@ -141,4 +197,4 @@ def _volume(path: Path) -> Volume:
     try:
         return read_nifti(path, _BOUNDS)
     except (OSError, VessaError) as error:
-        raise InvalidDataset(f"{path} is not a readable NIfTI file: {error}") from error
+        raise InvalidDataset(f"{path.name}: {error}") from error

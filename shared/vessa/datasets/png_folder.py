@@ -1,55 +1,83 @@
-"""PNG folders: `images/<group>_<slice>.png`, `masks/<same name>.png`, `meta.json`."""
+"""Folders of pictures: `images/`, `masks/` and `meta.json`, or files told apart by a pattern or a CSV."""
 
 import json
-import re
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vessa.datasets.base import Case, Dataset, Slice
-from vessa.errors import InvalidDataset
+from vessa.datasets.file_pattern import CSV, Entry, Listing, list_files
+from vessa.errors import InvalidDataset, VessaError
+from vessa.images import MAX_PIXELS, read_image
+from vessa.mask_files import class_ids, decode_mask, read_classes, read_value_map
 
-_NAME = re.compile(r"(?P<group>.+?)(?P<frame>_frame\w+?)?_(?P<index>\d+)")
+META = "meta.json"
+ORPHAN = "orphan_mask"
+OTHER = "left_out"
+_log = logging.getLogger(__name__)
 
 
 class PngFolder(Dataset):
-    """Images and masks as PNG files.
+    """Pictures (PNG, JPEG, TIFF) and their masks (PNG); names are told by `vessa.datasets.file_pattern`.
 
-    `patient001_frame01_05.png` is slice 5 of the case `patient001_frame01` of the group
-    `patient001`; without a frame the case is the group. A name without a number is its own group.
-    meta.json: {"classes": {"0": "background", "1": ...}, "modality", "licence"}
+    meta.json: {"classes": {"0": "background", "1": ...}, "modality", "licence"}, and optionally "files"
+    (patterns of names) and "values": {"255": "lesion", "1-20": "background"}, the meaning of stored mask
+    values. With one class, masks of the values 0 and 255 show it. See `vessa.mask_files`.
     """
 
     def __init__(self, root: Path) -> None:
         """Open a folder. Raises InvalidDataset when meta.json or the images are missing."""
         super().__init__(root)
+        path = self.root / META
         try:
-            meta = json.loads((self.root / "meta.json").read_text())
-            self.classes = {int(c): str(n) for c, n in meta["classes"].items() if int(c) != 0}
+            meta = json.loads(path.read_text(encoding="utf-8-sig"))
+            self.classes = read_classes({int(c): str(n) for c, n in meta["classes"].items()})
+            values = meta.get("values")
+            self._values = None if values is None else read_value_map(values, self.classes)
+        except VessaError as error:
+            raise InvalidDataset(f"{META} of '{self.name}': {error.message}") from error
+        except UnicodeDecodeError as error:
+            raise InvalidDataset(
+                f"{META} of '{self.name}' is not in UTF-8; save it in that encoding"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidDataset(
-                f'{self.root / "meta.json"} must hold {{"classes": {{"0": "background", "1": "..."}}}}'
+                f'{META} of \'{self.name}\' must hold {{"classes": {{"0": "background", "1": "..."}}}}'
             ) from error
         self.modality, self.licence = str(meta.get("modality", "")), str(meta.get("licence", ""))
-        if not any((self.root / "images").glob("*.png")):
-            raise InvalidDataset(f"{self.root / 'images'} holds no PNG file")
+        self._meta = meta
+        if not self.listing.entries:
+            raise InvalidDataset(
+                f"'{self.name}' holds no PNG, JPEG or TIFF images by the names {self.listing.pattern}"
+            )
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The files, the pattern by which they were told apart, and those that fit nothing."""
+        return list_files(self.root, self._meta)
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.listing.entries}
 
     @cached_property
     def _cases(self) -> tuple[Case, ...]:
         cases: dict[str, list[Slice]] = {}
-        for path in sorted((self.root / "images").glob("*.png")):
-            match = _NAME.fullmatch(path.stem)
-            group = match["group"] if match else path.stem
-            case = group + (match["frame"] or "") if match else path.stem
-            item = Slice(path.stem, case, group, int(match["index"]) if match else 0)
-            cases.setdefault(case, []).append(item)
+        for entry in sorted(self.listing.entries, key=lambda e: e.name):
+            item = Slice(entry.name, entry.case, entry.group, entry.index)
+            cases.setdefault(entry.case, []).append(item)
         return tuple(
             Case(name, items[0].group, tuple(sorted(items, key=lambda s: s.index)))
             for name, items in sorted(cases.items())
         )
+
+    def leftovers(self) -> tuple[tuple[str, str], ...]:
+        """Return (file name, why) of masks without an image and of files that are no pictures."""
+        orphans = [(path.name, ORPHAN) for path in self.listing.orphans]
+        return (*orphans, *((path.name, OTHER) for path in self.listing.others))
 
     def cases(self) -> tuple[Case, ...]:
         """Return all cases, sorted by name."""
@@ -57,27 +85,38 @@ class PngFolder(Dataset):
 
     def image(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels, uint8 (H, W) or (H, W, 3)."""
-        return read_png(self.root / "images" / f"{item.name}.png", color=True)
+        return read_picture(self._entries[item.name].image)
 
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
-        """Return the class ids, uint8 (H, W); None where there is no mask file."""
-        path = self.root / "masks" / f"{item.name}.png"
-        return read_png(path, color=False) if path.is_file() else None
+        """Return the class ids, uint8 (H, W), 255 for pixels to ignore; None where there is no mask file."""
+        path = self._entries[item.name].mask
+        if path is None:
+            return None
+        formats = ("PNG",) if self._values is None else ("PNG", "JPEG", "BMP", "TIFF")
+        try:
+            values = decode_mask(path.read_bytes(), MAX_PIXELS, f"the mask {path.name}", formats=formats)
+            return class_ids(values, self.classes, self._values, f"the mask {path.name}")
+        except OSError as error:
+            raise InvalidDataset(f"the mask {path.name} cannot be read: {error.strerror}") from error
+        except VessaError as error:
+            raise InvalidDataset(error.message) from error
 
 
-def read_png(path: Path, *, color: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Read uint8 (H, W) or, when `color`, also (H, W, 3). Raises InvalidDataset.
-
-    A palette's indices are the class ids of a mask. 16-bit files are refused: which range of theirs
-    should fill 8 bits is a choice for the whole volume, and its owner's.
-    """
+def is_picture_folder(root: Path) -> bool:
+    """Tell whether a folder is described by a meta.json of this layout."""
+    if not (root / META).is_file():
+        return False
+    if (root / "images").is_dir() or (root / CSV).is_file():
+        return True
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.mode == "L" or (image.mode == "P" and not color):
-                return np.array(image, dtype=np.uint8)
-            if not color or image.mode.startswith(("I", "F")):
-                wanted = "8-bit gray or color" if color else "8-bit gray with class ids"
-                raise InvalidDataset(f"{path} has the PNG mode {image.mode}; expected {wanted}")
-            return np.array(image.convert("L" if image.mode in ("1", "LA") else "RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidDataset(f"{path} is not a readable PNG file") from error
+        return "files" in json.loads((root / META).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_picture(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Read a picture of a data set as `vessa.images.read_image` does; InvalidDataset."""
+    try:
+        return read_image(path)
+    except VessaError as error:
+        raise InvalidDataset(error.message) from error

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from vessa.codec import image_digest
-from vessa.datasets.base import Dataset
+from vessa.datasets.base import IGNORE, Dataset
+from vessa.datasets.png_folder import PngFolder
 from vessa.datasets.registry import LAYOUTS, Collection, fits_patient, recognize
 from vessa.errors import InvalidDataset, VessaError
 
 _log = logging.getLogger(__name__)
+_MANY = 3  # images of one patient that look like a mistake in the names
 ADVICE = {  # what to do about each kind of finding
     "unreadable": "export the file again, or take it out together with its mask",
     "size_mismatch": "put the mask of this very image there, or resize it by nearest neighbor",
@@ -24,6 +26,9 @@ ADVICE = {  # what to do about each kind of finding
     "no_masks": "put at least one patient's masks there: they are the templates",
     "unknown_group": "correct the name in the split file, or take it out",
     "split_overlap": "leave each patient in one split only",
+    "orphan_mask": "give the mask its image's name, or state the names in `files` of meta.json",
+    "left_out": "move it out of the folder, or save it as a kind that is read",
+    "one_group": "state how patients are named: `files` of meta.json, such as images/{patient}.png",
     "few_groups": "add patients, or leave this data set out",
     "other_layout": "check classes and patients yourself: they are compared in the expected layout only",
     "class_names": "see that this is the collection that its folder's name says, and all of it",
@@ -107,7 +112,7 @@ def verify(
         if mask.shape != image.shape[:2]:
             text = f"image has size {image.shape[:2]}, its mask {mask.shape}; expected one size"
             findings.append(Finding("size_mismatch", item.name, text))
-        present = set(np.unique(mask).tolist())
+        present = set(np.unique(mask).tolist()) - {IGNORE}
         shown |= present
         unknown = sorted(present - set(dataset.classes) - {0})
         if unknown:
@@ -115,6 +120,7 @@ def verify(
             findings.append(Finding("unknown_class", item.name, text))
         if not mask.any():
             findings.append(Finding("empty_mask", item.name, "the mask is all background", "warning"))
+    findings += _file_findings(dataset)
     if not annotated:
         findings.append(Finding("no_masks", dataset.name, "no image has a mask; expected some", "warning"))
     for class_id in sorted(set(dataset.classes) - shown) if annotated else ():
@@ -122,6 +128,23 @@ def verify(
         findings.append(Finding("absent_class", dataset.classes[class_id], text, "warning"))
     findings += _split_findings(dataset, splits or {})
     return findings if entry is None else findings + _registry_findings(dataset, entry)
+
+
+def _file_findings(dataset: Dataset) -> list[Finding]:
+    """Report files that take no part, and names that put all images into one patient."""
+    texts = {"orphan_mask": "a mask that belongs to no image", "left_out": "a file that is not read"}
+    findings = [
+        Finding(kind, name, texts[kind], "error" if kind == "orphan_mask" else "warning")
+        for name, kind in dataset.leftovers()
+    ]
+    slices, cases = dataset.slices(), dataset.cases()
+    if isinstance(dataset, PngFolder) and len(cases) == 1 and len(slices) >= _MANY:
+        text = (
+            f"all {len(slices)} images are in one patient, '{cases[0].group}', by the names "
+            f"{dataset.listing.pattern}"
+        )
+        findings.append(Finding("one_group", dataset.name, text, "warning"))
+    return findings
 
 
 def _registry_findings(dataset: Dataset, entry: Collection) -> list[Finding]:
