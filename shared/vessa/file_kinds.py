@@ -32,10 +32,15 @@ def gunzipped(head: bytes, size: int = 352) -> bytes:
     """Return the first `size` bytes of gzip data, or `head` itself when it is no gzip data."""
     if head[:2] != b"\x1f\x8b":
         return head
+    found = b""
     try:
-        return zlib.decompressobj(31).decompress(head, size)
+        while len(found) < size and head:  # block gzip has many members
+            member = zlib.decompressobj(31)
+            found += member.decompress(head, size - len(found))
+            head = member.unused_data
     except zlib.error:
-        return b""
+        return found
+    return found
 
 
 def is_nifti(head: bytes) -> bool:

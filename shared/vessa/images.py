@@ -114,6 +114,8 @@ def _decode_png_or_jpeg(data: bytes, max_pixels: int, what: str) -> Pixels:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooLarge(f"{what} has more than {max_pixels} pixels. Resize or crop it") from None
     except Exception:
+        if kind_of(data) in FORMATS:
+            raise  # damaged, see `decode_picture`
         raise InvalidImage(f"{what} is no PNG, JPEG or TIFF file: got {_named(data)}") from None
     with image:
         _check_size(image.width, image.height, max_pixels, what)

@@ -88,7 +88,7 @@ def read_classes(stated: Mapping[int, str]) -> dict[int, str]:
         return {1: classes[IGNORE]}
     wrong = sorted(key for key in classes if not 1 <= key <= LARGEST_ID)
     if wrong:
-        raise UnknownClass(f"class ids must be 1 to {LARGEST_ID}, got {wrong[:5]}. Map them by `values`")
+        raise UnknownClass(f"class ids must be 1 to {LARGEST_ID}, got {wrong[:5]}. Renumber them")
     return dict(sorted(classes.items()))
 
 

@@ -16,6 +16,7 @@ from rich.progress import track
 
 from vessa.codec import image_digest
 from vessa.datasets import Case, Dataset, Slice
+from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset, VessaError
 from vessa.mask_geometry import box_and_point
 from vessa.report.cases import annotated, best_median_worst, score_labels
@@ -138,6 +139,7 @@ def seed_bank(annotator: Annotator, dataset: Dataset, groups: Sequence[str]) -> 
     items = []
     for item in dataset.slices():
         mask = dataset.mask(item) if item.group in groups else None
+        mask = None if mask is None else np.where(mask == IGNORE, 0, mask).astype(np.uint8)
         if mask is not None and mask.any():
             items.append(TemplateItem(dataset.image(item), mask, dict(dataset.classes), item.group))
     if not items:

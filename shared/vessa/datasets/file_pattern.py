@@ -144,10 +144,14 @@ def _from_pattern(root: Path, stated: Any) -> Listing:
             f"`files.image` of meta.json must hold {{patient}} and every field of `files.mask`, "
             f"such as {example}"
         )
-    parts = [
-        re.escape(text) if i % 2 == 0 else f"(?P<{text}>{r'[0-9]+' if text == 'slice' else r'[^/]+?'})"
-        for i, text in enumerate(_FIELD.split(image))
-    ]
+    parts, seen = [], set[str]()
+    for place, text in enumerate(_FIELD.split(image)):
+        if place % 2 == 0:
+            parts.append(re.escape(text))
+        else:
+            kind = "[0-9]+" if text == "slice" else "[^/]+?"
+            parts.append(f"(?P={text})" if text in seen else f"(?P<{text}>{kind})")
+            seen.add(text)
     wanted = re.compile("".join(parts), re.IGNORECASE)
     files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
     folded = {name.casefold(): path for name, path in files.items()}

@@ -120,7 +120,7 @@ class NnUnet(Dataset):
         self._check_grid(self._files[item.case], path)
         ids = slice_of(_volume(path).voxels, 2, item.index)
         try:
-            return np.ascontiguousarray(class_ids(ids, self.classes, self._values, f"the labels {path.name}"))
+            return np.ascontiguousarray(class_ids(ids, self.classes, self._values, f"label file {path.name}"))
         except VessaError as error:
             raise InvalidDataset(error.message) from error
 

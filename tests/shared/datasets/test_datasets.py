@@ -83,13 +83,12 @@ def test_png_colors_palettes_and_depths(png_folder):
     indexed.save(mask_path)
     assert np.unique(dataset.mask(item)).tolist() == [1]
     png(path, gray().astype(np.uint16) * 200)
-    with pytest.raises(InvalidDataset, match="expected 8-bit gray or color"):
-        dataset.image(item)
+    assert dataset.image(item).max() == 255  # deep pixels are scaled as the annotator scales them
     png(mask_path, np.dstack([gray()] * 3))
-    with pytest.raises(InvalidDataset, match="8-bit gray with class ids"):
+    with pytest.raises(InvalidDataset, match="alone.png has color or transparency"):
         dataset.mask(item)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(InvalidDataset, match="not a readable PNG"):
+    with pytest.raises(InvalidDataset, match="alone.png is damaged or cut off"):
         dataset.image(item)
 
 

@@ -120,12 +120,9 @@ def _values(pixels: np.ndarray[Any, Any], file: Dataset, index: int) -> np.ndarr
 
 
 def rescale_of(header: Dataset, index: int) -> tuple[float, float]:
-    """Return slope and intercept of a frame: rescale, or the scale of a dose grid."""
+    """Return slope and intercept of a frame."""
     values = _functional_group(header, index, "PixelValueTransformationSequence")
     slope, intercept = values.get("RescaleSlope"), values.get("RescaleIntercept")
-    scale = header.get("DoseGridScaling")
-    if slope in (None, "") and scale not in (None, ""):
-        return float(scale), 0.0
     return (1.0 if slope in (None, "") else float(slope)), (
         0.0 if intercept in (None, "") else float(intercept)
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vessa.datasets import Dataset
+from vessa.datasets.base import IGNORE
 from vessa_server.model.geometry import Square, to_tensor
 from vessa_server.pretraining.data.synthetic import Study
 
@@ -144,7 +145,8 @@ def pool_of_dataset(dataset: Dataset, groups: Sequence[str], size: int) -> Pool:
         mask = dataset.mask(item)
         if mask is None:
             continue
-        image, label = squares_of(dataset.image(item), mask, size)
+        known = np.where(mask == IGNORE, 0, mask).astype(np.uint8)
+        image, label = squares_of(dataset.image(item), known, size)
         images.append(image)
         masks.append(label)
         names.append(item.group)
