@@ -14,6 +14,7 @@
 #   bench-annotator  time per image, new and cached; ends in JSON
 #   bench-service    HTTP against the bare model, batches, LitServe, overload; ends in JSON
 #   bench-trainer    our step against UniMatch V2's, waiting for labels, cost of cached labels; ends in JSON
+#   bench-student    a student against VESSA alone and UniMatch V2: ARGS="--data FOLDER"; resumed; ends in JSON
 #   bench-scale      two replicas behind nginx against one, and kill -9 under load; ends in JSON
 #   bench-suggest    suggested patients against random ones: ARGS="--data FOLDER"; minutes, resumed
 #   proving          the proving ground with PROVING_EFFORT=20 times the inputs (docs/explanation/reliability.md)
@@ -29,7 +30,7 @@ SHELL := /bin/sh
 PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
            tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
            tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
-.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
 
 BIN := .venv/bin
 # The stamp is named by a checksum of its inputs: a changed lock is noticed, and the file times of a fresh
@@ -109,6 +110,9 @@ bench-service: setup
 
 bench-trainer: setup redis
 	@$(BIN)/python benchmarks/trainer.py $(ARGS)
+
+bench-student: setup
+	@$(BIN)/python benchmarks/student.py $(ARGS)
 
 bench-scale: setup redis nginx
 	@$(BIN)/python benchmarks/scale.py $(ARGS)

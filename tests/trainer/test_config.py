@@ -49,6 +49,16 @@ def test_equation_8_as_printed_is_a_config():
     assert (semi.method, semi.vessa_loss, semi.vessa_gate) == ("vessa", "ce", "teacher")
 
 
+@pytest.mark.parametrize(("name", "steps"), [("quick", 400), ("standard", 4000), ("full", 30_000)])
+def test_schedules_share_the_student_and_leave_the_method_open(name, steps):
+    config = load_config(shipped(name))
+    assert config.steps == steps
+    assert (config.student.encoder, config.student.window) == ("tf_efficientnet_lite0", 1.6)
+    assert config.semi == load_config(None).semi
+    assert config.unlabeled_loss == "soft"
+    assert not config.channel_dropout
+
+
 def test_every_method_has_a_title_of_its_own():
     titles = [t for p in CONFIGS if (t := load_config(p).title)]
     assert len(set(titles)) == len(titles)

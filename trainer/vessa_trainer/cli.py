@@ -20,7 +20,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 _console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of one experiment.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file of one experiment, or the name of a config that ships: quick, standard, full.",
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override, as section.key=value; repeatable.")]
 Data = Annotated[Path | None, typer.Option(help="Data folder.")]
 Labeled = Annotated[str | None, typer.Option(help="Split file of the labeled patients.")]
@@ -52,6 +58,8 @@ def _config(file: Path | None, overrides: list[str] | None, **given: object) -> 
         for k, v in given.items()
         if v is not None
     ]
+    if file is not None and not file.suffix and not file.exists():
+        file = shipped(str(file))
     return load_config(file, [*named, *(overrides or [])])
 
 
