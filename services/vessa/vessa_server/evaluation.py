@@ -1,7 +1,7 @@
 """Score the annotator alone from the templates of a few patients (the paper's Tables 4 and 5).
 
-Each draw of bank patients makes a fresh bank; every test patient outside of it is annotated slice by
-slice and scored as a volume. Variants differ from the default in one thing each.
+Each draw of bank patients makes a new bank. Every test patient outside of it is annotated slice by slice
+and scored as a volume. Each variant differs from the default in one setting.
 """
 
 import tempfile
@@ -31,18 +31,18 @@ from vessa_server.types import SegmentItem, SegmentResult, TemplateItem
 _Answer = TypeVar("_Answer", SegmentResult, Template)
 
 _BATCH = 8
-_SURE = 6.0  # mask logit of a pixel that is known
-_FEATURES = 2 << 30  # bytes: every variant reuses the features of the first
-_PICTURED = 4  # variants shown beside the truth
+_SURE = 6.0  # mask logit of a known pixel
+_FEATURES = 2 << 30  # bytes; every variant reuses the features of the first one
+_PICTURED = 4  # variants in the pictures beside the truth
 _TRUTH = "from the truth: a ceiling"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to ask.
+    """One configuration of the requests.
 
-    without: see Annotator; prompts: what of the truth goes along, or nothing; adapted: whether the decoder
-    has learned from the bank's templates
+    without: see Annotator; prompts: kind of prompts made from the truth, or None; adapted: whether the bank
+    has weights of its own
     """
 
     name: str
@@ -53,7 +53,7 @@ class Variant:
 
     @property
     def drawn(self) -> bool:
-        """Whether the answer depends on a seed."""
+        """Whether the result depends on a seed."""
         return self.template_choice in ("sample", "random")
 
 
@@ -148,7 +148,7 @@ def seed_bank(annotator: Annotator, dataset: Dataset, groups: Sequence[str]) -> 
 
 
 def _adapt(annotator: Annotator, seconds: float | None) -> None:
-    """Adapt to the bank "evaluation" for some seconds, or serve it by the common weights."""
+    """Adapt to the bank "evaluation" for `seconds`; None serves it by the common weights."""
     banks, found = annotator.banks, None
     if seconds is not None:
         found, _ = annotator.adaptations.fit(banks.get("evaluation"), seconds)
@@ -164,7 +164,7 @@ def _annotate(
     title: str,
     console: Console,
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Annotate cases: name and label maps uint8 (H, W) of the slices."""
+    """Annotate cases; yield each name and the label maps uint8 (H, W) of its slices."""
     annotator.leave_out(variant.without)
     for case in track(cases, title, console=console, transient=True):
         labels: list[np.ndarray] = []
@@ -185,7 +185,7 @@ def _result(answer: _Answer | VessaError) -> _Answer:
 
 
 def _item(dataset: Dataset, item: Slice, variant: Variant, seed: int) -> SegmentItem | None:
-    """What to ask of a slice; None for nothing, where its marks would be of nothing."""
+    """Return the request for a slice; None when the variant has prompts and no class is present."""
     image = dataset.image(item)
     names = tuple(dataset.classes[c] for c in sorted(dataset.classes))
     asked = SegmentItem(
@@ -195,7 +195,7 @@ def _item(dataset: Dataset, item: Slice, variant: Variant, seed: int) -> Segment
         classes=names,
         group=item.group,
         template_choice=variant.template_choice,
-        # each slice draws on its own, and the same in every run
+        # each slice has a seed of its own, the same in every run
         seed=int(np.random.default_rng([seed, item.index]).integers(1 << 31)),
     )
     mask = dataset.mask(item)
@@ -204,7 +204,7 @@ def _item(dataset: Dataset, item: Slice, variant: Variant, seed: int) -> Segment
     truth = np.stack([mask == c for c in sorted(dataset.classes)])
     if variant.prompts == "mask":
         return replace(asked, mask_logits=np.where(truth, _SURE, -_SURE).astype(np.float32))
-    # Who marks structures marks, and asks for, those that are there.
+    # An annotator who marks structures marks, and requests, the present ones only.
     present = np.flatnonzero(truth.any((1, 2)))
     if not len(present):
         return None

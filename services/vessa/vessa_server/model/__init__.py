@@ -1,1 +1,1 @@
-"""The annotator's network: retriever, language model, segmenter, and how their weights are kept."""
+"""The annotator's network: retriever, language model, segmenter, and the format of their weights."""

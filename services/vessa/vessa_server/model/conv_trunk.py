@@ -1,7 +1,7 @@
 """A convolutional trunk for SAM 2's image encoder.
 
-From scratch and on few images it learns several times faster than a small Hiera (measured, see
-docs/decisions/). It gives four levels, each half the size of the one before, as Hiera does.
+Trained from scratch on few images it learns several times faster than a small Hiera (measured, see
+docs/decisions/). It returns four levels, each half the size of the previous one, as Hiera does.
 """
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) ->
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; `stride` 2 halves the map."""
+    """Add two 3x3 convolutions to a shortcut; `stride` 2 halves the map."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class ResidualBlock(nn.Module):
 
 
 class ConvolutionalTrunk(nn.Module):
-    """Levels at `first_stride` x 1, 2, 4, 8 with `width` x 1, 2, 4, 8 channels."""
+    """Compute levels at `first_stride` x 1, 2, 4, 8 with `width` x 1, 2, 4, 8 channels."""
 
     def __init__(self, width: int, first_stride: int) -> None:
         super().__init__()
-        self.channel_list = [width * 8, width * 4, width * 2, width]  # SAM 2 wants the coarsest first
+        self.channel_list = [width * 8, width * 4, width * 2, width]  # SAM 2 expects the coarsest first
         stem = [_convolution(3, width // 2, 2 if first_stride > 1 else 1), nn.ReLU()]
         stem += [_convolution(width // 2, width, 2 if first_stride > 2 else 1), nn.ReLU()]
         self.stem = nn.Sequential(*stem)
@@ -48,7 +48,7 @@ class ConvolutionalTrunk(nn.Module):
         self.levels = nn.ModuleList(levels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map (B, 3, S, S) to four levels, the finest first."""
+        """Map (B, 3, S, S) to four levels, the finest one first."""
         x = self.stem(x)
         maps = []
         for level in self.levels:

@@ -1,7 +1,7 @@
-"""Between an image as it came and the square the networks see.
+"""Convert between the pixels of an image and the square that the networks see.
 
-Every network sees a square of the image, resized: the black square around the whole image, or a
-window of it. Prompts travel into that square, logits travel back out of it.
+Every network sees a resized square: the whole image padded with black, or a window of it. Prompts are
+moved into that square and logits are moved back to the image.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """A square part of an image, in px of the image; it may reach over the image's edges."""
+    """A square part of an image, in px of the image. It may extend beyond the image's edges."""
 
     top: int
     left: int
@@ -23,7 +23,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Square:
-    """How an image of `height` x `width` px meets the networks: whole, or the part in `window`."""
+    """The square of an image of `height` x `width` px that the networks see: the whole, or `window`."""
 
     height: int
     width: int
@@ -31,13 +31,13 @@ class Square:
 
     @property
     def whole(self) -> Window:
-        """The square around the image; its side is the longer of the two."""
+        """The square around the image. Its side is the longer side of the image."""
         side = max(self.height, self.width)
         return Window(-((side - self.height) // 2), -((side - self.width) // 2), side)
 
     @property
     def shown(self) -> Window:
-        """What is seen of the image."""
+        """The part of the image that is seen, as a window."""
         return self.window or self.whole
 
     @property
@@ -46,7 +46,7 @@ class Square:
         return self.shown.side
 
     def pad(self, array: Tensor) -> Tensor:
-        """Cut (..., height, width) to (..., side, side), with zeros where there is no image."""
+        """Cut (..., height, width) to (..., side, side); pixels outside of the image are 0."""
         shown = self.shown
         right, bottom = shown.left + shown.side - self.width, shown.top + shown.side - self.height
         return F.pad(array, (-shown.left, right, -shown.top, bottom))
@@ -63,7 +63,7 @@ class Square:
         return rows, slice(max(shown.left, 0), min(shown.left + shown.side, self.width))
 
     def leave(self, logits: Tensor) -> Tensor:
-        """Move (N, C, s, s) float back to the px of the image that are `seen`, (N, C, h, w)."""
+        """Move (N, C, s, s) float back to the `seen` pixels of the image, (N, C, h, w)."""
         (rows, columns), shown = self.seen, self.shown
         square = resize(logits, (shown.side, shown.side))
         square = square[..., rows.start - shown.top : rows.stop - shown.top, :]
@@ -76,7 +76,7 @@ class Square:
 
 
 def resize(array: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
-    """Resize (N, C, H, W) float, with antialiasing where bilinear interpolation shrinks."""
+    """Resize (N, C, H, W) float. Bilinear interpolation uses antialiasing when it shrinks."""
     if array.shape[-2:] == size:
         return array
     if mode != "bilinear":

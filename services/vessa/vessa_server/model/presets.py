@@ -1,4 +1,4 @@
-"""Sizes of the annotator. All presets are the same code; only these numbers differ."""
+"""Define the presets: sizes of the annotator. All presets share one code and differ in these numbers."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from vessa.errors import InvalidWeights
 
 @dataclass(frozen=True)
 class SegmenterPreset:
-    """A SAM 2.1 graph. `config` names an official one; without it the nano graph is built from the sizes."""
+    """Sizes of a SAM 2.1 graph. `config` names an official one; None builds nano's from the sizes."""
 
     image_size: int = 160  # px, side of the square input
     stride: int = 8  # px per embedding position
@@ -16,14 +16,14 @@ class SegmenterPreset:
     dim: int = 128
     attention_layers: int = 2
     trunk: str | None = None  # timm's name of nano's trunk; None is `ConvolutionalTrunk` of `width`
-    correlation_heads: int = 4  # 0: no correlation read-out (official weights were trained without)
+    correlation_heads: int = 4  # 0: without `Correlation`, which official weights lack
     config: str | None = None
     per_image_normalization: bool = True  # False: ImageNet statistics, as the official weights expect
 
 
 @dataclass(frozen=True)
 class LanguagePreset:
-    """A Qwen3-VL graph. The official directories carry their own sizes, so nano alone needs them."""
+    """Sizes of a Qwen3-VL graph. Only nano uses them: official directories state their own sizes."""
 
     image_size: int = 128  # px; one vision token per 32 x 32 px
     hidden: int = 128
@@ -67,9 +67,7 @@ class Preset:
             language = data["language"]
             return cls(
                 name=data["name"],
-                closer=data.get(
-                    "closer", False
-                ),  # weights older than the second look were not trained for it
+                closer=data.get("closer", False),  # older weights were not trained for zoomed views
                 segmenter=SegmenterPreset(**data["segmenter"]),
                 language=None if language is None else LanguagePreset(**language),
                 retriever=RetrieverPreset(**data["retriever"]),

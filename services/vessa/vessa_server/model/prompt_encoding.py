@@ -1,4 +1,4 @@
-"""Prompts in native px moved into the network's square, as SAM 2's prompt encoder takes them."""
+"""Encode prompts in native px as SAM 2's prompt encoder expects them in the network's square."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch import Tensor
 from vessa_server.model.geometry import Square, resize
 from vessa_server.model.segmenter import PromptBatch
 
-_OUTSIDE = -6.0  # mask logit of what lies outside the image
+_OUTSIDE = -6.0  # mask logit outside of the image
 BOX_MARGIN = 0.1  # of a box's longer side: a student's boxes are rough
 
 
 @dataclass(frozen=True)
 class MaskPrompts:
-    """Prompts of one mask in px of its image; None where there is none of a kind.
+    """Prompts of one mask in px of its image; None for a kind of prompt that it lacks.
 
     box: (4,) XYXY; points: (P, 2) (x, y) with point_labels (P,) 1 inside, 0 outside, -1 padding;
     mask_logits: (h, w) over the whole image
@@ -49,7 +49,7 @@ def prompt_batch(
 
 
 def _sparse(prompts: MaskPrompts, square: Square, size: int) -> tuple[Tensor, Tensor]:
-    """Points (P, 2) on the square with SAM's labels: a box is its two corners, 2 and 3."""
+    """Return points (P, 2) on the square and SAM's labels. The corners of a box have labels 2 and 3."""
     xy, kinds = [], []
     if prompts.box is not None:
         xy += prompts.box.reshape(2, 2).tolist()
@@ -64,7 +64,7 @@ def _sparse(prompts: MaskPrompts, square: Square, size: int) -> tuple[Tensor, Te
 
 
 def _dense(prompts: MaskPrompts, square: Square, side: int) -> Tensor:
-    """Mask logits on the square, (1, side, side); zeros where there are none."""
+    """Return mask logits on the square, (1, side, side); zeros for a mask without logits."""
     if prompts.mask_logits is None:
         return torch.zeros(1, side, side)
     logits = torch.from_numpy(prompts.mask_logits.astype(np.float32))[None, None]
@@ -73,9 +73,9 @@ def _dense(prompts: MaskPrompts, square: Square, side: int) -> Tensor:
 
 
 def hold_to_box(logits: Tensor, box: np.ndarray, square: Square, outside: float) -> Tensor:
-    """Draw nothing outside of a box prompt: who draws a box says that the structure lies within.
+    """Exclude pixels outside of a box prompt: a box asserts that the structure lies inside it.
 
-    logits: (1, 1, s, s) on the square; box: (4,) XYXY in native px; outside: logit of what it excludes
+    logits: (1, 1, s, s) on the square; box: (4,) XYXY in native px; outside: logit of excluded pixels
     """
     size = logits.shape[-1]
     corners = square.points(torch.from_numpy(box.astype(np.float32)).view(2, 2), size)

@@ -1,4 +1,4 @@
-"""DINOv2 features for finding the most similar template (Eq. 1)."""
+"""Compute the DINOv2 features that find the most similar template (Eq. 1)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vessa_server.model.presets import RetrieverPreset
 
 
 class Retriever(nn.Module):
-    """A vision transformer of the DINOv2 family that turns an image into one unit vector."""
+    """A vision transformer of the DINOv2 family that maps an image to one unit vector."""
 
     def __init__(self, preset: RetrieverPreset) -> None:
         super().__init__()
@@ -28,8 +28,8 @@ class Retriever(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) float in [0, 1] to unit vectors (B, 2D).
 
-        The class token says what is seen, the mean of the patch tokens how it is spread; the two
-        together retrieve better than either (DINOv2's own recipe for linear probes).
+        The class token describes the content, the mean of the patch tokens its distribution. Together
+        they retrieve better than each alone (DINOv2's own recipe for linear probes).
         """
         size = self.preset.image_size
         images = resize(images, (size, size))

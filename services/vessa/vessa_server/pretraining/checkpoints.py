@@ -1,9 +1,9 @@
 """Save and load the state of a Stage-1 run, so that it resumes exactly after a kill.
 
-run.json            the settings it was started with; a run is resumed with the same or not at all
-checkpoint.json     step, generators, template banks and which state files belong to it; replaced last
-state-*.safetensors model, average and optimizer; one file, or one a process when they are sharded
-metrics.jsonl       cut back on resume to where the checkpoint was written
+run.json            settings at the start; a run is resumed only with the same settings
+checkpoint.json     step, random generators and the names of its state files; replaced last
+state-*.safetensors model, average and optimizer; one file, or one per process when they are sharded
+metrics.jsonl       truncated on resume to the length at the checkpoint
 """
 
 import json
@@ -26,9 +26,9 @@ SETTINGS, CHECKPOINT, METRICS, BEST = "run.json", "checkpoint.json", "metrics.js
 
 
 def hold_to_settings(out: Path, settings: dict[str, Any], *, write: bool) -> None:
-    """Note a new run's settings; refuse a run that was started with others.
+    """Write the settings of a new run; refuse to resume a run with other settings.
 
-    settings: plain data; under "where" is what may change between starts, such as folders
+    settings: plain data; values under "where", such as folders, may change between starts
     Raises InvalidRequest naming each setting that differs.
     """
     path = out / SETTINGS
@@ -78,7 +78,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 def save_checkpoint(
     out: Path, tensors: dict[str, Tensor], facts: dict[str, Any], processes: Processes
 ) -> None:
-    """Write a checkpoint, atomically: `checkpoint.json` names state files that are complete.
+    """Write a checkpoint atomically: `checkpoint.json` only names complete state files.
 
     tensors: of this process; facts: plain data, with the step under "step"
     """
@@ -96,11 +96,11 @@ def save_checkpoint(
         for path in out.glob("state-*.safetensors"):
             if path.name not in names:
                 path.unlink()
-        atomic_write.remove_leftovers(out)  # all processes have written: what is left is a killed run's
+        atomic_write.remove_leftovers(out)  # all processes have written; other files are of a killed run
 
 
 def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Read the checkpoint of a run, its tensors whole however many processes wrote them; None without one.
+    """Read the checkpoint of a run with unsharded tensors; None when there is no checkpoint.
 
     Raises InvalidWeights when a state file is missing.
     """
@@ -119,7 +119,7 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | Non
 
 
 def cut_metrics(out: Path, size: int) -> None:
-    """Drop what was logged after the checkpoint that a run goes on from; those steps are taken again."""
+    """Remove the log lines after the checkpoint; those steps are repeated."""
     path = out / METRICS
     if path.is_file():
         os.truncate(path, size)

@@ -1,8 +1,8 @@
-"""The processes of one run: each takes its part of every batch, the gradients are averaged.
+"""Distribute a run over processes: each computes its part of every batch, gradients are averaged.
 
-Started by `torchrun`, accelerate finds the processes and the device of each, and copies the model to all
-of them (DDP). FSDP is torch's `fully_shard` itself, because accelerate's runs on GPUs alone and could not
-be tested here; it divides the frozen weights, the trained ones and the optimizer among the processes.
+Under `torchrun` accelerate finds the processes and their devices and copies the model to each (DDP). FSDP
+calls torch's `fully_shard` directly, because accelerate's FSDP needs GPUs and could not be tested here. It
+divides the frozen weights, the trained weights and the optimizer among the processes.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Scale:
-    """How a step is spread over passes and memory; the loss stays that of the whole batch.
+    """How a step is divided into passes and processes; the loss stays that of the whole batch.
 
-    accumulate: passes a step; shard: FSDP; checkpoint_activations: compute those of the language model
-    again on the way back instead of keeping them
+    accumulate: passes per step; shard: FSDP; checkpoint_activations: recompute the activations of the
+    language model in the backward pass instead of storing them
     """
 
     accumulate: int = 1
@@ -39,10 +39,9 @@ class Scale:
 
 
 class Stage1(nn.Module):
-    """The model and the head that only training has.
+    """The model and the head that only training uses.
 
-    Its forward runs any function of the two, so that DDP and FSDP, which act when a module is called, see
-    all that a step does with them.
+    Its forward runs any function of the two, because DDP and FSDP act only when a module is called.
     """
 
     def __init__(self, model: Vessa, whereabouts: nn.Module) -> None:
@@ -55,10 +54,10 @@ class Stage1(nn.Module):
 
 
 class Processes:
-    """This process's place among those of the run; a run without `torchrun` has one."""
+    """The processes of a run and this process's rank; a run without `torchrun` has one process."""
 
     def __init__(self, device: torch.device) -> None:
-        # nano leaves out parts of itself in some steps, and says nothing of it to DDP
+        # in some steps parts of nano are unused, which DDP must detect
         handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self._accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[handler])
         self.count, self.rank = self._accelerator.num_processes, self._accelerator.process_index
@@ -66,11 +65,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes what all have in common."""
+        """Whether this process writes the files that all processes share."""
         return self.rank == 0
 
     def spread(self, stage: Stage1, *, shard: bool) -> nn.Module:
-        """Place the model on this process's device and return what is to be called in its stead."""
+        """Move the model to this process's device; return the module to call instead of it."""
         if not shard:
             stage.to(self.device)
             prepared: nn.Module = stage if self.count == 1 else self._accelerator.prepare_model(stage)
@@ -79,19 +78,19 @@ class Processes:
             raise InvalidRequest("FSDP divides a model among processes: start several with torchrun")
         mesh = init_device_mesh(self.device.type, (self.count,))
         for module in list(stage.modules()):
-            if isinstance(module, GradientCheckpointingLayer):  # Qwen's layers, of text and of vision
+            if isinstance(module, GradientCheckpointingLayer):  # Qwen's layers, text and vision
                 fully_shard(module, mesh=mesh)
-        # Validation reads the weights between forward passes, so nothing may stay gathered after one.
+        # Validation reads the weights between forward passes, so they must be sharded again after each.
         fully_shard(stage, mesh=mesh, reshard_after_forward=True)
         return stage
 
     def backward(self, loss: Tensor) -> None:
-        """Add a part's gradients. DDP and FSDP average over processes; our losses are parts of a sum."""
+        """Add the gradients of a part. DDP and FSDP average over processes, but losses here are sums."""
         self._accelerator.backward(loss * self.count)
 
     @contextlib.contextmanager
     def exchanging(self, stage: nn.Module, now: bool) -> Iterator[None]:
-        """Exchange gradients in this pass only when it is the step's last."""
+        """Exchange gradients only in the last pass of a step."""
         if isinstance(stage, FSDPModule):
             stage.set_requires_gradient_sync(now)
         with contextlib.nullcontext() if now else self._accelerator.no_sync(stage):
@@ -102,22 +101,22 @@ class Processes:
         return self._accelerator.reduce(values.to(self.device), "sum").cpu()
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         self._accelerator.wait_for_everyone()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, or the tensor."""
+    """Return this process's part of a sharded tensor; other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, in all processes at once, or the tensor."""
+    """Return a sharded tensor in full; all processes must call this. Other tensors are unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(full: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor divided as `like` is, on its device."""
+    """Shard a full tensor in the way of `like`, on its device."""
     if not isinstance(like, DTensor):
         return full.to(like.device)
     mesh = like.device_mesh

@@ -1,4 +1,4 @@
-"""From a Stage-1 run, or a weights directory, to a weights directory that serves."""
+"""Export a Stage-1 run or a weights directory as a weights directory for the service."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,11 @@ def export(source: Path, out: Path, *, dtype: str | None = None, start: str | No
     """Write the best weights of a run, or those of a weights directory, to `out`; return their digest.
 
     LoRA and the row of <SEG> are folded in: `language/` is an ordinary Qwen3-VL directory.
-    dtype: that of `language/`, float16 for nano and bfloat16 for official graphs unless given; the other
-    parts are float16 if it is and float32 otherwise, since bfloat16 is too coarse for masks
-    start: the weights that the run started from, where they have moved
-    Raises InvalidWeights for a source that has no weights (yet) or another start than the run's,
-    InvalidRequest for a dtype it does not know and an `out` that holds anything else.
+    dtype: of `language/`; by default float16 for nano and bfloat16 for official graphs. The other parts are
+    float16 with float16 and float32 otherwise, because bfloat16 is too coarse for masks
+    start: the weights that the run started from, if they were moved
+    Raises InvalidWeights for a source without weights or with another start than the run's, InvalidRequest
+    for an unknown dtype and for an `out` that is not a weights directory.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InvalidRequest(f"unknown dtype '{dtype}'; known are {', '.join(DTYPES)}")

@@ -1,4 +1,4 @@
-"""Stage 1 from start to weights: optimizer, schedule, validation, checkpoints, resume."""
+"""Run Stage 1: optimizer, schedule, validation, checkpoints, resume."""
 
 import json
 import math
@@ -34,7 +34,7 @@ from vessa_server.pretraining.step import (
 )
 
 EMA_DECAY = 0.998
-WHEREABOUTS = 8  # cells a side of the coarse map that the state at <SEG> must hold
+WHEREABOUTS = 8  # cells per side of the coarse map that is read from the state at <SEG>
 LAYOUTS, KINDS = 16, 2  # slices of each of two pools for the retriever, two views of each
 NO_LANGUAGE_SHARE, NO_MEMORY_SHARE = 0.1, 0.15  # of the steps
 VALIDATION_BATCH = 8
@@ -45,10 +45,10 @@ NANO_LR, OFFICIAL_LR = 8e-4, 4e-5
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How long and how fast. The run ends at `steps` or, when given, after `minutes` of training.
+    """Length and speed of a run. It ends at `steps` or, if given, after `minutes` of training.
 
-    batch: pairs a step, over all processes; lr: peak, None for 8e-4 (nano) or 4e-5 (official graphs, as
-    Sa2VA); lora: of an official language model
+    batch: episodes per step over all processes; lr: peak, None for 8e-4 (nano) or 4e-5 (official graphs,
+    as Sa2VA); lora: of an official language model
     """
 
     steps: int = 20000
@@ -69,10 +69,10 @@ class PretrainConfig:
 
 
 class Pretraining:
-    """The state of one Stage-1 run; `run` trains to the end, wherever it was stopped.
+    """One Stage-1 run; `run` trains from the last checkpoint to the end.
 
-    model: with the weights to start from; it is changed in place. Raises InvalidRequest when the batch
-    cannot be divided as `scale` and the number of processes want it.
+    model: with the weights to start from, changed in place. Raises InvalidRequest when the batch is not
+    divisible by the number of processes and passes.
     """
 
     def __init__(
@@ -92,17 +92,19 @@ class Pretraining:
         parts = processes.count * self.scale.accumulate
         if config.batch % parts:
             raise InvalidRequest(
-                f"a batch of {config.batch} pairs cannot be divided among {processes.count} processes with "
-                f"{self.scale.accumulate} passes each: expected a multiple of {parts}"
+                f"a batch of {config.batch} episodes cannot be divided among {processes.count} processes "
+                f"with {self.scale.accumulate} passes each: expected a multiple of {parts}"
             )
         if self.scale.shard and is_nano(model):
-            raise InvalidRequest("nano is not worth dividing among processes: leave out --fsdp")
+            raise InvalidRequest("nano fits into every device and is not sharded: remove --fsdp")
         self.peak = config.lr or (NANO_LR if is_nano(model) else OFFICIAL_LR)
-        torch.manual_seed(config.seed)  # the same new weights in all processes
+        torch.manual_seed(config.seed)  # the same random weights in all processes
         self.adapter = choose(model, config.lora)
         if self.scale.checkpoint_activations:
             if model.language is None:
-                raise InvalidRequest("there is no language model whose activations could be computed again")
+                raise InvalidRequest(
+                    "--checkpoint-activations needs a language model, and these weights have none"
+                )
             model.language.model.activation_checkpointing_enable()
         self.whereabouts = nn.Linear(model.preset.segmenter.dim, WHEREABOUTS**2)
         self.stage = processes.spread(Stage1(model, self.whereabouts), shard=self.scale.shard)
@@ -122,7 +124,7 @@ class Pretraining:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, by steps or by minutes, whichever is further."""
+        """Finished share of the run: the larger one of steps and minutes."""
         shares = [self.step / self.config.steps]
         if self.config.minutes is not None:
             shares.append(self.seconds / (60 * self.config.minutes))
@@ -140,8 +142,8 @@ class Pretraining:
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's figures.
 
-        The best weights by validation Dice are in `out`: nano's as a weights directory, of an official
-        graph what was trained alone, for `vessa-server weights export`.
+        The best weights by validation Dice are in `out`: a weights directory of nano, or only the trained
+        tensors of an official graph, for `vessa-server weights export`.
         """
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not self.processes.first) as bar:
@@ -167,7 +169,7 @@ class Pretraining:
 
     @property
     def weights(self) -> Path:
-        """Where the best weights by validation Dice are."""
+        """Path of the best weights by validation Dice."""
         return self.out / ("weights" if is_nano(self.model) else checkpoints.BEST)
 
     def _step(self) -> dict[str, float]:
@@ -205,15 +207,15 @@ class Pretraining:
         self.optimizer.step()
         self.step += 1
         self._update_average(min(EMA_DECAY, self.step / (self.step + 20)))
-        # All processes must agree on when the run ends: the clock is their mean.
+        # All processes must end at the same step, so they use the mean of their clocks.
         spent = self.processes.sum(torch.tensor([time.perf_counter() - started], dtype=torch.float64))
         self.seconds += spent.item() / self.processes.count
         return means
 
     def _draw(self) -> tuple[list[TaskBatch], LayoutBatch | None, tuple[bool, bool]]:
-        """Draw a step's batch; all processes draw the same, each augments its own parts of it alone.
+        """Draw the batch of a step. All processes draw the same batch; each augments its own parts.
 
-        Returns this process's parts, layouts, and whether the step does without memory or language.
+        Returns this process's parts, the layouts, and whether the step runs without memory or language.
         """
         episodes = self.tasks.batch(self.rng, self.config.batch)
         seeds = torch.randint(2**62, (len(episodes),), generator=self.generator)
@@ -228,7 +230,7 @@ class Pretraining:
         first = self.processes.rank * self.scale.accumulate * count
         starts = range(first, first + self.scale.accumulate * count, count)
         parts = [prepare(episodes[i : i + count], seeds[i : i + count], size, side) for i in starts]
-        # What dropout draws depends on the step and the process alone, so a checkpoint need not hold it.
+        # Dropout depends only on the step and the process, so a checkpoint need not store its generator.
         state = np.random.SeedSequence([self.config.seed, self.step, self.processes.rank])
         torch.manual_seed(int(state.generate_state(1)[0]))
         return parts, layouts, (no_memory < NO_MEMORY_SHARE, no_language < NO_LANGUAGE_SHARE)
@@ -250,7 +252,7 @@ class Pretraining:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Score the average of the weights, which is what is kept."""
+        """Score the averaged weights, which are the ones that are saved."""
         trained = {k: v.detach().clone() for k, v in changing(self.model).items()}
         self._put(self.average)
         dice = self._validation_dice()
@@ -275,13 +277,13 @@ class Pretraining:
             checkpoints.save_tensors(self.weights, tensors, {"provenance": json.dumps(provenance)})
 
     def _validation_dice(self) -> float:
-        """Mean Dice over pairs whose target shows the class, augmented the same each time."""
+        """Return the mean Dice over the validation episodes, which are augmented equally each time."""
         self.model.eval()
         size, side = self.model.preset.segmenter.image_size, 4 * self.model.segmenter.side
         starts = range(0, len(self.validation), VALIDATION_BATCH)
         total = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(starts), self.processes.count):
-            # With FSDP all processes must take part in every pass: who has no batch left repeats the last.
+            # With FSDP all processes must run every pass: one without a batch repeats the last batch.
             mine = first + self.processes.rank
             start = starts[min(mine, len(starts) - 1)]
             some = self.validation[start : start + VALIDATION_BATCH]
@@ -294,7 +296,7 @@ class Pretraining:
         return dice / count
 
     def save(self) -> None:
-        """Write all that `resume` needs, atomically."""
+        """Write a checkpoint for `resume` atomically."""
         tensors = {f"model.{k}": v for k, v in changing(self.model).items()}
         tensors |= {f"whereabouts.{k}": v for k, v in self.whereabouts.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
@@ -311,7 +313,7 @@ class Pretraining:
         checkpoints.save_checkpoint(self.out, tensors, facts, self.processes)
 
     def resume(self) -> bool:
-        """Take up the checkpoint in `out`; False when there is none."""
+        """Load the checkpoint in `out`; return False when there is none."""
         found = checkpoints.load_checkpoint(self.out)
         self.processes.wait()
         if self.processes.first:
@@ -329,7 +331,7 @@ class Pretraining:
         for index, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             prefix = f"optimizer.{index}."
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if own:  # a parameter that had no gradient yet has no state
+            if own:  # parameters without a gradient so far have no state
                 state[index] = {k: v if k == "step" else sharded_like(v, parameter) for k, v in own.items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["generator"])

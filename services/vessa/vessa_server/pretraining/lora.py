@@ -1,8 +1,8 @@
 """Select and wrap the weights that Stage 1 trains.
 
-Nano is trained whole. An official graph keeps what it knows: SAM 2.1's image encoder and memory, DINOv2
-and Qwen3-VL stay as published; trained are LoRA on the language model's linears (Sa2VA's recipe), the row
-of <SEG> in its vocabulary, the projector and SAM's mask decoder.
+All of nano is trained. In an official graph SAM 2.1's image encoder and memory, DINOv2 and Qwen3-VL stay
+as published. Stage 1 trains LoRA on the language model's linears (Sa2VA's recipe), the row of <SEG> in
+its vocabulary, the projector and SAM's mask decoder.
 """
 
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ class Lora:
 
 
 class SpareRow(nn.Module):
-    """A frozen vocabulary table, an embedding or the output head, one row of which is trained."""
+    """A frozen vocabulary table (embedding or output head) with one trained row."""
 
     def __init__(self, table: nn.Module, index: int, row: nn.Parameter) -> None:
         super().__init__()
         self.table, self.index, self.row = table, index, row
 
     def forward(self, x: Tensor) -> Tensor:
-        """Do what the table does, with the trained row in place of its own."""
+        """Apply the table with the trained row in place of its own row."""
         out: Tensor = self.table(x)
         if isinstance(self.table, nn.Embedding):
             return torch.where((x == self.index)[..., None], self.row.to(out.dtype), out)
@@ -71,7 +71,7 @@ class Adapter:
         model.set_output_embeddings(SpareRow(outputs, language.seg_id, head_row))
 
     def fold(self) -> None:
-        """Put what was learned into the weights; the language model is then an ordinary one again."""
+        """Merge LoRA and the row into the weights, which makes the language model an ordinary one again."""
         model: Any = self.language.model
         model.set_input_embeddings(model.get_input_embeddings().fold())
         model.set_output_embeddings(model.get_output_embeddings().fold())
@@ -80,7 +80,7 @@ class Adapter:
 
 
 def choose(model: Vessa, lora: Lora) -> Adapter | None:
-    """Freeze what Stage 1 leaves alone; what is trained is in float32. Nano gets no adapter."""
+    """Freeze the weights that Stage 1 does not train; trained ones become float32. Nano has no adapter."""
     if is_nano(model):
         return None
     model.requires_grad_(False)
@@ -96,12 +96,12 @@ def choose(model: Vessa, lora: Lora) -> Adapter | None:
 
 
 def is_nano(model: Vessa) -> bool:
-    """Whether the graph is our own and trained whole, its retriever too; DINOv2 is kept as published."""
+    """Whether the graph is nano's, all of which is trained, its retriever included."""
     return model.preset.segmenter.config is None
 
 
 def training_mode(model: Vessa) -> None:
-    """Put what is trained into training mode; what is frozen is used as it is served, without dropout."""
+    """Put trained modules into training mode and frozen ones into eval mode, as they are served."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -110,6 +110,6 @@ def training_mode(model: Vessa) -> None:
 
 
 def changing(model: Vessa) -> dict[str, Tensor]:
-    """The live tensors that training changes, by their names in the state: all but frozen parameters."""
+    """Return the tensors that training changes, by state name: all except frozen parameters."""
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {k: v for k, v in model.state_dict().items() if k not in frozen}

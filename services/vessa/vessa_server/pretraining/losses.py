@@ -1,4 +1,4 @@
-"""The loss of Stage 1 (Eq. 2 and 3)."""
+"""Compute the loss of Stage 1 (Eq. 2 and 3)."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class LossWeights:
 
 
 def soft_dice(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
-    """Dice of each mask.
+    """Return the Dice of each mask.
 
     logits: (N, 1, h, w); target: (N, 1, h, w) in [0, 1]. Returns (N,) in [0, 1].
     """
@@ -30,18 +30,18 @@ def soft_dice(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
 
 
 def mask_loss(logits: Tensor, target: Tensor, weights: LossWeights) -> Tensor:
-    """Eq. 3 with logits where the paper writes probabilities: BCE on logits and Dice on sigmoids."""
+    """Return Eq. 3 with BCE on logits and Dice on sigmoids, where the paper writes probabilities."""
     bce = F.binary_cross_entropy_with_logits(logits, target)
     return weights.bce * bce + weights.dice * (1 - soft_dice(logits, target)).mean()
 
 
 def shown(target: Tensor) -> Tensor:
-    """Whether a mask shows anything: (N, 1, h, w) in [0, 1] to (N,) bool."""
+    """Return which masks (N, 1, h, w) in [0, 1] are not empty: (N,) bool."""
     return (target > 0.5).flatten(1).any(1)
 
 
 def iou_loss(iou: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """Teach the predicted IoU what the mask was worth; a mean over the masks that are present.
+    """Regress the predicted IoU to the actual one; a mean over the masks that are present.
 
     iou: (N,) in [0, 1]; logits, target: (N, 1, h, w)
     """
@@ -52,16 +52,16 @@ def iou_loss(iou: Tensor, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def presence_loss(presence: Tensor, target: Tensor) -> Tensor:
-    """Teach the presence score whether there is anything to draw. presence: (N,) logits."""
+    """Return the cross-entropy of the presence score. presence: (N,) logits."""
     return F.binary_cross_entropy_with_logits(presence, shown(target).float())
 
 
 def retrieval_loss(vectors: Tensor, layouts: Tensor, kinds: Tensor, temperature: float = 0.1) -> Tensor:
-    """Cross-entropy between what looks alike and what is alike: the best template shows the same layout.
+    """Rank templates by layout: cross-entropy between similarity of features and of layouts.
 
     vectors: (B, D) unit vectors; layouts: (B, K) root of each class's share of the image; kinds: (B,)
     int, images of different kinds are never alike; temperature: that of Eq. 1
-    Only nano's retriever is taught; DINOv2's is kept as published.
+    Only nano's retriever is trained; DINOv2 stays as published.
     """
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
     distance = torch.cdist(layouts, layouts)
@@ -73,7 +73,7 @@ def retrieval_loss(vectors: Tensor, layouts: Tensor, kinds: Tensor, temperature:
 
 
 def whereabouts_loss(maps: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of the coarse maps that are read off the states at <SEG>.
+    """Return the cross-entropy of the coarse maps that are read from the states at <SEG>.
 
     maps: (N, c * c) logits; target: (N, 1, h, w) in [0, 1]
     """

@@ -1,4 +1,4 @@
-"""`vessa-server pretrain`: from data folders and settings to a finished Stage-1 run."""
+"""Run `vessa-server pretrain`: Stage 1 on data folders and synthetic studies."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validatio
 
 VALIDATION_SHARE = 0.1
 PRETRAINED_TRUNK = "tf_efficientnet_lite0"
-MIN_GROUPS = 4  # two for validation; one whose slices are templates and one whose slices are targets
+MIN_GROUPS = 4  # two for validation, one for templates and one for targets
 
 
 def pretrain(
@@ -41,13 +41,13 @@ def pretrain(
     command: str,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train the annotator on data folders and `studies` synthetic studies; resumes what is in `out`.
+    """Train the annotator on data folders and synthetic studies; resume the run in `out`.
 
     preset: from scratch nano alone, else that of the weights to start from; trunk: see `starting_model`;
     studies: synthetic ones held at a time, renewed while training; validation: episodes
     A tenth of each data set's groups and separate synthetic studies are kept for validation.
-    Raises InvalidDataset for a folder that is none or that would spoil the training, InvalidRequest for a
-    preset without weights to start from and for a run that was started with other settings.
+    Raises InvalidDataset for a folder that is no data set or has errors, InvalidRequest for a preset
+    without weights to start from and for a run that was started with other settings.
     """
     processes = Processes(torch.device(device))
     torch.manual_seed(config.seed)
@@ -91,8 +91,7 @@ def starting_model(
     """Return the model to train, on the CPU, and the provenance of its weights; empty for new ones.
 
     trunk: published weights of EfficientNet-Lite0 for a new nano, which then has that trunk
-
-    Raises InvalidRequest where a graph other than nano's would begin with random weights.
+    Raises InvalidRequest when a graph other than nano's would start with random weights.
     """
     if start is None:
         if preset not in (None, "nano"):
@@ -113,7 +112,7 @@ def starting_model(
     name = manifest["preset"]["name"]
     if preset not in (None, name):
         raise InvalidRequest(f"the weights in '{folder.name}' are of preset '{name}', not '{preset}'")
-    # The frozen weights of an official language model are held in bfloat16 when it computes in it.
+    # Frozen weights of an official language model are stored in bfloat16 when it computes in bfloat16.
     half = torch.bfloat16 if config.bf16 and name != "nano" else None
     model, digest = directory.read(folder, fresh_projector=True, language_dtype=half)
     return model, {"digest": digest, **manifest["provenance"]}

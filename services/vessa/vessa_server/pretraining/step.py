@@ -1,4 +1,4 @@
-"""One Stage-1 step: from episodes to a loss."""
+"""Compute one Stage-1 step: augment episodes, run the model, return the loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -35,8 +35,8 @@ from vessa_server.pretraining.losses import (
 )
 
 BOX_SHARE, POINTS_SHARE, LOGITS_SHARE = 0.25, 0.15, 0.25
-CLOSE_SHARE = 0.5  # of the episodes are seen as in a second look: in a window around what is to be drawn
-ANONYMOUS_SHARE = 0.4  # of the episodes name no structure: a lab's class names are not those of Stage 1
+CLOSE_SHARE = 0.5  # of the episodes are zoomed to a window around the structures, as in the second pass
+ANONYMOUS_SHARE = 0.4  # of the class names are hidden: a lab's names differ from those of Stage 1
 ANONYMOUS = "structure"
 
 
@@ -91,8 +91,8 @@ class LayoutBatch:
 def prepare(episodes: list[Episode], seeds: Tensor, size: int, side: int) -> TaskBatch:
     """Augment episodes as squares of `size` px, each by its own seed, and stack them.
 
-    episodes: B with the same number of templates; seeds: (B,) int64; side: 4h, px of the logits. An
-    episode looks the same in whatever batch it is, so that the processes of one run can share a batch.
+    episodes: B with the same number of templates; seeds: (B,) int64; side: 4h, px of the logits. The
+    augmentation of an episode does not depend on its batch, so that processes can share a batch.
     """
     parts = [_prepare_one(e, s, size, side) for e, s in zip(episodes, seeds.tolist(), strict=True)]
     counts = torch.tensor([len(e.classes) for e in episodes])
@@ -138,7 +138,7 @@ def _prepare_one(episode: Episode, seed: int, size: int, side: int) -> TaskBatch
     both = invert_together(torch.cat([templates, target]), generator)
     templates, target = both[:-1], both[-1:]
     names = list(episode.classes.values())
-    # A mirrored name could be a lie: left and right would be exchanged.
+    # In a mirrored image left and right names would be wrong, so all names are hidden.
     anonymous = 1.0 if flips else ANONYMOUS_SHARE
     hidden = (torch.rand(len(names), generator=generator) < anonymous).tolist()
     chosen = torch.randint(len(INSTRUCTIONS), (len(names),), generator=generator).tolist()
@@ -157,7 +157,7 @@ def _prepare_one(episode: Episode, seed: int, size: int, side: int) -> TaskBatch
 
 
 def simulate_prompts(masks: Tensor, side: int, generator: torch.Generator) -> PromptBatch:
-    """Give shares of the targets a rough box, points or rough mask logits, as a student would."""
+    """Give some targets a rough box, points or rough mask logits, as a student would send them."""
     count = masks.shape[0]
     boxes, corners = rough_boxes(masks, generator)
     corners[torch.rand(count, generator=generator) >= BOX_SHARE] = -1
@@ -172,7 +172,7 @@ def simulate_prompts(masks: Tensor, side: int, generator: torch.Generator) -> Pr
 def prepare_layouts(
     images: np.ndarray, masks: np.ndarray, kinds: int, generator: torch.Generator, size: int
 ) -> LayoutBatch:
-    """Draw two augmented views of each slice that `Tasks.layouts` drew; half of the time seen closely.
+    """Draw two augmented views of each slice of `Tasks.layouts`; half of the time zoomed.
 
     images, masks: (R, S, S) uint8, R / kinds of each kind; size: px of the views
     """
@@ -190,9 +190,9 @@ def prepare_layouts(
 
 @dataclass(frozen=True)
 class Shares:
-    """What a part of a step's batch counts for: its share of all answer tokens, masks and present masks.
+    """Weights of a part of a batch: its share of all answer tokens, masks and present masks.
 
-    Losses are means over the whole batch, whichever way it is divided over processes and passes.
+    Losses are means over the whole batch, however it is divided into processes and passes.
     retrieval: the share of the retriever's loss, which is not divided
     """
 
@@ -221,11 +221,11 @@ def training_loss(
     language: bool = True,
     bf16: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, or of a part of one, and the figures worth logging.
+    """Return the loss of a batch, or of a part of one, and the figures for the log.
 
-    whereabouts: reads a coarse map of the target's mask off the state at <SEG>, in training alone
-    layouts: None where the retriever is not taught; memory, language: False leaves that input out
-    bf16: run the network in bfloat16 where autocast holds it safe; the losses stay in float32
+    whereabouts: head that reads a coarse map of the target's mask from the state at <SEG>
+    layouts: None when the retriever is not trained; memory, language: False leaves that input out
+    bf16: run the network in bfloat16 by autocast; the losses stay in float32
     """
     segmenter, rows = model.segmenter, batch.rows
     truth, device = batch.truth, batch.targets.device
@@ -288,7 +288,7 @@ def served(model: Vessa, batch: TaskBatch) -> tuple[ImageFeatures, Tensor, Tenso
 
 
 def validation_scores(model: Vessa, _: nn.Module, batch: TaskBatch) -> Tensor:
-    """Dice of each mask (N,), drawn without prompts."""
+    """Return the Dice (N,) of masks that are predicted without prompts."""
     features, memories, h_seg = served(model, batch)
     logits, _iou, _presence = model.draw(features, memories, h_seg, rows=batch.rows)
     logits = resize(logits, (batch.target_masks.shape[-2], batch.target_masks.shape[-1]))

@@ -1,1 +1,1 @@
-"""The language model that looks at template and image: in process, its prefix cache, and vLLM."""
+"""The language model that reads template and image: in this process, with a prefix cache, or by vLLM."""

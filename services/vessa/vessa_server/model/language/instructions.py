@@ -1,4 +1,4 @@
-"""The instruction bank: what the language model is asked, and the answer it is taught.
+"""The instruction bank: instructions for the language model and the answers that it is trained on.
 
 The first two instructions are the paper's own examples (Figure 3, section 3.1).
 """
@@ -38,5 +38,5 @@ _SHORT = {
 
 
 def spell_out(class_name: str) -> str:
-    """Write abbreviations out, as Stage 1 knows the words: "RV cavity" is "right ventricle cavity"."""
+    """Replace abbreviations by the words of Stage 1: "RV cavity" becomes "right ventricle cavity"."""
     return " ".join(_SHORT.get(word.lower(), word) for word in class_name.split())

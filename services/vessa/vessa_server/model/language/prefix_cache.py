@@ -1,7 +1,7 @@
 """Cache the language model's state before the target, and continue it for every new target.
 
 Template and text come first in the conversation, so their keys and values are the same for all targets of a
-template and class. A target then costs its own tokens and those of the answer.
+template and class. A target then costs only its own tokens and those of the answer.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from vessa_server.model.language.vlm import LanguageModel
 
 
 class Held(Protocol):
-    """What is kept of a conversation up to its target."""
+    """The cached part of a conversation, up to its target."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Size in bytes."""
 
 
 class StateReader(Protocol):
-    """Where the states at <SEG> come from: a language model in this process, or one that is served."""
+    """Source of the states at <SEG>: a language model in this process, or one that vLLM serves."""
 
     @property
     def hidden_size(self) -> int:
@@ -34,24 +34,24 @@ class StateReader(Protocol):
     def read_templates(
         self, overlays: Tensor, class_names: Sequence[str], instructions: Sequence[str]
     ) -> Sequence[Held]:
-        """Read N conversations up to where the target comes; overlays: (N, 3, S, S) float in [0, 1]."""
+        """Read N conversations up to the target image; overlays: (N, 3, S, S) float in [0, 1]."""
 
     def states_after(self, read: Sequence[Any], targets: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the states (N, hidden) float32 of N conversations that `read_templates` returned.
 
-        targets: (M, 3, S, S) float in [0, 1]; rows: which of them follows each conversation
+        targets: (M, 3, S, S) float in [0, 1]; rows: the target of each conversation
         """
 
     def check(self) -> None:
-        """Raise LanguageUnavailable while no state can be had."""
+        """Raise LanguageUnavailable while the language model cannot be reached."""
 
     def close(self) -> None:
-        """Give back what is held; nothing is asked afterwards."""
+        """Release all resources. No other method may be called afterwards."""
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """The reader of a language model in this process."""
+    """Reads states from a language model in this process."""
 
     language: LanguageModel
 
@@ -71,10 +71,10 @@ class InProcess:
         return states_after(self.language, read, targets, rows)
 
     def check(self) -> None:
-        """Do nothing: it is here."""
+        """Do nothing: a model in this process is always available."""
 
     def close(self) -> None:
-        """Do nothing: it ends with the process."""
+        """Do nothing: the model ends with the process."""
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,21 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Size in bytes."""
         return self.keys.nbytes + self.values.nbytes + self.rest.nbytes + self.positions.nbytes
 
 
 def read_templates(
     language: LanguageModel, overlays: Tensor, class_names: Sequence[str], instructions: Sequence[str]
 ) -> list[Prefix]:
-    """Read N conversations up to where the target comes.
+    """Read N conversations up to the target image.
 
     overlays: (N, 3, S, S) float in [0, 1]
     """
     model, image_id = language.model.model, language.model.config.image_token_id
     starts, rests, positions = [], [], []
     pixels, grid = language.pixels(overlays)
-    two = grid[:1].expand(2, -1)  # template and target have one size
+    two = grid[:1].expand(2, -1)  # template and target have the same size
     for instruction, name in zip(instructions, class_names, strict=True):
         tokens = torch.tensor(language.encode(instruction, name)[0])
         images = tokens == image_id
@@ -131,7 +131,7 @@ def read_templates(
     values = torch.stack([layer.values for layer in layers], 1)
     prefixes = []
     for row, (tokens, _) in enumerate(starts):
-        used = slice(ids.shape[1] - len(tokens), None)  # copied, so that one does not keep the others alive
+        used = slice(ids.shape[1] - len(tokens), None)  # a copy, so that the batch can be freed
         own_keys, own_values = keys[row, :, :, used].clone(), values[row, :, :, used].clone()
         prefixes.append(Prefix(own_keys, own_values, rests[row].to(device), positions[row].to(device)))
     return prefixes
@@ -142,7 +142,7 @@ def states_after(
 ) -> Tensor:
     """Return the states at <SEG>, (N, hidden) float32, of N prefixes, each followed by a target.
 
-    targets: (M, 3, S, S) float in [0, 1], each looked at once; rows: which of them follows each prefix
+    targets: (M, 3, S, S) float in [0, 1], each encoded once; rows: the target of each prefix
     """
     model, device = language.model.model, targets.device
     pixels, grid = language.pixels(targets)
@@ -156,7 +156,7 @@ def states_after(
     output = model(
         input_ids=ids,
         attention_mask=torch.cat([before, there], 1),
-        # Given, since the model would continue from the rope deltas of whatever it has read last.
+        # Positions are passed, because the model would reuse the rope deltas of its previous input.
         position_ids=positions.transpose(0, 1),
         past_key_values=_joined(prefixes, longest),
         mm_encoder_outputs={"image": seen},
@@ -166,7 +166,7 @@ def states_after(
 
 
 def _left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack rows (..., L) of different lengths, zeros first; also tell where they are, (N, longest) int64."""
+    """Stack rows (..., L) of different lengths, zeros first; also return their mask (N, longest) int64."""
     longest = max(row.shape[-1] for row in rows)
     padded = torch.stack([F.pad(row, (longest - row.shape[-1], 0)) for row in rows])
     return padded, torch.stack([_used(row.shape[-1], longest) for row in rows]).to(padded.device)
@@ -177,7 +177,7 @@ def _used(length: int, longest: int) -> Tensor:
 
 
 def _joined(prefixes: Sequence[Prefix], longest: int) -> DynamicCache:
-    """Make a cache of its own for one pass; the prefixes stay as they are."""
+    """Build the cache of one pass; the prefixes are not changed."""
 
     def stacked(tensors: list[Tensor]) -> Tensor:  # (layers, N, heads, longest, d)
         return torch.stack([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors], 1)

@@ -1,7 +1,7 @@
-"""Qwen3-VL: looks at template overlay and target, and says where through its state at <SEG>.
+"""Run Qwen3-VL on template overlay and target; its state at <SEG> locates the structure.
 
-The answer is teacher-forced, so one forward pass gives the state: it cannot fail to emit <SEG>.
-The template and the text come first, so that a prefix cache can serve every target of a template.
+The answer is teacher-forced, so one forward pass gives the state and <SEG> is never missing. Template
+and text come first, so that a prefix cache can serve every target of a template.
 """
 
 from pathlib import Path
@@ -46,13 +46,13 @@ _CHAT = (
 
 
 def stored_state(module: nn.Module, half: bool) -> dict[str, Tensor]:
-    """Return a module's state on the CPU, floats as float16 when `half`; the module stays as it is."""
+    """Return a copy of a module's state on the CPU, floats as float16 when `half`."""
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     return {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
 
 
 def as_seen(images: Tensor, size: int) -> Tensor:
-    """Bring images to the language model's square, uint8 (N, 3, size, size): as pictures that can be sent.
+    """Resize images to the language model's square, uint8 (N, 3, size, size), as they are sent to vLLM.
 
     images: (N, 3, S, S) float in [0, 1]
     """
@@ -60,13 +60,13 @@ def as_seen(images: Tensor, size: int) -> Tensor:
 
 
 class Probe:
-    """One fixed conversation: its state tells one language model from another, wherever it runs."""
+    """One fixed conversation. Its state identifies a language model, wherever it runs."""
 
     CLASS, INSTRUCTION = "left ventricle", DEFAULT_INSTRUCTION
 
     @staticmethod
     def images() -> tuple[Tensor, Tensor]:
-        """Return template and target, (1, 3, 256, 256) float: ramps and rings that no random seed changes."""
+        """Return template and target, (1, 3, 256, 256) float: ramps and rings, the same in every run."""
         ramp = torch.linspace(0, 1, 256)
         down, across = torch.meshgrid(ramp, ramp, indexing="ij")
         rings = 0.5 + 0.5 * torch.cos(40 * torch.hypot(down - 0.4, across - 0.6))
@@ -75,7 +75,7 @@ class Probe:
     @classmethod
     @torch.inference_mode()
     def state(cls, language: "LanguageModel") -> list[float]:
-        """Return the state that a language model in this process has at the end of it."""
+        """Return the state of a language model in this process at <SEG>."""
         weights: Any = language.model
         device = next(weights.parameters()).device
         overlays, targets = (images.to(device) for images in cls.images())
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def nano(cls, preset: LanguagePreset) -> "LanguageModel":
-        """Build the small graph with fresh weights and its own tokenizer."""
+        """Build the small graph with random weights and its own tokenizer."""
         processor = _nano_processor(preset.image_size)
         return cls(_nano_model(preset, processor), processor, preset.image_size)
 
@@ -109,10 +109,10 @@ class LanguageModel(nn.Module):
     def read(
         cls, folder: Path, image_size: int, dtype: torch.dtype | Literal["auto"] = torch.float32
     ) -> "LanguageModel":
-        """Read a Hugging Face directory; nothing is fetched from a hub.
+        """Read a Hugging Face directory, without access to a hub.
 
-        dtype: that of the weights in memory; "auto" takes them as they are stored
-        Raises InvalidWeights when a tensor is missing: transformers would draw it at random.
+        dtype: of the weights in memory; "auto" keeps the stored one
+        Raises InvalidWeights when a tensor is missing, which transformers would initialize at random.
         """
         loaded: Any = Qwen3VLForConditionalGeneration.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
@@ -126,7 +126,7 @@ class LanguageModel(nn.Module):
         return cls(model, processor, image_size)
 
     def write(self, folder: Path, *, half: bool) -> None:
-        """Write the directory that `read` and vLLM take; `half` stores float16."""
+        """Write a directory for `read` and vLLM; `half` stores float16."""
         self.model.save_pretrained(folder, state_dict=stored_state(self.model, half))
         self.processor.save_pretrained(folder)
 
@@ -174,11 +174,11 @@ class LanguageModel(nn.Module):
         return states[:, -1].float(), text_loss
 
     def answer_tokens(self, class_names: list[str], instructions: list[str]) -> int:
-        """Count the tokens that the text loss of `forward` is a mean over."""
+        """Count the answer tokens, over which the text loss of `forward` is a mean."""
         return sum(self.encode(i, c)[1] for i, c in zip(instructions, class_names, strict=True))
 
     def encode(self, instruction: str, class_name: str) -> tuple[list[int], int]:
-        """Token ids of one conversation that ends in <SEG>, and how many of them are the answer."""
+        """Return the token ids of one conversation that ends in <SEG>, and the number of answer tokens."""
         key = (instruction, class_name)
         if key not in self._encoded:
             if len(self._encoded) > 4096:
@@ -200,8 +200,8 @@ class LanguageModel(nn.Module):
     def pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Flatten (N, 3, S, S) images into Qwen's patches, as its image processor does.
 
-        The processor itself goes through lists of images and costs more than the nano model; a
-        test holds this to the processor's own output.
+        The processor itself works on lists of images and takes longer than the nano model. A test
+        compares this method with the processor's output.
         """
         images = (as_seen(images, self.image_size).float() / 255 - 0.5) / 0.5
         count, channels = images.shape[:2]

@@ -1,1 +1,1 @@
-"""Weights directories: read, written, converted from official files, downloaded."""
+"""Read, write, convert and download weights."""

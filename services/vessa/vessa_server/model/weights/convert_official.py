@@ -1,4 +1,4 @@
-"""Official files made into a weights directory: SAM 2.1 checkpoints, DINOv2 of timm, Qwen3-VL directories."""
+"""Convert official files into a weights directory: SAM 2.1 checkpoints, timm's DINOv2, Qwen3-VL."""
 
 import json
 import math
@@ -44,9 +44,9 @@ def build(
     """Write the weights directory of a full preset and return its digest.
 
     name: base or large; sam: sam2.1_hiera_*.pt; dino: timm's safetensors file; qwen: a Qwen3-VL
-    directory, or None for a preset that needs no Stage 1. Its gigabytes are linked where the file system
-    can, and its projector does not exist before Stage 1. Raises InvalidWeights with the keys that do not
-    fit, InvalidRequest for files that make another preset.
+    directory, or None for a preset without a language model. Large files are hard-linked where the file
+    system supports it. The projector is created by Stage 1. Raises InvalidWeights with the keys that do
+    not fit, InvalidRequest for files that belong to another preset.
     """
     if name not in _ALLOWED or image_size % 32 or not 256 <= image_size <= 1024:
         raise InvalidRequest(
@@ -77,9 +77,10 @@ def build(
 
 
 def place_language(source: Path, folder: Path, image_size: int) -> None:
-    """Make a Qwen3-VL directory with <SEG> in a spare row of its vocabulary; no tensor changes.
+    """Copy a Qwen3-VL directory and put <SEG> into a spare row of its vocabulary; no tensor changes.
 
-    image_size: px; the processor is told to keep images of that size as they are. Raises InvalidWeights.
+    image_size: px; the processor is configured to leave images of that size unchanged. Raises
+    InvalidWeights.
     """
     try:
         config = Qwen3VLConfig.from_pretrained(source, local_files_only=True)
@@ -135,7 +136,7 @@ def _check_tensors(source: Path, config: Qwen3VLConfig) -> None:
 def _sam_state(path: Path) -> dict[str, Tensor]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a refused or damaged file raises has no common base
+    except Exception as error:  # the errors of refused and damaged files have no common base class
         reason = str(error).splitlines()[0] if str(error) else "it is empty"
         raise InvalidWeights(f"{path.name} is not a SAM 2.1 checkpoint: {reason}") from error
     state = data.get("model") if isinstance(data, dict) else None
@@ -145,7 +146,7 @@ def _sam_state(path: Path) -> dict[str, Tensor]:
 
 
 def _sam_name(path: Path, state: dict[str, Tensor]) -> str:
-    """Tell the size by the trunk, whatever the file is called."""
+    """Identify the size by the trunk; the file name is not trusted."""
     first = state.get(_TRUNK + "patch_embed.proj.weight")
     blocks = {k.split(".")[3] for k in state if k.startswith(_TRUNK + "blocks.")}
     name = None if first is None else _SAM_OF_TRUNK.get((first.shape[0], len(blocks)))

@@ -1,4 +1,4 @@
-"""The weights directory: what is in it, written whole or not at all, read strictly."""
+"""Read and write weights directories: written atomically, read strictly."""
 
 import contextlib
 import hashlib
@@ -33,8 +33,8 @@ def _sha256(path: Path) -> str:
 def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool = True) -> str:
     """Write a weights directory and return its digest.
 
-    provenance: command, data, licences and figures, kept in `vessa.json` as they are.
-    half: store float16 (what nano ships as). An existing directory is replaced at the very end.
+    provenance: command, data, licences and figures, stored in `vessa.json`
+    half: store float16, as nano ships. An existing directory is replaced as the last step.
     """
     state = None if model.language is None else Probe.state(model.language)
     with fresh_folder(folder, model.preset, provenance, language_state=state) as fresh:
@@ -51,9 +51,9 @@ def write(model: Vessa, folder: Path, provenance: dict[str, Any], *, half: bool 
 def fresh_folder(
     folder: Path, preset: Preset, provenance: dict[str, Any], *, language_state: list[float] | None = None
 ) -> Iterator[Path]:
-    """Give a new directory to write weights into; afterwards it gets its manifest and takes its place.
+    """Yield a new directory for weights; at the end it gets its manifest and replaces `folder`.
 
-    language_state: what the language model says to the probe, by which a served one is recognized
+    language_state: state of the language model for `Probe`, which identifies a served model
     """
     folder = Path(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -128,10 +128,10 @@ def read(
 ) -> tuple[Vessa, str]:
     """Read weights strictly and return the model in eval mode with its digest.
 
-    language_dtype: of the language model in memory; unless given, an official one on a GPU stays as it
-    is stored (bfloat16), and all else is float32
-    fresh_projector: give a language model that has not been through Stage 1 a new projector, to train
-    vllm: who serves the language model; it is then not read here
+    language_dtype: of the language model in memory; None keeps an official one on a GPU as it is stored
+    (bfloat16) and loads others as float32
+    fresh_projector: add a new projector to a language model that has not been through Stage 1
+    vllm: server of the language model, which is then not loaded here
     Raises InvalidWeights; with `vllm`, also what `LanguageService.connect` does.
     """
     folder = find(weights)
@@ -172,7 +172,7 @@ def _service(folder: Path, preset: Preset, vllm: VllmAddress) -> LanguageService
 
 
 def load_strictly(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file; every key and shape must fit. Raises InvalidWeights with the keys."""
+    """Load a safetensors file into a module. Raises InvalidWeights with the keys that do not fit."""
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -181,9 +181,9 @@ def load_strictly(module: nn.Module, path: Path) -> None:
 
 
 def fit(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Give a module all of its tensors; every key and shape must fit. Raises InvalidWeights with the keys.
+    """Load all tensors of a module. Raises InvalidWeights with the keys and shapes that do not fit.
 
-    name: of the file that the tensors are from, for the error
+    name: of the file that holds the tensors, for the error
     """
     own = module.state_dict()
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))

@@ -1,4 +1,4 @@
-"""Official weights from the Hugging Face hub, checked against checksums that the package holds."""
+"""Download official weights from the Hugging Face hub and verify their checksums."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ HUB = "https://huggingface.co"
 
 
 class OfficialFile(NamedTuple):
-    """Where a file is on the hub, its sha256, and its licence."""
+    """Location of a file on the hub, its sha256 and its licence."""
 
     repository: str
     file: str
@@ -27,8 +27,8 @@ def _sam(size: str, sha256: str) -> OfficialFile:
     )
 
 
-# The manifest. A file without a checksum that could be confirmed is not in it: it is downloaded by hand, and
-# `weights build` records what it was given.
+# Files with a confirmed checksum. Others are downloaded by hand, and `weights build` records the checksum
+# that it was given.
 OFFICIAL = {
     "sam2.1-tiny": _sam("tiny", "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
     "sam2.1-small": _sam("small", "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"),
@@ -47,8 +47,8 @@ _BY_HAND = {
 def fetch(name: str, folder: Path) -> Path:
     """Download an official file into a folder, or check the one that is there; return its path.
 
-    Raises InvalidRequest for a name it does not know, InvalidWeights when the hub cannot be reached or
-    the file is another one.
+    Raises InvalidRequest for an unknown name, InvalidWeights when the hub cannot be reached or the checksum
+    differs.
     """
     if name in _BY_HAND:
         raise InvalidRequest(
@@ -62,7 +62,7 @@ def fetch(name: str, folder: Path) -> Path:
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            get_hf_file_metadata(hf_hub_url(wanted.repository, wanted.file))  # asks once, without retries
+            get_hf_file_metadata(hf_hub_url(wanted.repository, wanted.file))  # one attempt, without retries
             hf_hub_download(wanted.repository, wanted.file, local_dir=folder)
         except (OSError, HTTPError) as error:
             raise InvalidWeights(

@@ -17,7 +17,7 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 
 
 def _corners(inside: Tensor) -> Tensor:
-    """Corners (B, 2, 2), (x, y) px, of the boxes around (B, S, S) bool; those of the image where empty."""
+    """Return the corners (B, 2, 2), (x, y) px, of the boxes around (B, S, S) bool; the image's if empty."""
     ends = []
     for reduce in (1, 2):  # columns, then rows
         line = inside.any(reduce).float()
@@ -26,11 +26,10 @@ def _corners(inside: Tensor) -> Tensor:
 
 
 def windows_around(inside: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw square windows around structures, as rough as those of a first look.
+    """Draw square windows around structures, as inexact as those of a first pass.
 
     inside: (B, 1, S, S) bool; factor: (B,) side of a window over the structure's longer side
-    Returns (B, 3): center (x, y) in [-1, 1] and half side, 1 for the whole image, which an empty
-    mask also gets.
+    Returns (B, 3): center (x, y) in [-1, 1] and half side. Empty masks get the whole image, half side 1.
     """
     count, size = inside.shape[0], inside.shape[-1]
     windows = torch.tensor([0.0, 0.0, 1.0]).repeat(count, 1)
@@ -108,7 +107,7 @@ def invert_together(images: Tensor, generator: torch.Generator, share: float = 0
 
 
 def rough_logits(masks: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Turn true masks into the kind of mask logits a half-trained student sends.
+    """Turn true masks into mask logits like those of a half-trained student.
 
     masks: (B, 1, S, S) float 0/1. Returns (B, 1, side, side) logits: blurred, displaced, uncertain.
     """
@@ -126,7 +125,7 @@ def rough_logits(masks: Tensor, side: int, generator: torch.Generator) -> Tensor
 
 
 def rough_points(masks: Tensor, generator: torch.Generator, count: int = 2) -> tuple[Tensor, Tensor]:
-    """Points drawn inside true masks, as SAM's point prompt.
+    """Draw points inside true masks as SAM's point prompt.
 
     masks: (B, 1, S, S). Returns points (B, count, 2) (x, y) px and labels (B, count): 1, or -1 where
     the mask is empty.
@@ -142,7 +141,7 @@ def rough_points(masks: Tensor, generator: torch.Generator, count: int = 2) -> t
 
 
 def rough_boxes(masks: Tensor, generator: torch.Generator, jitter: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Boxes around true masks with jittered corners, as SAM's box prompt.
+    """Return boxes with jittered corners around true masks as SAM's box prompt.
 
     masks: (B, 1, S, S). Returns points (B, 2, 2) (x, y) px and labels (B, 2): 2 and 3, or -1 where
     the mask is empty.

@@ -1,4 +1,4 @@
-"""`vessa-server phantoms`: synthetic patients as a data set on disk, in the PNG folder layout."""
+"""Write synthetic patients as a data set in the PNG folder layout (`vessa-server phantoms`)."""
 
 import json
 from pathlib import Path

@@ -1,10 +1,9 @@
-"""Synthetic studies: phantoms of heart and abdomen, and label maps of random shapes.
+"""Generate synthetic studies: phantoms of heart and abdomen, and label maps of random shapes.
 
-A study is a handful of patients seen by one protocol: its tissues have common mean intensities,
-each patient its own anatomy, bias field, noise and blur. Random label maps teach the annotator to
-follow the template; phantoms teach it what thin rings and paired organs look like; composites set
-phantom hearts into real slices, so that they are found among real tissue. All is deterministic in
-the seed.
+A study is a few patients imaged with one protocol. Its tissues share mean intensities; each patient has
+an own anatomy, bias field, noise and blur. Random label maps train the annotator to follow the template,
+phantoms to segment thin rings and paired organs. Composites set phantom hearts into real slices, so that
+they are found among real tissue. Everything is deterministic in the seed.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +13,10 @@ import numpy as np
 from scipy import ndimage
 
 HEART = {1: "right ventricle cavity", 2: "left ventricle myocardium", 3: "left ventricle cavity"}
-CAVITY_NAMES = ("lv cavity", "left ventricle cavity")  # how names begin where a composite's heart may be set
+CAVITY_NAMES = (
+    "lv cavity",
+    "left ventricle cavity",
+)  # beginnings of class names of which composites can be made
 ABDOMEN = {1: "liver", 2: "right kidney", 3: "left kidney", 4: "spleen"}
 
 
@@ -34,7 +36,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Smooth noise (size, size) of unit scale with about `cells` bumps a side."""
+    """Return smooth noise (size, size) of unit scale with about `cells` bumps per side."""
     coarse = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
     field = ndimage.zoom(coarse, (size + 8) / (cells + 3) * 1.0, order=3)
     start = (field.shape[0] - size) // 2
@@ -42,7 +44,7 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
 
 
 def warped_grid(rng: np.random.Generator, size: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (y, x) of each pixel, (size, size) in about [-1, 1], bent by smooth noise of `amount`."""
+    """Return (y, x) of each pixel, (size, size) in about [-1, 1], bent by smooth noise of `amount`."""
     y, x = _grid(size)
     wave = [smooth_noise(rng, size, 2) * amount + smooth_noise(rng, size, 5) * amount * 0.35 for _ in "yx"]
     return y + wave[0], x + wave[1]
@@ -51,7 +53,7 @@ def warped_grid(rng: np.random.Generator, size: int, amount: float) -> tuple[np.
 def _ellipse(
     y: np.ndarray, x: np.ndarray, center: tuple[float, float], radii: tuple[float, float], angle: float = 0.0
 ) -> np.ndarray:
-    """Elliptic radius: below 1 inside."""
+    """Return the elliptic radius of each pixel, below 1 inside."""
     dy, dx = y - center[0], x - center[1]
     u, v = dx * np.cos(angle) + dy * np.sin(angle), -dx * np.sin(angle) + dy * np.cos(angle)
     return np.sqrt((v / radii[0]) ** 2 + (u / radii[1]) ** 2)
@@ -92,7 +94,10 @@ class _RightShape:
 def _right_ventricle(
     y: np.ndarray, x: np.ndarray, left: tuple[float, float], outer: float, depth: float, shape: _RightShape
 ) -> np.ndarray:
-    """Elliptic radius of the right ventricle at a depth in [0, 1] from the base; it ends before the apex."""
+    """Return the elliptic radius of the right ventricle at a depth in [0, 1] from the base.
+
+    It ends before the apex.
+    """
     size = outer * shape.width * np.sqrt(max(1 - (1.02 * depth) ** 2, 0.004)) * (1.15 - 0.15 * depth)
     turn, reach = shape.angle, outer * shape.reach
     spot = (left[0] + np.sin(turn) * reach, left[1] + np.cos(turn) * reach)
@@ -116,11 +121,11 @@ def heart_patient(
     center = (rng.uniform(-0.12, 0.12), rng.uniform(-0.1, 0.15))
     radius = rng.uniform(0.15, 0.23) * zoom
     wall = radius * rng.uniform(0.28, 0.62)
-    angle = rng.uniform(-0.5, 0.9) + np.pi  # where the right ventricle lies
+    angle = rng.uniform(-0.5, 0.9) + np.pi  # direction of the right ventricle
     shape = _RightShape(
         angle, rng.uniform(0.95, 1.3), rng.uniform(0.8, 1.25), rng.uniform(0.3, 0.9), rng.uniform(-0.9, 0.9)
     )
-    reach_down = rng.uniform(0.75, 0.99)  # how far the last slice lies from the apex
+    reach_down = rng.uniform(0.75, 0.99)  # depth of the last slice; 1 is the apex
     muscles = rng.uniform(0, 2 * np.pi, int(rng.integers(1, 4)))
     bulk, trabeculae = rng.uniform(0.12, 0.3), rng.uniform(0.0, 0.3)
     eccentric, tilt = rng.uniform(0.88, 1.12), rng.uniform(0, np.pi)
@@ -151,7 +156,7 @@ def heart_patient(
         inside = _ellipse(y, x, drift, (inner * eccentric, inner / eccentric), tilt)
         lv_blood = inside < 1
         tissue[lv_blood] = 3
-        # Annotations count papillary muscles and trabeculae as cavity: the blood that is seen is smaller.
+        # Annotations count papillary muscles and trabeculae as cavity, so the visible blood is smaller.
         for turn in muscles:
             spot = (drift[0] + 0.75 * inner * np.sin(turn), drift[1] + 0.75 * inner * np.cos(turn))
             thick = bulk * inner * rng.uniform(0.8, 1.2)
@@ -211,7 +216,7 @@ def abdomen_patient(
             inside = _ellipse(y, x, center, (radii[0] * scale, radii[1] * scale), turn) < 1
             inside &= (outline < 0.86) & (mask == 0)
             tissue[inside], mask[inside] = organ, organ
-            if organ in (2, 3):  # the renal sinus, bright or dark, counts as kidney
+            if organ in (2, 3):  # annotations count the renal sinus as kidney
                 sinus = _ellipse(y, x, center, (radii[0] * scale * 0.45, radii[1] * scale * 0.35), turn) < 1
                 tissue[sinus & inside] = 5
         tissue[_ellipse(y, x, (0.42, 0.0), (0.14, 0.13)) < 1] = 7
@@ -242,7 +247,9 @@ def phantom_study(
         rng.uniform(0.02, 0.95, base.shape) if protocol is None else base + rng.normal(0, 0.03, base.shape)
     )
     if protocol is None:
-        means[3 if kind == "heart" else 0] = means[1 if kind == "heart" else 0]  # blood looks like blood
+        means[3 if kind == "heart" else 0] = means[
+            1 if kind == "heart" else 0
+        ]  # blood has one intensity in all cavities
         means[0] *= 0.15
     texture = rng.uniform(0.005, 0.05, base.shape)
     study = Study(dict(CLASSES[kind]), [], [], [])
@@ -299,11 +306,10 @@ def composite_study(
     """Set phantom hearts over the left ventricles of real slices.
 
     images: (N, S, S) uint8; cavities: (N, S, S) bool, the annotated cavity of each; groups: N patients
-    A heart takes the place and size of the real one, and blood, muscle and rim the intensities found
-    there.
+    A heart gets the place, the size and the intensities of blood, muscle and rim of the real one.
     """
     study = Study(dict(HEART), [], [], list(groups))
-    right = rng.uniform(0.8, 1.05)  # the right ventricle's blood relative to the left's
+    right = rng.uniform(0.8, 1.05)  # blood of the right ventricle relative to the left one
     size = images.shape[-1]
     hearts = {g: list(heart_patient(rng, size, 6)) for g in dict.fromkeys(groups)}
     for image, cavity, group in zip(images, cavities, groups, strict=True):
