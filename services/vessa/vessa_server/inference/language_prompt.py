@@ -67,6 +67,7 @@ class LanguagePrompter:
     def _overlay(self, template: Template, view: View, class_id: int) -> Tensor:
         """Return a template with its class in green, (1, 3, S, S) in [0, 1], for the language model."""
         window = None if view.window is None else Window(*view.window)
-        square = Square(*template.mask.shape, window)
+        height, width = template.mask.shape
+        square = Square(height, width, window)
         pixels = square.enter(to_tensor(template.image).to(self._model.device), self._size)
         return overlay(pixels, mask_square(template.mask, class_id, square, self._size, self._model.device))

@@ -29,6 +29,7 @@ from vessa_server.pretraining.step import (
     counted,
     prepare,
     prepare_layouts,
+    retrieval_vectors,
     training_loss,
     validation_scores,
 )
@@ -350,7 +351,8 @@ class Pretraining:
             found = []
             for start in range(0, len(images), DESCRIBED):
                 some = torch.from_numpy(images[start : start + DESCRIBED, None]).to(device).float() / 255
-                found.append(self.model.retriever(resize(some, (size, size)).expand(-1, 3, -1, -1)).cpu())
+                squares = resize(some, (size, size)).expand(-1, 3, -1, -1)
+                found.append(self.stage(retrieval_vectors, squares).cpu())
             return torch.cat(found).float().numpy()
 
         self.tasks.describe(vectors)

@@ -293,3 +293,9 @@ def validation_scores(model: Vessa, _: nn.Module, batch: TaskBatch) -> Tensor:
     logits, _iou, _presence = model.draw(features, memories, h_seg, rows=batch.rows)
     logits = resize(logits, (batch.target_masks.shape[-2], batch.target_masks.shape[-1]))
     return soft_dice((logits > 0).float() * 40 - 20, batch.target_masks, 1e-3)
+
+
+def retrieval_vectors(model: Vessa, _: nn.Module, images: Tensor) -> Tensor:
+    """Return the retriever's unit vectors (B, D) of images (B, 3, S, S) in [0, 1]."""
+    vectors: Tensor = model.retriever(images)
+    return vectors
