@@ -6,14 +6,20 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 
+from vessa.redis_url import with_password
+from vessa_server.auth.keys import RedisKeys, Role, create_key
 from vessa_server.observability.metrics import Metrics
 from vessa_server.settings import Settings
+from vessa_server.template_bank.index import Index
+from vessa_server.template_bank.store import check_store, open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -36,8 +42,8 @@ def test_compose_reads_all_profiles(files: tuple[str, ...]) -> None:
     config = compose_config(*files)
     services = config["services"]
     assert services.keys() == {
-        "redis", "annotator", "annotator-2", "gateway", "phantoms", "trainer", "vllm", "prometheus",
-        "grafana",
+        "redis", "keys", "annotator", "annotator-2", "gateway", "gateway-tls", "phantoms", "trainer", "vllm",
+        "prometheus", "grafana",
     }  # fmt: skip
     assert config["networks"]["internal"]["internal"] is True
     for name, service in services.items():
@@ -45,7 +51,7 @@ def test_compose_reads_all_profiles(files: tuple[str, ...]) -> None:
             if volume["type"] == "bind":
                 assert Path(volume["source"]).exists(), name
         for port in service.get("ports", []):
-            assert port["host_ip"] == "127.0.0.1", name
+            assert name == "gateway-tls" or port["host_ip"] == "127.0.0.1", name
 
 
 def test_replicas_are_alike_but_for_the_port() -> None:
@@ -109,3 +115,74 @@ def test_kubernetes_example_fits_together() -> None:
     assert scaler["metrics"][0]["pods"]["metric"]["name"] in Metrics().expose().decode()
     for name in ("annotator", "redis"):
         assert by_kind["Service", name]["spec"]["selector"] == {"app": name}
+
+
+def test_every_service_is_confined_and_no_password_is_in_a_command() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["read_only"] is True, name
+        assert {"mem_limit", "pids_limit", "cpus"} <= service.keys(), name
+        assert "PASSWORD" not in json.dumps(service.get("command", "")), name
+    admin = [n for n, s in services.items() if "credentials:/var/lib/vessa/config" in s.get("volumes", [])]
+    assert admin == ["annotator", "annotator-2"]
+
+
+def test_kubernetes_pods_are_confined_and_reach_only_what_they_need() -> None:
+    text = (DEPLOY / "kubernetes" / "vessa.yaml").read_text()
+    objects = list(yaml.safe_load_all(text))
+    policies = {o["metadata"]["name"]: o["spec"] for o in objects if o["kind"] == "NetworkPolicy"}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert {"annotator", "redis"} <= policies.keys()
+    assert "$(REDIS_PASSWORD)" not in text
+    for one in objects:
+        if one["kind"] in ("Deployment", "StatefulSet"):
+            for container in one["spec"]["template"]["spec"]["containers"]:
+                assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+                assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+
+
+def test_redis_users_reach_their_own_keys_alone(tmp_path: Path, port: int) -> None:
+    script = (DEPLOY / "redis" / "start.sh").read_text()
+    for place in ("/passwords", "/tmp/users.acl", "/data"):
+        script = script.replace(place, f"{tmp_path}{place}")
+    script = script.replace("chown", "true").replace("--appendonly yes", f"--appendonly yes --port {port}")
+    for folder in ("passwords/annotator", "passwords/trainer", "data", "tmp"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "start.sh").write_text(script)
+    server = subprocess.Popen(["sh", str(tmp_path / "start.sh")], stdout=subprocess.DEVNULL)
+    try:
+        health = redis.Redis(port=port, username="health", password="")
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                assert health.ping()
+                break
+            except redis.ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        address = f"redis://{{}}@127.0.0.1:{port}/0?password_file={tmp_path}/passwords/{{}}/password"
+        annotator = address.format("annotator", "annotator")
+        assert check_store(annotator) == []
+        keys = RedisKeys(annotator)
+        create_key(keys, "alice", Role.annotate)
+        store = open_store(annotator)
+        store.change("b", lambda old: Index(exists=True), {})
+        assert store.names() == ["b"]
+        trainer = redis.Redis.from_url(with_password(address.format("trainer", "trainer")))
+        assert trainer.set("vessa:label:1", "x", px=10_000)
+        refused = [
+            lambda: trainer.hset("vessa:keys", "evil", "x"),
+            lambda: trainer.hgetall("vessa:bank:{b}"),
+            lambda: trainer.flushall(),
+            lambda: keys._redis.get("vessa:label:1"),
+            lambda: keys._redis.config_set("maxmemory", "1"),
+            lambda: health.get("vessa:keys"),
+        ]
+        for call in refused:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                call()
+    finally:
+        server.terminate()
+        server.wait(10)

@@ -23,6 +23,7 @@ from redis.retry import Retry
 from vessa import atomic_write
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
+from vessa.redis_url import with_password
 from vessa_trainer.config import CacheConfig
 from vessa_trainer.outages import CACHE, Incidents
 from vessa_trainer.pseudo_labels.types import PseudoLabel
@@ -228,7 +229,7 @@ class RedisCache:
         """
         try:
             self._redis = redis.Redis.from_url(
-                url, socket_timeout=5, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
+                with_password(url), socket_timeout=5, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
             )
         except ValueError as error:
             raise InvalidConfig(f"cache.url is no Redis address: {error}") from error

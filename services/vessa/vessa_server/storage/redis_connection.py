@@ -9,6 +9,7 @@ import redis
 
 from vessa.errors import InvalidConfig, StoreUnavailable
 from vessa.redaction import remember_url
+from vessa.redis_url import with_password
 from vessa_server.storage.files import RETRY_AFTER_S
 
 log = logging.getLogger(__name__)
@@ -24,13 +25,16 @@ def connect(url: str, timeout: float = 5.0) -> redis.Redis:
 
     timeout: seconds for connecting and for each command
     """
+    url = with_password(url)
     remember_url(url)
     try:
         return redis.Redis.from_url(
             url, socket_timeout=timeout, socket_connect_timeout=timeout, health_check_interval=30
         )
     except ValueError as error:
-        raise InvalidConfig("the store must be folder:PATH or a redis:// address") from error
+        raise InvalidConfig(
+            "The store must be folder:PATH or a redis:// address. Set VESSA_STORE."
+        ) from error
 
 
 def check_redis(url: str, timeout: float = 1.0) -> list[str]:
@@ -82,5 +86,6 @@ def reachable() -> Iterator[None]:
     except redis.RedisError as error:
         log.warning("Redis failed: %s", error)
         raise StoreUnavailable(
-            "the template store (Redis) does not answer or refuses the command", retry_after=RETRY_AFTER_S
+            "The template store (Redis) does not answer or refuses the command. Retry later; see the log.",
+            retry_after=RETRY_AFTER_S,
         ) from error
