@@ -22,27 +22,26 @@ _console = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        help="YAML file of one experiment, or the name of a config that ships: quick, standard, full.",
-    ),
+    typer.Option("--config", help="YAML file of one experiment, or a shipped config: quick, standard, full."),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override, as section.key=value; repeatable.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting, as section.key=value; repeatable.")
+]
 Data = Annotated[Path | None, typer.Option(help="Data folder.")]
 Labeled = Annotated[str | None, typer.Option(help="Split file of the labeled patients.")]
 Student = Annotated[str | None, typer.Option(help="unet or dpt.")]
 Steps = Annotated[int | None, typer.Option(help="Training iterations.")]
-Out = Annotated[Path | None, typer.Option(help="Where to write.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory.")]
 Url = Annotated[str | None, typer.Option(help="Address of the annotator.")]
 Urls = Annotated[
     list[str] | None,
     typer.Option(
         "--url",
-        help="Address of the annotator; repeatable: a method takes the first that serves what its config "
-        "names, the first of all where it names nothing.",
+        help="Address of the annotator; repeatable. A method uses the first that fits its config, "
+        "or the first of all.",
     ),
 ]
-Seeds = Annotated[int, typer.Option(help="Seeds 0..N-1.", min=1)]
+Seeds = Annotated[int, typer.Option(help="Number of random seeds, 0 to N-1.", min=1)]
 
 
 def _config(file: Path | None, overrides: list[str] | None, **given: object) -> Config:
@@ -52,7 +51,7 @@ def _config(file: Path | None, overrides: list[str] | None, **given: object) -> 
         "student": "student.name",
         "url": "annotator.url",
     }
-    # quoted: a folder may be called 2024, or hold a character that YAML reads in its own way
+    # Quoted, because YAML reads a folder called 2024 as a number.
     named = [
         f"{names.get(k, k)}={v if isinstance(v, int) else json.dumps(str(v), ensure_ascii=False)}"
         for k, v in given.items()
@@ -86,14 +85,14 @@ def fit(
     student: Student = None,
     method: Annotated[str | None, typer.Option(help="supervised, unimatch_v2 or vessa.")] = None,
     steps: Steps = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the run.")] = None,
     out: Out = None,
     url: Url = None,
     overrides: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run found in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train one student; the run directory holds its checkpoints, curves and scores."""
+    """Train one student and write its checkpoints, curves and scores to the run directory."""
     from vessa_trainer.experiments.run import fit as train
 
     resolved = _config(
@@ -174,10 +173,10 @@ def compare(
     data: Data = None,
     labeled: Annotated[
         list[str] | None,
-        typer.Option(help="Split file of the labeled patients; repeatable: one comparison for each."),
+        typer.Option(help="Split file of the labeled patients; repeatable, one comparison each."),
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: configs that ship, by name, or paths of your own.")
+        str, typer.Option(help="Comma-separated names of shipped configs, or paths of your own.")
     ] = ",".join(DEFAULT_METHODS),
     student: Student = None,
     steps: Steps = None,
@@ -187,7 +186,7 @@ def compare(
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Train methods with the same steps and seeds; print one table. What is finished is not repeated."""
+    """Train methods with the same steps and seeds, and print one table. Finished runs are not repeated."""
     from vessa_trainer.experiments.compare import compare as run
 
     resolved = _config(config, overrides, data=data, student=student, steps=steps, out=out)
@@ -213,12 +212,10 @@ def _table_command(name: str, what: str) -> None:
     def command(
         config: ConfigFile = None,
         data: Data = None,
-        methods: Annotated[
-            str, typer.Option(help="Comma-separated configs in place of the table's own.")
-        ] = "",
+        methods: Annotated[str, typer.Option(help="Comma-separated configs instead of the table's.")] = "",
         percent: Annotated[
             list[float] | None,
-            typer.Option(help="Labeled share of the training patients, repeatable; default the table's own."),
+            typer.Option(help="Labeled percentage of the training patients; repeatable."),
         ] = None,
         student: Student = None,
         steps: Steps = None,
@@ -230,7 +227,7 @@ def _table_command(name: str, what: str) -> None:
     ) -> None:
         from vessa_trainer.experiments.paper_tables import run_table
 
-        paper = config is None and student != "unet"  # the paper's student, unless another one is given
+        paper = config is None and student != "unet"  # by default the student of the VESSA paper
         resolved = _config(
             shipped("dpt") if paper else config, overrides, data=data, student=student, steps=steps, out=out
         )
@@ -247,14 +244,16 @@ def _table_command(name: str, what: str) -> None:
         _say(f"written: {result['table']}, .csv and .png beside it")
         _finish(result, as_json)
 
-    app.command(name, help=f"{what} What is finished is not repeated; Markdown, CSV and a figure.")(command)
+    app.command(name, help=f"{what} Writes Markdown, CSV and a figure; finished runs are not repeated.")(
+        command
+    )
 
 
 for _name, _what in {
-    "table1": "The paper's Table 1: VESSA alone, SAM 2.1 in place of VESSA, VESSA-assisted at 1 %.",
-    "table2": "The paper's Table 2 on ACDC, and its Fig. 1: methods at 1, 5 and 10 % and all labels.",
-    "table3": "The paper's Table 3 on AbdomenCT-1K: methods at 1, 5 and 10 % and all labels.",
-    "table4": "The paper's Table 4 (5 with AbdomenCT-1K): without VLM, memory, feedback at 1 %.",
+    "table1": "Table 1 of the VESSA paper: VESSA alone, SAM 2.1 instead of VESSA, VESSA-assisted at 1 %.",
+    "table2": "Table 2 of the VESSA paper (ACDC) and its Fig. 1: methods at 1, 5, 10 % and all labels.",
+    "table3": "Table 3 of the VESSA paper (AbdomenCT-1K): methods at 1, 5, 10 % and all labels.",
+    "table4": "Table 4 of the VESSA paper (Table 5 on AbdomenCT-1K): no VLM, no memory, no feedback; 1 %.",
 }.items():
     _table_command(_name, _what)
 
@@ -299,7 +298,9 @@ def predict(
             "NIfTI with the same affine for NIfTI, DICOM SEG for DICOM.",
         ),
     ],
-    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: slower.")] = False,
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Average over mirrored images; takes four times as long.")
+    ] = False,
     axis: Annotated[
         str, typer.Option(help="How volumes are cut: auto (as in training), axial, coronal or sagittal.")
     ] = "auto",
@@ -309,11 +310,11 @@ def predict(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Segment images and volumes with a run's best teacher. What is there already is skipped."""
+    """Segment images and volumes with the teacher that a run delivered. Existing masks are skipped."""
     from vessa_trainer.prediction.predict import predict as run_on
 
     result = run_on(run, source, out, _console, flips=flips, axis=axis, nifti=nifti, postprocess=not raw)
-    _say(f"{result['masks']} masks in {out}, {result['skipped']} were there")
+    _say(f"{result['masks']} masks in {out}, {result['skipped']} of them existed")
     for name, why in result["failed"].items():
         _say(f"no mask {name}: {why}", style="red")
     if result["failed"]:
@@ -329,7 +330,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="The .onnx file.")],
     as_json: Json = False,
 ) -> None:
-    """Write a run's best teacher as ONNX, and check that it computes the same."""
+    """Write the teacher that a run delivered as ONNX, and check that ONNX Runtime computes the same."""
     from vessa_trainer.prediction.onnx_export import export as write
 
     result = write(run, out)
@@ -364,21 +365,21 @@ def verify(
 
 
 def main() -> None:
-    """Run the command line; what a user can mend becomes one clear line and exit code 1."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` saves the run as Ctrl-C does
+    """Run the command line; an error that the user can correct is one line and exit code 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` saves the run, as Ctrl-C does
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=_console, markup=False, show_time=False, show_path=False)],
     )
-    logging.getLogger("stamina").setLevel(logging.ERROR)  # it says that it tries again, but not why
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # its lines announce retries without the reason
     try:
         app()
     except VessaError as error:
         _fail(error.code, redact(str(error)))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        _fail("cannot_read_or_write", f"{error.strerror or error}:{where}. Mend that, and start again")
+        _fail("cannot_read_or_write", f"{error.strerror or error}:{where}. Correct this and start again")
 
 
 def _fail(code: str, text: str) -> NoReturn:

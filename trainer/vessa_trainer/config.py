@@ -1,7 +1,7 @@
-"""The whole of one experiment as frozen dataclasses, read from one YAML file plus `a.b=c` overrides.
+"""Hold the settings of one experiment, read from one YAML file and `a.b=c` overrides.
 
-Nothing is read from the environment and nothing is guessed: an unknown key, a wrong type or a value out of
-its range is an `InvalidConfig` that names the key. The resolved config is saved in the run directory.
+No setting is read from the environment. An unknown key, a wrong type or a value out of range raises
+`InvalidConfig`, which names the key. The resolved config is saved in the run directory.
 """
 
 from __future__ import annotations
@@ -289,10 +289,10 @@ class Config:
     eval_every: steps between validations
     checkpoint_every: steps between checkpoints
     out: run directory
-    bf16: the networks compute in bfloat16 where autocast holds it safe; weights and losses stay float32.
-    trackers: where figures go besides TensorBoard; each is an extra of this distribution.
-    deterministic: one seed gives the same run again, bit by bit, on the same machine: torch takes no
-    operations that depend on the order of threads, and steps wait for labels asked again with feedback.
+    bf16: compute the networks in bfloat16 where autocast allows it; weights and losses stay float32
+    trackers: services that receive the figures besides TensorBoard; each is an extra of this distribution
+    deterministic: repeat a run bit by bit from its seed, on the same machine; torch avoids operations that
+        depend on the order of threads, and steps wait for labels that are requested again with feedback
     """
 
     title: str = ""
@@ -319,12 +319,12 @@ class Config:
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the ranges that no type can express."""
+        """Check ranges that types cannot express."""
         _check(self)
 
     @property
     def annotated(self) -> bool:
-        """Whether an annotator takes part."""
+        """Whether the method uses an annotator."""
         return self.semi.method in ("vessa", "semisam", "vessa_alone")
 
     @property
@@ -350,12 +350,12 @@ class Config:
 
 
 def shipped(name: str) -> Path:
-    """Return the file of a config that ships with the trainer, by its name. Raises InvalidConfig."""
+    """Return the file of a shipped config by its name. Raises InvalidConfig."""
     folder = Path(str(resources.files("vessa_trainer"))) / "configs"
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise InvalidConfig(f"no config is called '{name}'; there are {known}")
+        raise InvalidConfig(f"no shipped config is called '{name}'. Shipped configs: {known}")
     return path
 
 
@@ -393,7 +393,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def overlaid(config: Config, *trees: Mapping[str, Any]) -> Config:
-    """Return a config with the keys of some trees in place of its own, the later before the earlier."""
+    """Return a config whose settings some trees replace; later trees win."""
     tree = to_dict(config)
     for over in trees:
         tree = merge(tree, over)
@@ -475,7 +475,7 @@ def _check(config: Config) -> None:
         "data.test_share": config.data.test_share,
     }
     for name, value in positive.items():
-        if not 0 < value < math.inf:  # nor is NaN
+        if not 0 < value < math.inf:  # NaN fails, too
             raise InvalidConfig(f"{name} must be above 0, got {value}")
     for name, value in not_negative.items():
         if not 0 <= value < math.inf:
@@ -499,7 +499,7 @@ def _check(config: Config) -> None:
     if unknown:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")
     if semi.method == "semisam" and not feedback.enabled:
-        raise InvalidConfig("method semisam asks the annotator with prompts: feedback.enabled must be true")
+        raise InvalidConfig("method semisam sends prompts to the annotator: feedback.enabled must be true")
     if config.deterministic and config.annotator.max_wait_s is not None:
         raise InvalidConfig(
             "deterministic runs wait for every label: annotator.max_wait_s must be null, got "

@@ -1,4 +1,4 @@
-"""Plain values of a YAML file to frozen dataclasses: every key is known, every type is checked."""
+"""Turn the values of a YAML file into frozen dataclasses, and check every key and type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vessa.errors import InvalidConfig
 
 
 def put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set one value of a tree by its path. Raises InvalidConfig where the path leads through a value."""
+    """Set one value of a tree by its path. Raises InvalidConfig when the path passes through a value."""
     for depth, key in enumerate(keys[:-1]):
         below = tree.get(key)
         if below is None:
@@ -35,7 +35,7 @@ def _known_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one tree over another, section by section."""
+    """Return a tree whose values another tree replaces, section by section."""
     merged = dict(tree)
     for key, value in over.items():
         there = merged.get(key)
@@ -48,8 +48,8 @@ def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def build(cls: type, tree: Any, prefix: str = "", root: type | None = None) -> Any:
     """Make a dataclass from a tree of plain values, checking keys and types.
 
-    prefix: of the section's keys; root: the whole of it, `cls` when None. Raises InvalidConfig that names
-    the key, and for an unknown one the nearest known key.
+    prefix: of the section's keys; root: the outermost class, `cls` when None. Raises InvalidConfig, which
+    names the key and, for an unknown key, the nearest known one.
     """
     root = root or cls
     if tree is None:

@@ -1,1 +1,1 @@
-"""Single runs, comparisons of methods and the paper's tables."""
+"""Run experiments: single runs, plans, comparisons of methods, tables of the VESSA paper."""

@@ -1,4 +1,4 @@
-"""Methods side by side, same steps and seeds, on one or several label budgets, with one report for each."""
+"""Compare methods with the same steps and seeds, on one or several label budgets, one report each."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from vessa_trainer.experiments.methods import Runs, find_methods, run_methods
 from vessa_trainer.reporting.plots import bars_figure, comparison_figure
 
 METRICS = ("dice", "iou", "iou_fgbg", "hd95")
-_KEYS = {"vessa": "vessa_assisted"}  # what the JSON line calls a method, where it is not its name
+_KEYS = {"vessa": "vessa_assisted"}  # names of methods in the JSON line, where they differ
 
 
 def compare(
@@ -33,12 +33,14 @@ def compare(
     labeled: Sequence[str] = (),
     urls: Sequence[str | None] = (),
 ) -> dict[str, Any]:
-    """Train some methods for each label budget and seed, score them on the test patients, write reports.
+    """Train methods for each label budget and seed, score them on the test patients, and write reports.
 
-    methods: names of configs, see `find_methods`; labeled: the split files of several budgets, each of which
-    gets a folder of its own in `config.out`, or none for the config's own; urls: of the services, see
-    `run_methods`. Returns the figures of the JSON line; of several budgets under "budgets", by their names.
-    Raises what `run_methods` does.
+    methods: names of configs, see `find_methods`
+    labeled: split files of several budgets, each with a folder of its own in `config.out`; none for the
+        config's own split
+    urls: of the services, see `run_methods`
+    Returns the figures of the JSON line; those of several budgets under "budgets", by their names. Raises
+    what `run_methods` raises.
     """
     chosen = find_methods(methods)
     budgets = _budgets(config, labeled)
@@ -47,7 +49,9 @@ def compare(
         dataset = open_training_data(budget.data)
         cases = annotated(dataset, cases_of(dataset, read_splits(dataset, budget.data).test))
         if not cases:
-            raise InvalidDataset("no test patient has a mask: there is nothing to compare by")
+            raise InvalidDataset(
+                "no test patient has a mask: methods cannot be compared. Annotate test patients"
+            )
         runs = run_methods(
             budget,
             chosen,
@@ -69,7 +73,7 @@ def compare(
 
 
 def _budgets(config: Config, labeled: Sequence[str]) -> dict[str, Config]:
-    """The base config of each budget, by the name of its split file."""
+    """Return the config of each budget by the name of its split file."""
     if len(labeled) < 2:
         split = labeled[0] if labeled else config.data.labeled
         return {Path(split).stem: replace(config, data=replace(config.data, labeled=split))}
@@ -91,7 +95,7 @@ def _write_page(config: Config, runs: Runs, seeds: int) -> None:
     page = Page(f"{dataset.name}: {', '.join(m.title for m in runs.methods)}")
     page.lead(
         f"{len(splits.labeled)} labeled and {len(splits.unlabeled)} unlabeled patients. Scores are those of "
-        f"{len(splits.test)} test patients, the checkpoint is chosen on {len(splits.val)} others. "
+        f"{len(splits.test)} test patients; {len(splits.val)} other patients choose the checkpoint. "
         f"{config.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}"
         f"{': mean ± standard deviation' if seeds > 1 else ''}."
     )
@@ -137,7 +141,7 @@ def _print(console: Console, scores: Table, title: str) -> None:
 
 
 def figures(runs: Runs) -> dict[str, Any]:
-    """Plain data of some runs: mean Dice of each method as `<key>_dice`, and the rest under `<key>`."""
+    """Return figures as plain data: mean Dice of each method as `<key>_dice`, the rest under `<key>`."""
     rows: dict[str, Row] = {
         _KEYS.get(m.name, m.name): row for m, row in zip(runs.methods, runs.rows(), strict=True)
     }

@@ -22,29 +22,29 @@ from vessa_trainer.students.inference import load_best, predict_labels
 
 @dataclass(frozen=True)
 class Method:
-    """One method of a comparison. name: of its config; tree: its keys, which go before all others."""
+    """One method of a comparison. name: of its config; tree: its settings, which replace all others."""
 
     name: str
     tree: Mapping[str, Any]
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return str(self.tree.get("title") or self.name)
 
     def config(self, base: Config, seed: int, cell: Mapping[str, Any] | None = None) -> Config:
-        """The config of one run. cell: keys that go before the method's own, such as a table's split."""
+        """Return the config of one run. cell: settings that replace the method's own, such as a split."""
         out = str(Path(base.out) / f"{self.name}-{seed}")
         return replace(overlaid(base, self.tree, cell or {}), seed=seed, out=out)
 
     def seeds(self, base: Config, count: int) -> range:
-        """The seeds that it is run with: what trains nothing does not differ by a seed."""
+        """Return its seeds: one for a method that trains nothing."""
         alone = self.config(base, 0).semi.method == "vessa_alone"
         return range(1 if alone else count)
 
 
 def find_methods(names: Sequence[str]) -> list[Method]:
-    """Read methods: names of the configs that ship, or paths of one's own. Raises InvalidConfig."""
+    """Read methods by the names of shipped configs, or by paths. Raises InvalidConfig."""
     paths = [Path(n) if Path(n).suffix in (".yaml", ".yml") else shipped(n) for n in names]
     twice = {p.stem for p in paths if [q.stem for q in paths].count(p.stem) > 1}
     if twice or not paths:
@@ -54,9 +54,9 @@ def find_methods(names: Sequence[str]) -> list[Method]:
 
 @dataclass
 class Runs:
-    """The finished runs of some methods on one split.
+    """Finished runs of methods on one split.
 
-    summaries: of each method, a seed an entry; configs: likewise
+    summaries, configs: one entry per seed, by the method's name
     """
 
     methods: list[Method]
@@ -65,21 +65,21 @@ class Runs:
 
     @property
     def trained(self) -> list[Method]:
-        """Those that train a student."""
+        """Methods that train a student."""
         return [m for m in self.methods if self.configs[m.name][0].semi.method != "vessa_alone"]
 
     def rows(self) -> list[Row]:
-        """Test scores as rows of a table."""
+        """Return test scores as rows of a table."""
         return [Row(m.title, [scores_from(s["test"]) for s in self.summaries[m.name]]) for m in self.methods]
 
     def sources(self) -> dict[str, dict[str, Any]]:
-        """Who annotated, by the title of the method."""
+        """Return the annotator of each method, by the method's title."""
         return {
             m.title: s["annotator"] for m in self.methods if (s := self.summaries[m.name][0])["annotator"]
         }
 
     def predicted(self, dataset: Dataset, cases: Sequence[Case]) -> dict[str, dict[str, list[np.ndarray]]]:
-        """Labels of test cases by each method's run of seed 0, by the method's title."""
+        """Return labels of test cases by each method's run of seed 0, by the method's title."""
         labels = {}
         for method in self.methods:
             run = self.configs[method.name][0]
@@ -162,12 +162,12 @@ def _annotators(
 def _same_labeler(
     labelers: dict[str | None, dict[str, str]], config: Config, source: Mapping[str, Any]
 ) -> None:
-    """Hold runs that name one kind of annotator to the very same one."""
+    """Raise InvalidConfig when runs of one kind of annotator have different weights."""
     who = {k: str(source[k]) for k in ("model", "labels_version")}
     first = labelers.setdefault(config.annotator.serves, who)
     if who != first:
         these, others = (f"{w['model']} with labels {w['labels_version']}" for w in (first, who))
         raise InvalidConfig(
-            f"runs in {Path(config.out).parent} are of different weights of the annotator ({these}, "
-            f"{others}): choose another --out, or delete the older runs"
+            f"runs in {Path(config.out).parent} have labels of different weights of the annotator ({these}, "
+            f"{others}). Choose another --out, or delete the older runs"
         )

@@ -1,4 +1,4 @@
-"""The paper's tables: its methods at its label budgets, with the splits that others use."""
+"""Reproduce the tables of the VESSA paper: its methods at its label budgets, on public splits."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ _SHOWN = ("dice", "iou", "hd95")  # of each cell, as in the paper; the CSV file 
 
 @dataclass(frozen=True)
 class Published:
-    """One table of the paper.
+    """One table of the VESSA paper.
 
-    percents: labeled share of the training patients; bound: a run with all labels besides
+    percents: labeled percentages of the training patients; bound: whether a run with all labels is added
     """
 
     title: str
@@ -52,7 +52,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Split:
-    """Patients of each part, and who decided it. `train` is in the order in which labels are given out."""
+    """Patients of each part, and the source of the split. train: in the order of labeling."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -61,14 +61,14 @@ class Split:
 
 
 def split_patients(dataset: Dataset, seed: int) -> Split:
-    """Take the data's own split files, such as SSL4MIS's 70/10/20, or draw the paper's 80/20.
+    """Read the data's own split files, such as SSL4MIS's 70/10/20, or draw the VESSA paper's 80/20.
 
-    Validation patients, on whom the paper is silent, are a tenth of all and come out of the 80 %, also
-    where the files name none. Raises InvalidDataset when there is a file of one part alone.
+    The paper does not state validation patients. They are a tenth of all patients and are taken from the
+    80 %, also where the files name none. Raises InvalidDataset when only train or only test has a file.
     """
     there = {part: dataset.has_split(part) for part in ("train", "val", "test")}
     if there["train"] != there["test"]:
-        raise InvalidDataset(f"'{dataset.name}' has a split file of train or of test alone; expected both")
+        raise InvalidDataset(f"'{dataset.name}' has a split file of train or of test alone. Add the other")
     rng = np.random.default_rng(seed)
     if there["train"]:
         train, test = list(dataset.split("train")), dataset.split("test")
@@ -90,9 +90,9 @@ def split_patients(dataset: Dataset, seed: int) -> Split:
 
 
 def labeled_patients(dataset: Dataset, split: Split, percent: float) -> tuple[str, ...]:
-    """The labeled patients of a budget: `labeled_<n>` of the data's own files, else the first n.
+    """Return the labeled patients of a budget: `labeled_<n>` of the data's own files, else the first n.
 
-    n is the whole part of `percent` of the training patients, at least 1: 1, 3 and 7 of SSL4MIS's 70.
+    n is `percent` of the training patients rounded down, at least 1: 1, 3 and 7 of SSL4MIS's 70.
     """
     count = max(1, int(percent / 100 * len(split.train)))
     own = f"labeled_{count}"
@@ -109,7 +109,7 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """What stands above it."""
+        """Its heading."""
         return f"{self.percent:g} % ({self.labeled} patient{'s' if self.labeled > 1 else ''})"
 
 
@@ -126,14 +126,14 @@ def run_table(
 ) -> dict[str, Any]:
     """Run one of TABLES and write `<name>.md`, `.csv` and `.png` into `config.out`, budget by budget.
 
-    methods, percents: in place of the table's own. VESSA is the whole annotator here, whatever else is
-    served. Returns figures by percent. Raises what `run_methods` does.
+    methods, percents: replace those of the table. Methods that name no annotator need the complete one.
+    Returns figures by percent. Raises what `run_methods` raises.
     """
     published, out = TABLES[name], Path(config.out)
     dataset = open_training_data(config.data)
     split = split_patients(dataset, config.data.split_seed)
     if not annotated(dataset, cases_of(dataset, split.test)):
-        raise InvalidDataset("no test patient has a mask: there is nothing to score")
+        raise InvalidDataset("no test patient has a mask: nothing can be scored. Annotate test patients")
     base = overlaid(config, {"annotator": {"serves": "vessa"}})
     chosen = find_methods(methods or published.methods)
     plan = [(p, chosen, labeled_patients(dataset, split, p)) for p in percents or published.percents]
@@ -162,9 +162,9 @@ def run_table(
 
 
 def _write_splits(folder: Path, split: Split, labeled: Sequence[str]) -> dict[str, Any]:
-    """Write the split of one budget where it can be read again; returns its keys of a config.
+    """Write the split files of one budget; return the settings that name them.
 
-    Raises InvalidConfig when the folder holds another split: its runs would be of other patients.
+    Raises InvalidConfig when the folder holds another split, whose runs have other patients.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {f"labeled_{len(labeled)}": labeled, "train": split.train, "val": split.val, "test": split.test}
@@ -172,7 +172,7 @@ def _write_splits(folder: Path, split: Split, labeled: Sequence[str]) -> dict[st
     for part, groups in parts.items():
         text = "".join(f"{g}\n" for g in groups)
         if paths[part].is_file() and paths[part].read_text(encoding="utf-8") != text:
-            raise InvalidConfig(f"{paths[part]} names other patients: choose another --out, or delete it")
+            raise InvalidConfig(f"{paths[part]} names other patients. Choose another --out, or delete it")
         atomic_write.write_text(paths[part], text)
     first, train, val, test = map(str, paths.values())
     return {"data": {"labeled": first, "unlabeled": train, "val": val, "test": test}}
@@ -254,14 +254,15 @@ def _records(row: Row, title: str, column: Column, classes: Sequence[str | None]
 
 
 def _about(config: Config, split: Split, columns: Sequence[Column], seeds: int, unit: str) -> str:
-    """What to know before reading the figures: data, budget, annotators and what Stage 1 saw."""
+    """Describe data, budget, annotators and their Stage 1 data, for the head of a table."""
     student = f"{config.student.name} at {config.student.size} px"
     several = seeds > 1
     parts = [
         f"{Path(config.data.root).name}: {len(split.train)} training, {len(split.val)} validation and "
         f"{len(split.test)} test patients ({split.source}). {config.steps} steps of "
         f"{config.batch_labeled} labeled and {config.batch_unlabeled} unlabeled images, {student}, "
-        f"{seeds} seed{'s' if several else ''}. The best teacher on the validation patients is tested. "
+        f"{seeds} seed{'s' if several else ''}. The teacher that is best on the validation patients is "
+        "tested. "
         f"Cells: Dice / IoU of the foreground / HD95 ({unit})"
         f"{', mean ± standard deviation' if several else ''}.",
         missed([row for column in columns for row in column.runs.rows()]),

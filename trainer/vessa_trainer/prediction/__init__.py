@@ -1,1 +1,1 @@
-"""Masks of whole folders by a trained student, and its ONNX export."""
+"""Predict masks of whole folders by a trained student, and export it as ONNX."""

@@ -1,4 +1,4 @@
-"""A run's best teacher as one ONNX file, which says itself how images must be prepared."""
+"""Export the teacher that a run delivered as one ONNX file that describes the preparation of images."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from vessa.errors import InvalidConfig, InvalidWeights
 from vessa_trainer.config import load_config
 from vessa_trainer.students.inference import load_best
 
-TOLERANCE = 1e-3  # of logits; float32 sums in another order
+TOLERANCE = 1e-3  # of logits: ONNX Runtime adds float32 values in another order
 _BATCHES = (1, 3)  # that the exported file is compared on
 
 
@@ -21,7 +21,7 @@ def export(run: Path, out: Path) -> dict[str, Any]:
 
     input `image` (B, C, S, S) float32 in [0, 1], any B; output `logits` (B, classes, S, S) float32. The
     file's metadata holds `preprocessing` and `classes`. Raises InvalidConfig without the extra
-    `vessa-trainer[export]`, InvalidWeights when the file computes something else; then it is not written.
+    `vessa-trainer[export]`; InvalidWeights, without a file, when the outputs differ.
     """
     try:
         import onnx
@@ -65,7 +65,7 @@ def export(run: Path, out: Path) -> dict[str, Any]:
 
 
 def _metadata(size: int, padded: int, channels: int, classes: dict[int, str]) -> dict[str, Any]:
-    """Describe in the file what `predict_slices` does around the network."""
+    """Describe what `predict_slices` does before and after the network."""
     return {
         "classes": {str(i): name for i, name in classes.items()},
         "preprocessing": {

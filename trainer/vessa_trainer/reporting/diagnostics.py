@@ -1,8 +1,8 @@
 """Diagnose a run from the rows of metrics.jsonl, by pure functions.
 
-All look at the last `WINDOW` validations, so that one bad validation says nothing. Limits are in Dice. The
+All use the last `WINDOW` validations, so that one bad validation gives no warning. Limits are in Dice. The
 mean over ten validation patients that differ by 0.1 has a standard error of 0.03: a gap of 0.05 in three
-validations in a row is hardly chance, nor is a fall by 0.03 of one model on one set of patients.
+validations in a row is unlikely to be chance, and so is a fall by 0.03 of one model on one set of patients.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Advice:
-    """A warning. kind, about: what makes two of them the same; step: when it first held."""
+    """A warning. kind, about: identify it; step: at which it first held."""
 
     kind: str
     about: str
@@ -30,7 +30,7 @@ class Advice:
 
 
 def advise(rows: Sequence[Row], classes: Mapping[int, str]) -> list[Advice]:
-    """Return what is to be said after the last row, if that is of a validation."""
+    """Return the warnings that hold at the last validation."""
     at = [
         i
         for i, row in enumerate(rows)
@@ -50,7 +50,7 @@ def advise(rows: Sequence[Row], classes: Mapping[int, str]) -> list[Advice]:
 
 
 def over_run(rows: Sequence[Row], classes: Mapping[int, str]) -> list[Advice]:
-    """Return all that was to be said in a run, each once, with the step when it first held."""
+    """Return the warnings of a whole run, each once, with the step at which it first held."""
     first: dict[tuple[str, str], Advice] = {}
     for index, row in enumerate(rows):
         if "val_teacher" in row:
@@ -60,15 +60,16 @@ def over_run(rows: Sequence[Row], classes: Mapping[int, str]) -> list[Advice]:
 
 
 def never_labeled(present: Iterable[int], classes: Mapping[int, str]) -> list[Advice]:
-    """Return the classes that no labeled mask shows. present: class ids that some mask does."""
+    """Return a warning for each class that no labeled mask shows. present: class ids in the masks."""
     there = set(present)
     return [
         Advice(
             "class missing from the labeled images",
             name,
             0,
-            f"no labeled image shows '{name}': nothing teaches it. Label a patient that has it, or leave the "
-            "class out.",
+            f"no labeled image shows '{name}', so the student cannot learn it. Label a patient that has it, "
+            "or "
+            "remove the class.",
         )
         for class_id, name in classes.items()
         if class_id not in there
@@ -80,7 +81,7 @@ def _dice(row: Row, who: str) -> float:
 
 
 def _hurts(seen: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """VESSA is behind the teacher on validation in each validation, and still has weight."""
+    """Find VESSA below the teacher in each validation while its labels still have weight."""
     if not all("val_vessa" in row and row["alpha_v"] >= WEIGHT for row in seen):
         return []
     gaps = [_dice(row, "val_teacher") - _dice(row, "val_vessa") for row in seen]
@@ -95,7 +96,7 @@ def _hurts(seen: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def _echo(seen: Sequence[Row], steps: Sequence[Sequence[Row]]) -> list[tuple[str, str, str]]:
-    """VESSA and the teacher agree more and more while one of them gets worse where the truth is known."""
+    """Find a rising agreement of VESSA and the teacher while one of them loses validation Dice."""
     agreement = [[row["agreement"] for row in part if "agreement" in row] for part in steps]
     if not agreement[0] or not agreement[-1]:
         return []
@@ -118,7 +119,7 @@ def _echo(seen: Sequence[Row], steps: Sequence[Sequence[Row]]) -> list[tuple[str
 
 
 def _absent(steps: Sequence[Row], classes: Mapping[int, str]) -> list[tuple[str, str, str]]:
-    """A class has no confident pixel in any pseudo-label."""
+    """Find classes without a confident pixel in any pseudo-label."""
     found = []
     for source, who in (("teacher", "the teacher"), ("vessa", "VESSA")):
         for class_id, name in classes.items():

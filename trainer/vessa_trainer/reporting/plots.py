@@ -1,4 +1,4 @@
-"""The curves of a run and of a comparison, from the runs' metrics.jsonl."""
+"""Draw the curves of a run and of a comparison from metrics.jsonl."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ _SMOOTH = 15  # rows of metrics.jsonl over which a noisy curve is averaged
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; a line cut by a kill is left out."""
+    """Return the rows of a run's metrics.jsonl; a line that a kill cut is left out."""
     rows = []
     path = run / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -34,19 +34,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(run: Path, step: int) -> None:
-    """Drop the rows after a step, and a line cut by a kill: a run that is taken up writes them again."""
+    """Drop the rows after a step, and a line that a kill cut: the resumed run writes them again."""
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     atomic_write.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_progress(run: Path, title: str) -> None:
-    """Draw a run's progress.png anew."""
+    """Draw a run's progress.png."""
     with atomic_write.replacing(run / "progress.png") as fresh:
         progress_figure(read_metrics(run), title).savefig(fresh, format="png", dpi=110)
 
 
 def progress_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Draw the curves of one run: losses, validation Dice, VESSA's labels, who teaches, learning rate."""
+    """Draw one run: losses, validation Dice, VESSA's labels, weights of the sources, learning rate."""
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     axes = figure.subplots(2, 3)
     figure.suptitle(title, color=_INK, fontsize=12)
@@ -201,5 +201,5 @@ def _finish(
         axis.spines[side].set_visible(False)
     axis.set_ylim(bottom=bottom, top=top)
     if axis.get_legend_handles_labels()[0]:
-        # a fixed place: to look for the best one takes long, and matplotlib warns of it on slow machines
+        # A fixed place, because the search for the best one is slow and matplotlib warns about that.
         axis.legend(fontsize=8, frameon=False, loc="lower right" if top == 1 else "upper right")

@@ -63,7 +63,7 @@ def write_run_report(
         header, lines = interruption_table(summary["interruptions"])
         page.table(header, lines, set())
         page.note(
-            "Nothing was lost by them: steps were repeated from the last checkpoint, labels asked again."
+            "No data was lost: steps were repeated from the last checkpoint and labels requested again."
         )
     if trained:
         write_progress(run, name)

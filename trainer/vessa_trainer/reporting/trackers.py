@@ -1,5 +1,6 @@
 """Send a run's figures to TensorBoard and to the trackers that a config names."""
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,42 +10,42 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from vessa.errors import InvalidConfig
-from vessa_trainer.config import Config
+from vessa_trainer.config import Config, shareable
 
 _log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """One place for figures."""
+    """A destination for figures."""
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
-        """Keep figures of a step by their names."""
+        """Send figures of a step by their names."""
         ...
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write pending figures."""
         ...
 
 
 class TensorBoard:
-    """Event files in the run directory."""
+    """Write event files for TensorBoard into the run directory."""
 
     def __init__(self, run: Path, step: int) -> None:
-        """step: after it everything of an earlier start is dropped."""
+        """Open the files. step: the run's step; events after it, of an earlier start, are dropped."""
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
-        """Keep figures of a step by their names."""
+        """Send figures of a step by their names."""
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write pending figures."""
         self._writer.close()
 
 
 class MlflowTracker:
-    """A run of MLflow at MLFLOW_TRACKING_URI; one that is taken up goes on under the same id."""
+    """Send figures to an MLflow run at MLFLOW_TRACKING_URI; a resumed run keeps its id."""
 
     def __init__(self, run: Path, name: str, parameters: Mapping[str, Any]) -> None:
         self._mlflow = _library("mlflow")
@@ -56,7 +57,7 @@ class MlflowTracker:
             self._mlflow.log_params(dict(parameters))
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
-        """Keep figures of a step by their names."""
+        """Send figures of a step by their names."""
         self._mlflow.log_metrics(dict(figures), step=step)
 
     def close(self) -> None:
@@ -65,7 +66,7 @@ class MlflowTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases, which reads WANDB_MODE, WANDB_PROJECT and its key from the environment."""
+    """Send figures to Weights & Biases, which reads WANDB_MODE, WANDB_PROJECT and its key itself."""
 
     def __init__(self, run: Path, name: str, parameters: Mapping[str, Any]) -> None:
         wandb = _library("wandb")
@@ -78,7 +79,7 @@ class WandbTracker:
         known.write_text(self._run.id)
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
-        """Keep figures of a step by their names."""
+        """Send figures of a step by their names."""
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
@@ -87,8 +88,6 @@ class WandbTracker:
 
 
 def _library(name: str) -> ModuleType:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -98,10 +97,10 @@ def _library(name: str) -> ModuleType:
 
 
 class Tracking:
-    """All places at once; of several processes only the first writes."""
+    """Send figures to all trackers of a config; only the first of several processes sends."""
 
     def __init__(self, config: Config, step: int, *, first: bool) -> None:
-        """Open them. step: where the run is. Raises InvalidConfig when a library is missing."""
+        """Open all trackers. step: the run's step. Raises InvalidConfig when a library is missing."""
         self._trackers: list[Tracker] = []
         if not first:
             return
@@ -117,14 +116,16 @@ class Tracking:
             self._trackers.append(kinds[tracker](run, name, parameters))
 
     def add(self, group: str, figures: Mapping[str, float], step: int) -> None:
-        """Keep figures as group/name. A place that takes none is left out from then on, with a warning."""
+        """Send figures as group/name. A tracker that fails is dropped with a warning."""
         named = {f"{group}/{name}": value for name, value in figures.items()}
         for tracker in list(self._trackers):
             try:
                 tracker.add(named, step)
-            except Exception as error:  # of libraries and servers of others: the run outlives its dashboards
+            except (
+                Exception
+            ) as error:  # Any error of a tracker: a run must not stop because of its dashboard.
                 self._trackers.remove(tracker)
-                _log.warning("%s takes no more figures: %s", type(tracker).__name__, error)
+                _log.warning("%s failed and receives no more figures: %s", type(tracker).__name__, error)
 
     def __enter__(self) -> "Tracking":
         return self
@@ -140,10 +141,8 @@ class Tracking:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    from vessa_trainer.config import to_dict
-
     flat: dict[str, Any] = {}
-    for key, value in to_dict(config).items():
+    for key, value in shareable(config).items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": v for inner, v in value.items() if inner != "api_key"}
         else:
