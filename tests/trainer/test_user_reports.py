@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import resource
 import shutil
+import unicodedata
 
 import h5py
 import nibabel as nib
@@ -362,3 +363,95 @@ def test_verify_shows_a_count_for_many_findings_of_one_cause(hearts):
     assert len(lines) == 4
     assert lines[-1].endswith("15 more; --json lists them")
     assert open_dataset(hearts).name == "hearts"
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (256, np.int16, r"holds the values \[256\]"),
+        (0.5, np.float32, r"fractional values \[0.5\].*nearest neighbor"),
+    ],
+    ids=["beyond 255", "fractional"],
+)
+def test_label_values_are_checked_before_they_become_ids(hearts, train, tmp_path, value, dtype, message):
+    folder = nnunet(tmp_path / "ids", hearts)
+    path = folder / "labelsTr" / f"{split(hearts, 'test')[0]}.nii.gz"
+    labels = np.asarray(nib.load(path).dataobj).astype(dtype)
+    labels[labels == 3] = value
+    nib.save(nib.Nifti1Image(labels, nib.load(path).affine), path)
+    with pytest.raises(InvalidDataset, match=message):
+        train(data=folder)
+    assert verify_data(folder, []).errors
+
+
+def test_labels_on_another_grid_than_their_image_are_named(hearts, train, tmp_path):
+    folder = nnunet(tmp_path / "grid", hearts)
+    path = folder / "labelsTr" / f"{split(hearts, 'val')[0]}.nii.gz"
+    shifted = np.diag([1.5, 1.5, 8.0, 1.0])
+    shifted[:3, 3] = (-10, 40, -24)
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), shifted), path)
+    with pytest.raises(InvalidDataset, match=path.name):
+        train(data=folder)
+
+
+def test_the_ignore_label_is_neither_learned_nor_scored(hearts, train, tmp_path):
+    folder = nnunet(tmp_path / "ignore", hearts)
+    description = json.loads((folder / "dataset.json").read_text())
+    description["labels"]["ignore"] = 4
+    (folder / "dataset.json").write_text(json.dumps(description))
+    for path in (folder / "labelsTr").iterdir():
+        labels = np.asarray(nib.load(path).dataobj).copy()
+        labels[:10] = 4
+        nib.save(nib.Nifti1Image(labels, nib.load(path).affine), path)
+    assert "18 masks mark pixels to ignore" in warnings_of(folder)
+    summary = train(data=folder)
+    assert list(summary["test"]["by_class"]) == ["RV", "MYO", "LV"]
+    assert load_best(tmp_path / "run", open_config(tmp_path / "run"))[0].head.out_channels == 4
+
+
+def test_masks_of_0_and_255_show_one_class(hearts, train, tmp_path):
+    (hearts / "meta.json").write_text('{"classes": {"0": "background", "255": "heart"}}')
+    for path in (hearts / "masks").iterdir():
+        write(path, ((read(path) > 0) * 255).astype(np.uint8))
+    train()
+    assert load_best(tmp_path / "run", open_config(tmp_path / "run"))[0].head.out_channels == 2
+
+
+def with_bom(folder):
+    path = folder / "meta.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def with_apple_files(folder):
+    for path in list((folder / "images").iterdir()):
+        (folder / "images" / f"._{path.name}").write_bytes(bytes.fromhex("0005160700020000") + bytes(100))
+
+
+def with_upper_suffixes(folder):
+    for path in list((folder / "images").iterdir()):
+        path.rename(path.with_suffix(".PNG"))
+
+
+def with_one_bit(folder):
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(read(path) > 0).save(path)
+    (folder / "meta.json").write_text('{"classes": {"0": "background", "1": "heart"}}')
+
+
+def with_another_unicode_form(folder):
+    for part in ("images", "masks"):
+        for path in list((folder / part).glob("heart000*")):
+            path.rename(
+                path.with_name(unicodedata.normalize("NFD", "Müller") + path.name.removeprefix("heart000"))
+            )
+    for path in (folder / "splits").iterdir():
+        path.write_text(path.read_text().replace("heart000", "Müller"))
+
+
+@pytest.mark.parametrize(
+    "change", [with_bom, with_apple_files, with_upper_suffixes, with_one_bit, with_another_unicode_form]
+)
+def test_harmless_habits_of_files_are_read(hearts, change):
+    change(hearts)
+    found = verify_data(hearts, [])
+    assert (found.images, found.errors) == (18, 0), found.findings

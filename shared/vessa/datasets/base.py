@@ -1,5 +1,6 @@
 """One interface over every layout: cases of slices, classes, groups."""
 
+import unicodedata
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,10 @@ class Dataset(ABC):
             lines = [line.strip() for line in found.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidDataset(f"{found} is not a readable text file") from error
-        groups = tuple(dict.fromkeys(self._split_entry(line) for line in lines if line))
+        # macOS writes names in another Unicode form than editors do.
+        known = {unicodedata.normalize("NFC", group): group for group in self._known_groups}
+        entries = (self._split_entry(line) for line in lines if line)
+        groups = tuple(dict.fromkeys(known.get(unicodedata.normalize("NFC", e), e) for e in entries))
         unknown = [g for g in groups if g not in self._known_groups]
         if unknown:
             raise InvalidDataset(f"{found.name} names groups that '{self.name}' does not hold: {unknown[:5]}")

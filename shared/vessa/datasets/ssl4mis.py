@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 
 from vessa.datasets.base import IGNORE, Case, Dataset, Slice
-from vessa.errors import InvalidDataset
+from vessa.errors import InvalidDataset, VessaError
+from vessa.mask_files import class_ids
 
 _SLICE = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)_slice_(?P<index>\d+)")
 _VOLUME = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)")
@@ -57,6 +58,7 @@ class Ssl4mis(Dataset):
         if self._slices is None and self._volumes is None:
             raise InvalidDataset(f"{self.root} holds neither data/slices/*_slice_*.h5 nor data/*.h5")
         self._ranges: dict[str, tuple[float, float]] = {}
+        self.classes = {}
         self._name_classes()
 
     def _name_classes(self) -> None:
@@ -169,7 +171,12 @@ class Ssl4mis(Dataset):
     def mask(self, item: Slice) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
         """Return the class ids, uint8 (H, W); None where the file has no `label`."""
         labels = self._read(item, "label")
-        return None if labels is None else labels.astype(np.uint8)
+        if labels is None:
+            return None
+        try:
+            return class_ids(labels, self.classes, what=f"the label of {item.name}")
+        except VessaError as error:
+            raise InvalidDataset(error.message) from error
 
     def _split_files(self, path: Path) -> list[Path]:
         """SSL4MIS's own lists too: `train` means train_slices.list, `val` val.list."""

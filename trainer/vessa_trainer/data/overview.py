@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vessa.datasets import Dataset
+from vessa.datasets import Dataset, PngFolder
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import Config
 from vessa_trainer.data.examination import Examination, Problem
@@ -42,10 +42,15 @@ def _about_patients(dataset: Dataset, examination: Examination) -> tuple[list[st
         f"{dataset.name}: {layout}, {len(items)} images of {len(patients)} patients, {annotated} of them "
         "annotated; "
         f"for example image {example.name} is of patient {example.group}",
+        *_about_names(dataset),
         "classes: " + ", ".join(f"{i} {name}" for i, name in _stored_classes(dataset).items()),
     ]
     warnings = []
-    change = "state the patients in the data set's description (docs/formats.md, groups)"
+    change = (
+        "state the patients: in files.csv or by patterns in meta.json for pictures, in `groups` of "
+        "dataset.json for "
+        "nnU-Net"
+    )
     if len(items) >= _FEW and len(patients) == len(items):
         warnings.append(
             f"every image is a patient of its own ({example.name}, {items[1].name}, ...): where several "
@@ -66,6 +71,12 @@ def _about_patients(dataset: Dataset, examination: Examination) -> tuple[list[st
     if ignored:
         warnings.append(f"{ignored} masks mark pixels to ignore: they are neither learned from nor scored")
     return lines, warnings
+
+
+def _about_names(dataset: Dataset) -> list[str]:
+    """Say by which names pictures, masks and patients were told apart, where the layout has a choice."""
+    source = getattr(dataset, "source", dataset)
+    return [f"file names: {source.listing.pattern}"] if isinstance(source, PngFolder) else []
 
 
 def _stored_classes(dataset: Dataset) -> dict[int, str]:
