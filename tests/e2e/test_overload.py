@@ -65,7 +65,7 @@ def test_no_place_left_says_when_to_come_back(narrow: Any) -> None:
     (refused,) = [answer for answer in answers if answer[0] == 429]
     _, headers, error = refused
     assert error["code"] == "queue_full"
-    assert error["message"] == "2 requests are in work, at most 2 may be"
+    assert error["message"] == "2 requests are in progress, the limit is 2; retry later"
     assert int(headers["retry-after"]) >= 1
     assert headers["x-queue-position"] == "0"
 

@@ -1,4 +1,4 @@
-"""A cache with a budget of bytes: oldest forgotten first."""
+"""A cache with a budget of bytes that evicts the least recently used entries."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
@@ -6,17 +6,17 @@ from typing import Any, Protocol
 
 
 class Sized(Protocol):
-    """What tells how many bytes it holds."""
+    """A value that knows its size."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Size in bytes."""
 
 
 class ByteCache:
-    """What is worth keeping, by keys, within one budget of bytes.
+    """Values by key within one budget of bytes; the least recently used are evicted first.
 
-    The least recently used goes first. One thread changes it; `in` may be asked from any.
+    Only one thread may change it at a time; `in` may be used from any thread.
     """
 
     def __init__(self, budget: int) -> None:
@@ -32,16 +32,16 @@ class ByteCache:
         return iter(list(self._held.items()))
 
     def get(self, key: Hashable) -> Any:
-        """Return what is held, now the most recently used, or None."""
+        """Return a value, which becomes the most recently used, or None."""
         held = self._held.get(key)
         if held is not None:
             self._held.move_to_end(key)
         return held
 
     def put(self, key: Hashable, value: Sized) -> None:
-        """Keep something, or note that it has grown; forget others until all fits the budget.
+        """Store a value, or update its size; evict others until all fit the budget.
 
-        What is larger than the whole budget is not kept, and costs the others nothing.
+        A value larger than the whole budget is not stored, and evicts nothing.
         """
         size = value.nbytes
         self.nbytes -= self._sizes.pop(key, 0)
@@ -60,7 +60,7 @@ class ByteCache:
             self.nbytes -= self._sizes.pop(key)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Evict everything."""
         self._held.clear()
         self._sizes.clear()
         self.nbytes = 0

@@ -41,7 +41,8 @@ def annotator(nano_weights: Path, tmp_path: Path, example: Any) -> Annotator:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second passes each time somebody looks, so that a test knows how many steps there are."""
+    """Let a second pass at each reading of the time, so that a test fixes the number of steps."""
+    monkeypatch.setattr(module, "HELD_PAIRS", 6)  # scored at each check, which takes most of the time
     now = [0.0]
 
     class Clock:
@@ -65,8 +66,8 @@ def learn(annotator: Annotator, seconds: float = 30, **options: Any) -> Any:
     )
 
 
-def shaken(annotator: Annotator) -> Adaptation:
-    """An adaptation that answers otherwise than the common weights."""
+def perturbed(annotator: Annotator) -> Adaptation:
+    """An adaptation whose masks differ from those of the common weights."""
     decoder = annotator.model.segmenter.sam.sam_mask_decoder
     draws = torch.Generator().manual_seed(0)
     tensors = {
@@ -79,7 +80,8 @@ def test_the_decoder_learns_from_its_bank(
     annotator: Annotator, clock: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LR", 5e-3)
-    monkeypatch.setattr(module, "CHECK_EVERY", 5)
+    monkeypatch.setattr(module, "CHECK_EVERY", 20)
+    monkeypatch.setattr(module, "BATCH", 2)
     before = {k: v.clone() for k, v in annotator.model.state_dict().items()}
     seen: list[float] = []
     found, figures = learn(annotator, 62, progress=lambda share, step, dice: seen.append(share))
@@ -90,7 +92,7 @@ def test_the_decoder_learns_from_its_bank(
     assert found is not None
     assert found.figures == figures
     after = annotator.model.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before)  # the common weights are as they were
+    assert all(torch.equal(before[k], after[k]) for k in before)  # the common weights are unchanged
     assert not any(p.grad is not None for p in annotator.model.parameters())
     assert not annotator.model.training
 
@@ -134,7 +136,7 @@ def test_too_small_a_bank_is_refused(annotator: Annotator) -> None:
         learn(annotator)
 
 
-def test_a_blob_comes_back_and_another_is_refused() -> None:
+def test_a_blob_is_read_back_and_a_damaged_one_is_refused() -> None:
     one = Adaptation({"a": np.arange(3, dtype=np.float32)}, "model", FIGURES)
     back = Adaptation.from_blob(one.to_blob())
     assert back.tensors["a"].tolist() == [0, 1, 2]
@@ -144,17 +146,17 @@ def test_a_blob_comes_back_and_another_is_refused() -> None:
             Adaptation.from_blob(data)
 
 
-def test_only_its_own_bank_is_served_by_it(annotator: Annotator, example: Any) -> None:
+def test_an_adaptation_serves_only_its_own_bank(annotator: Annotator, example: Any) -> None:
     bank = annotator.banks.get("bank")
     annotator.banks.add("other", bank.templates)
     image = example(20)[0]
     items = [SegmentItem(image_digest(image), image, name) for name in ("bank", "other", "bank")]
     plain = annotator.segment(items)
-    annotator.banks.adapt("bank", shaken(annotator))
+    annotator.banks.adapt("bank", perturbed(annotator))
     assert annotator.banks.get("bank").version == bank.version + 1  # cached labels are of the old weights
     assert annotator.banks.get("bank").info().adapted
     mixed = annotator.segment(items)
-    own = shaken(annotator).digest
+    own = perturbed(annotator).digest
     assert [answer.adaptation for answer in mixed] == [own, None, own]
     assert np.abs(mixed[0].confidence.astype(int) - plain[0].confidence).max() > 2
     assert np.abs(mixed[1].confidence.astype(int) - plain[1].confidence).max() <= 2
@@ -164,14 +166,14 @@ def test_only_its_own_bank_is_served_by_it(annotator: Annotator, example: Any) -
     assert np.abs(again[0].confidence.astype(int) - plain[0].confidence).max() <= 2
 
 
-def test_weights_it_was_not_made_from_do_not_use_it(annotator: Annotator) -> None:
+def test_other_weights_do_not_use_an_adaptation(annotator: Annotator) -> None:
     annotator.banks.model = annotator.model_digest
-    annotator.banks.adapt("bank", replace(shaken(annotator), model="others"))
+    annotator.banks.adapt("bank", replace(perturbed(annotator), model="others"))
     assert annotator.banks.get("bank").adaptation is None
 
 
 @pytest.mark.parametrize("kind", ["folder", "redis"])
-def test_it_survives_changes_of_the_bank(
+def test_an_adaptation_survives_changes_of_its_bank(
     kind: str, template_of: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     store: Any = FolderStore(tmp_path)
@@ -217,7 +219,7 @@ def test_over_http(server: Any, bank: str) -> None:
     assert server.http.get(f"/banks/{bank}").json()["adapted"] is False
 
 
-def test_what_cannot_be_learned_from_says_why(server: Any, bank: str) -> None:
+def test_a_bank_too_small_to_adapt_fails_with_a_reason(server: Any, bank: str) -> None:
     server.seed(bank, 2)
     long = server.http.post(f"/banks/{bank}/adapt", params={"seconds": 10_000})
     assert (long.status_code, long.json()["error"]["code"]) == (422, "invalid_request")

@@ -1,4 +1,4 @@
-"""The paper's inference on the untrained nano model: retrieval, prompts, fusion, what is kept."""
+"""The paper's inference on the untrained nano model: retrieval, prompts, fusion, caches."""
 
 from dataclasses import replace
 
@@ -104,7 +104,7 @@ def test_sampling_is_seeded_and_varies(annotator):
     assert len({drawn(seed) for seed in range(12)}) > 1
 
 
-def test_an_image_seen_before_needs_no_pixels(annotator):
+def test_a_cached_image_needs_no_pixels(annotator):
     item = query()
     first = the_only(annotator.segment([item]))
     assert annotator.holds(item.image_id)
@@ -112,7 +112,7 @@ def test_an_image_seen_before_needs_no_pixels(annotator):
     assert np.array_equal(first.labels, again.labels)
 
 
-def test_a_request_with_prompts_alone_only_decodes(annotator):
+def test_a_request_that_only_adds_prompts_runs_the_mask_decoder_alone(annotator):
     item = query()
     first = the_only(annotator.segment([item]))
     spent = dict(annotator.stage_seconds())
@@ -124,12 +124,12 @@ def test_a_request_with_prompts_alone_only_decodes(annotator):
     assert annotator.stage_seconds()["attend"] == spent["attend"]
     assert np.array_equal(answers[0].labels, answers[1].labels)
     assert answers[0].scores != first.scores
-    # another class, or another template, is another look
+    # Another class, or another template, needs new conditioned features.
     annotator.segment([SegmentItem(item.image_id, None, "abdomen", template_choice="top3")])
     assert annotator.stage_seconds()["attend"] > spent["attend"]
 
 
-def test_one_budget_counts_images_what_was_kept_of_each_class_and_templates(model, annotator):
+def test_one_budget_counts_images_conditioned_features_and_templates(model, annotator):
     item = query()
     roomy = Annotator(model[0], annotator.banks, 1 << 30, model[1])
     roomy.segment([item])
@@ -145,7 +145,7 @@ def test_one_budget_counts_images_what_was_kept_of_each_class_and_templates(mode
     assert tight._cache.nbytes < grown
 
 
-def test_an_image_is_not_lost_to_its_neighbors_in_a_batch(model, annotator):
+def test_a_cached_image_is_not_evicted_by_its_own_batch(model, annotator):
     first = query(1)
     size = Annotator(model[0], annotator.banks, 1 << 30, model[1])
     size.segment([first])
@@ -159,11 +159,11 @@ def test_an_image_is_not_lost_to_its_neighbors_in_a_batch(model, annotator):
 def test_a_template_is_read_once_for_all_images(annotator, monkeypatch):
     first = query(11)
     the_only(annotator.segment([first]))
-    monkeypatch.setattr(InProcess, "read_templates", lambda *_: pytest.fail("it was read before"))
+    monkeypatch.setattr(InProcess, "read_templates", lambda *_: pytest.fail("the template was read before"))
     the_only(annotator.segment([replace(first, image_id="sha256:another")]))
 
 
-def test_what_does_not_fit_the_budget_is_not_kept(model, annotator):
+def test_an_image_larger_than_the_budget_is_not_cached(model, annotator):
     small = Annotator(model[0], annotator.banks, 1, model[1])
     item = query()
     the_only(small.segment([item]))
@@ -192,7 +192,7 @@ def test_each_kind_of_prompt_changes_the_answer(annotator):
     assert np.allclose(plain, same, atol=2e-3)
 
 
-def test_one_items_fault_does_not_touch_the_others(annotator):
+def test_one_items_error_does_not_affect_the_others(annotator):
     good = query()
     faults = [
         SegmentItem("sha256:0", None, "abdomen"),

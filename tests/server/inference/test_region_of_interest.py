@@ -1,4 +1,4 @@
-"""The second look: where it is taken, that it travels back to its place, that it is kept and found again."""
+"""Region of interest: its window, the way of masks back into the image, and the cache of zoomed views."""
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ def test_the_window_is_a_square_around_the_box():
     window = window_around((40, 50, 60, 60), 200, 300)
     assert window == Window(25, 20, 60)  # a fifth of the longer side at least
     assert window_around((40, 50, 100, 60), 200, 300) == Window(10, 25, 90)  # half as much again
-    assert window_around((0, 0, 200, 200), 200, 300) is None  # seen well enough
+    assert window_around((0, 0, 200, 200), 200, 300) is None  # large enough in the whole image
     assert window_around(None, 200, 300) is None
 
 
-def test_boxes_are_joined_and_nothing_stays_nothing():
+def test_union_joins_boxes_and_is_none_without_boxes():
     assert union([None, (1, 2, 3, 4), (0, 3, 2, 9)]) == (0, 2, 3, 9)
     assert union([None]) is None
     mask = np.zeros((6, 8), bool)
@@ -39,14 +39,14 @@ def test_specks_beside_the_largest_piece_do_not_widen_the_window():
     logits = torch.full((2, 1, 20, 20), -5.0)
     logits[0, :, 2:6, 4:10] = 5
     logits[0, :, 18, 18] = 5
-    square = Square(100, 200)  # 50 rows of nothing above the image
+    square = Square(100, 200)  # 50 rows of padding above the image
     found = read_first_pass(logits, [1, 4], square)
     assert found.box == (40, -30, 100, 10)
     assert found.areas == {1: 2500, 4: 0}
     assert found.layout(Window(0, 0, 100)) == {1: 0.5, 4: 0}
     logits[1, :, 0:2, 0:2] = 9
     assert read_first_pass(logits, [1, 4], square).box == (0, -50, 100, 10)
-    logits[0, :, 16:20, 16:20] = 5  # a second piece, as of many nuclei
+    logits[0, :, 16:20, 16:20] = 5  # a second large piece, as with nuclei
     assert read_first_pass(logits, [1, 4], square).box == (0, -50, 200, 150)
     inside = Square(100, 200, Window(10, 20, 40))
     assert read_first_pass(logits[:1, :, :12], [1], inside).box == (28, 14, 40, 22)
@@ -55,7 +55,7 @@ def test_specks_beside_the_largest_piece_do_not_widen_the_window():
     assert nothing.layout(Window(0, 0, 10)) is None
 
 
-def test_prompts_tell_where_to_look():
+def test_prompts_give_the_region_of_interest():
     nothing = SegmentItem("i", None, "bank")
     assert prompted_box(nothing, 60, 80) == (None, False)
     absent = np.full((2, 4), -1, np.float32)
@@ -65,7 +65,7 @@ def test_prompts_tell_where_to_look():
     item = SegmentItem(
         "i", None, "bank", boxes=boxes, points=points, point_labels=np.array([[1, 0]], np.int8)
     )
-    # The point outside of the structure does not count, and the first class may be anywhere.
+    # A point outside the structure does not count. The first class has no prompt and may be anywhere.
     assert prompted_box(item, 60, 80) == ((10, 12, 30, 40), False)
     logits = np.full((2, 6, 8), -3, np.float32)
     logits[1, 1:3, 2:5] = 3
@@ -115,7 +115,7 @@ def annotator(nano_weights, tmp_path):
     return annotator
 
 
-def asked(**options):
+def query(**options):
     image = example(9)[0]
     return SegmentItem(image_digest(image), image, "bank", **options)
 
@@ -123,12 +123,12 @@ def asked(**options):
 BOX = np.array([[34, 22, 46, 32]], np.float32)
 
 
-def found_there(monkeypatch, box):
-    """Untrained weights find anything; where they find it is told here."""
+def fix_first_pass(monkeypatch, box):
+    """Fix the result of the first pass, since untrained weights find the classes anywhere."""
     monkeypatch.setattr(first_pass, "read_first_pass", lambda logits, ids, square: FirstPass(box, {1: 100.0}))
 
 
-def test_templates_are_seen_whole_and_closely(annotator):
+def test_templates_are_encoded_whole_and_zoomed(annotator):
     for template in annotator.banks.get("bank").templates:
         top, left, side = template.close.window
         rows, columns = np.nonzero(template.mask)
@@ -138,9 +138,9 @@ def test_templates_are_seen_whole_and_closely(annotator):
         assert not np.array_equal(template.close.feature, template.whole.feature)
 
 
-def test_nothing_is_drawn_outside_of_a_closer_look(annotator, monkeypatch):
-    found_there(monkeypatch, (30.0, 20.0, 50.0, 30.0))
-    result = annotator.segment([asked()])[0]
+def test_pixels_outside_the_window_are_background(annotator, monkeypatch):
+    fix_first_pass(monkeypatch, (30.0, 20.0, 50.0, 30.0))
+    result = annotator.segment([query()])[0]
     inside = np.zeros((60, 80), bool)
     inside[10:40, 25:55] = True
     assert (result.labels[~inside] == 0).all()
@@ -148,11 +148,11 @@ def test_nothing_is_drawn_outside_of_a_closer_look(annotator, monkeypatch):
     assert (result.confidence[inside] < 255).any()
 
 
-def test_a_closer_look_is_kept_with_its_image(annotator, monkeypatch):
-    found_there(monkeypatch, (30.0, 20.0, 50.0, 40.0))
-    first = annotator.segment([asked()])[0]
+def test_a_zoomed_view_is_cached_with_its_image(annotator, monkeypatch):
+    fix_first_pass(monkeypatch, (30.0, 20.0, 50.0, 40.0))
+    first = annotator.segment([query()])[0]
     spent = dict(annotator.stage_seconds())
-    by_id = SegmentItem(asked().image_id, None, "bank")
+    by_id = SegmentItem(query().image_id, None, "bank")
     point = {"points": np.array([[[36, 28]]], np.float32), "point_labels": np.array([[1]], np.int8)}
     again, prompted = annotator.segment([by_id, SegmentItem(by_id.image_id, None, "bank", **point)])
     for stage in ("encode", "language", "attend"):
@@ -162,27 +162,27 @@ def test_a_closer_look_is_kept_with_its_image(annotator, monkeypatch):
     assert not np.array_equal(again.confidence, prompted.confidence)
 
 
-def test_boxes_of_every_class_leave_nothing_to_find(annotator, monkeypatch):
-    found_there(monkeypatch, (2.0, 2.0, 30.0, 30.0))
-    result = annotator.segment([asked(boxes=BOX)])[0]
+def test_boxes_of_every_class_replace_the_first_pass(annotator, monkeypatch):
+    fix_first_pass(monkeypatch, (2.0, 2.0, 30.0, 30.0))
+    result = annotator.segment([query(boxes=BOX)])[0]
     inside = np.zeros((60, 80), bool)
     inside[18:36, 31:49] = True  # half as wide again as the box
     assert (result.labels[~inside] == 0).all()
 
 
 def test_an_answer_does_not_depend_on_earlier_prompts(annotator, monkeypatch):
-    found_there(monkeypatch, (30.0, 20.0, 50.0, 40.0))
+    fix_first_pass(monkeypatch, (30.0, 20.0, 50.0, 40.0))
     point = {"points": np.array([[[2, 2]]], np.float32), "point_labels": np.array([[1]], np.int8)}
-    fresh = annotator.segment([asked()])[0]
-    widened = annotator.segment([asked(**point)])[0]
-    after = annotator.segment([asked()])[0]
+    fresh = annotator.segment([query()])[0]
+    widened = annotator.segment([query(**point)])[0]
+    after = annotator.segment([query()])[0]
     assert np.abs(fresh.confidence.astype(int) - after.confidence).max() <= 2
     assert not np.array_equal(fresh.confidence, widened.confidence)
 
 
 def test_many_windows_on_one_image_in_one_batch(annotator, monkeypatch):
-    found_there(monkeypatch, None)
-    items = [asked(boxes=BOX + 4 * i) for i in range(6)]
+    fix_first_pass(monkeypatch, None)
+    items = [query(boxes=BOX + 4 * i) for i in range(6)]
     together = annotator.segment(items)
     annotator.leave_out(frozenset())
     for item, result in zip(items, together, strict=True):
@@ -193,13 +193,13 @@ def test_many_windows_on_one_image_in_one_batch(annotator, monkeypatch):
     assert annotator._cache.nbytes == sum(held.nbytes for _, held in annotator._cache)
 
 
-def test_weights_from_before_the_second_look_look_once(nano_weights, tmp_path, monkeypatch):
+def test_older_weights_segment_in_one_pass(nano_weights, tmp_path, monkeypatch):
     model, digest = directory.read(nano_weights)
     object.__setattr__(model.preset, "closer", False)
     annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
     annotator.banks.add(
         "bank", annotator.encode_templates([TemplateItem(*example(1), {1: "liver"}, "patient1")])
     )
-    monkeypatch.setattr(first_pass, "read_first_pass", lambda *_: pytest.fail("no first look was due"))
-    annotator.segment([asked()])
+    monkeypatch.setattr(first_pass, "read_first_pass", lambda *_: pytest.fail("a first pass was made"))
+    annotator.segment([query()])
     assert annotator.banks.get("bank").templates[0].close is None

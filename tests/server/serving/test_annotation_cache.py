@@ -24,12 +24,12 @@ PNG, JSON, SAFETENSORS = "image/png", "application/json", "application/vnd.safet
 ALICE, BOB, ROOT = Caller("alice", Role.annotate), Caller("bob", Role.curate), Caller("root", Role.admin)
 
 
-def kept(server: Any, identity: str, accept: str = JSON) -> Any:
+def fetch(server: Any, identity: str, accept: str = JSON) -> Any:
     return server.http.get(f"/annotations/{identity}", headers={"Accept": accept})
 
 
 def read(answer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of a safetensors answer and its metadata, with its items parsed."""
+    """Return the tensors of a safetensors answer and its metadata, with its items parsed."""
     assert answer.status_code == 200, answer.text
     body = answer.content
     metadata = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
@@ -57,17 +57,17 @@ def form(server: Any, bank: str, example: Any, file_of: Any) -> Any:
     return send
 
 
-def test_an_annotation_comes_back_in_every_form(server: Any, form: Any) -> None:
+def test_an_annotation_is_returned_in_every_format(server: Any, form: Any) -> None:
     first = form()
     identity = first.json()["annotation_id"]
     assert first.headers["x-annotation-id"] == identity
-    again = kept(server, identity)
+    again = fetch(server, identity)
     assert (again.content, again.headers["content-type"]) == (first.content, JSON)
     assert again.headers["x-annotation-id"] == identity
     png = form(PNG)
     assert png.headers["x-annotation-id"] == identity
-    assert kept(server, identity, PNG).content == png.content
-    tensors, metadata = read(kept(server, identity, SAFETENSORS))
+    assert fetch(server, identity, PNG).content == png.content
+    tensors, metadata = read(fetch(server, identity, SAFETENSORS))
     assert tensors.keys() == {"labels"}
     assert np.array_equal(tensors["labels"], labels_of(png)[None])
     assert metadata["items"] == read(form(SAFETENSORS))[1]["items"]
@@ -75,7 +75,7 @@ def test_an_annotation_comes_back_in_every_form(server: Any, form: Any) -> None:
     assert made == {k: v for k, v in first.json().items() if k not in ("annotation_id", "masks")}
 
 
-def test_it_tells_all_that_made_it(server: Any, form: Any, bank: str, example: Any) -> None:
+def test_an_annotation_states_its_provenance(server: Any, form: Any, bank: str, example: Any) -> None:
     asked = {
         "group": "p0",
         "classes": '["wall", "ventricle"]',
@@ -85,7 +85,7 @@ def test_it_tells_all_that_made_it(server: Any, form: Any, bank: str, example: A
         "points": '{"ventricle": [[32, 24], [2, 2.5]]}',
         "point_labels": '{"ventricle": [1, 0]}',
     }
-    made = kept(server, form(**asked).json()["annotation_id"]).json()
+    made = fetch(server, form(**asked).json()["annotation_id"]).json()
     info = server.http.get("/info").json()
     assert made["image_id"] == image_digest(example(5)[0])
     assert (made["model"], made["labels_version"]) == (info["model"], info["labels_version"])
@@ -112,8 +112,8 @@ def test_each_item_of_a_batch_has_an_id_of_its_own(server: Any, bank: str, examp
     )  # fmt: skip
     good, bad = metadata["items"]
     assert (good["status"], bad["status"], bad["annotation_id"]) == ("ok", "error", "")
-    made = kept(server, good["annotation_id"]).json()
-    assert np.array_equal(labels_of(kept(server, good["annotation_id"], PNG)), tensors["labels"][0])
+    made = fetch(server, good["annotation_id"]).json()
+    assert np.array_equal(labels_of(fetch(server, good["annotation_id"], PNG)), tensors["labels"][0])
     assert made["mask_logits"] == {"wall": array_digest(logits[0, 1])}
     assert (made["scores"], made["templates"]) == (good["scores"], good["templates"])
     # The same image by its id is the same annotation.
@@ -133,9 +133,9 @@ def test_another_bank_version_is_another_annotation_and_the_old_one_stays(
     second = form().json()
     assert (first["bank_version"], second["bank_version"]) == (1, 2)
     assert second["annotation_id"] != first["annotation_id"]
-    assert kept(server, first["annotation_id"]).json() == first
+    assert fetch(server, first["annotation_id"]).json() == first
     server.http.delete(f"/banks/{bank}")
-    assert kept(server, first["annotation_id"]).status_code == 404
+    assert fetch(server, first["annotation_id"]).status_code == 404
 
 
 def test_annotations_by_a_bank_that_is_no_longer_shared_are_hidden(
@@ -145,40 +145,42 @@ def test_annotations_by_a_bank_that_is_no_longer_shared_are_hidden(
     other = server.as_key(key_of("annotate", "guest"))
     answer = other.http.post("/segment", files={"image": file_of(example(3)[0])}, data={"bank": bank})
     identity = answer.json()["annotation_id"]
-    assert kept(other, identity).status_code == 200
+    assert fetch(other, identity).status_code == 200
     server.http.delete(f"/banks/{bank}/share")
-    assert kept(other, identity).status_code == 404
-    assert kept(server, identity).status_code == 200
+    assert fetch(other, identity).status_code == 404
+    assert fetch(server, identity).status_code == 200
 
 
-def test_only_the_keys_that_were_answered_see_it(server: Any, bank: str, example: Any, key_of: Any) -> None:
+def test_only_keys_that_received_an_annotation_see_it(
+    server: Any, bank: str, example: Any, key_of: Any
+) -> None:
     alice = server.as_key(key_of("curate", "alice"))
     bob = server.as_key(key_of("annotate", "bob"))
     alice.seed(bank)
     alice.http.put(f"/banks/{bank}/share")
     image = example(40)[0][None]
     identity = read(alice.segment({"images": image}, bank=bank))[1]["items"][0]["annotation_id"]
-    assert kept(alice, identity).status_code == 200
-    assert kept(server, identity).status_code == 200  # an admin
+    assert fetch(alice, identity).status_code == 200
+    assert fetch(server, identity).status_code == 200  # an admin
     for unknown in (identity, "0" * 64, "..", "x" * 300):
-        refused = kept(bob, unknown)
+        refused = fetch(bob, unknown)
         assert refused.status_code == 404
         if unknown != "..":
             assert refused.json()["error"]["code"] == "unknown_annotation"
     assert (
-        kept(bob, identity).json()["error"]["message"].replace(identity, "0" * 64)
-        == (kept(bob, "0" * 64).json()["error"]["message"])
+        fetch(bob, identity).json()["error"]["message"].replace(identity, "0" * 64)
+        == (fetch(bob, "0" * 64).json()["error"]["message"])
     )
     assert read(bob.segment({"images": image}, bank=bank))[1]["items"][0]["annotation_id"] == identity
-    assert kept(bob, identity).status_code == 200  # it has asked the same, and been told the same
+    assert fetch(bob, identity).status_code == 200  # bob sent the same request and received the same
 
 
-def test_a_form_that_nobody_can_make_of_it_is_refused(server: Any, form: Any) -> None:
-    refused = kept(server, form().json()["annotation_id"], "application/dicom")
+def test_a_format_without_the_original_image_is_refused(server: Any, form: Any) -> None:
+    refused = fetch(server, form().json()["annotation_id"], "application/dicom")
     assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media")
 
 
-def test_the_metrics_tell_what_they_take(server: Any, form: Any) -> None:
+def test_the_metrics_state_the_bytes_of_annotations(server: Any, form: Any) -> None:
     form()
     assert 'vessa_bytes{where="annotations"}' in server.http.get("/metrics").text
 
@@ -186,7 +188,7 @@ def test_the_metrics_tell_what_they_take(server: Any, form: Any) -> None:
 def answer_of(
     annotations: AnnotationCache, caller: Caller, image: str, adaptation: str | None = None
 ) -> Answer:
-    """Keep an answer of 64 x 64 random labels."""
+    """Store an answer of 64 x 64 random labels."""
     seed = int.from_bytes(image.encode(), "big") % 1000
     labels = np.random.default_rng(seed).integers(0, 3, (64, 64), np.uint8)
     item = SegmentItem(image, None, "b", ("wall",))
@@ -200,14 +202,14 @@ def answer_of(
     return answer
 
 
-def test_a_budget_of_bytes_bounds_them_and_the_least_used_goes_first() -> None:
+def test_a_byte_budget_evicts_the_least_recently_used() -> None:
     annotations = AnnotationCache(12_000, "m", "1")
     ids = [answer_of(annotations, ALICE, "i0").id]
     one = annotations.nbytes
     for i in range(1, 12):
         ids.append(answer_of(annotations, ALICE, f"i{i}").id)
         assert annotations.nbytes <= 12_000
-        annotations.get(ids[0], ALICE)  # asked for now and then
+        annotations.get(ids[0], ALICE)  # keeps it recently used
     found = []
     for identity in ids:
         try:
@@ -217,7 +219,7 @@ def test_a_budget_of_bytes_bounds_them_and_the_least_used_goes_first() -> None:
     assert found == ["i0", *(f"i{i}" for i in range(13 - 12_000 // one, 12))]
 
 
-def test_without_a_budget_nothing_is_kept() -> None:
+def test_without_a_budget_nothing_is_stored() -> None:
     annotations = AnnotationCache(0, "m", "1")
     identity = answer_of(annotations, ALICE, "i").id
     with pytest.raises(UnknownAnnotation, match="VESSA_ANNOTATION_BYTES"):
@@ -238,7 +240,7 @@ def test_two_keys_share_one_entry_and_admins_see_it() -> None:
         assert np.array_equal(found.labels, first.labels)
 
 
-def test_the_banks_own_weights_are_named() -> None:
+def test_provenance_names_the_banks_own_weights() -> None:
     annotations = AnnotationCache(100_000, "m", "1")
     plain, adapted = (answer_of(annotations, ALICE, "i", digest) for digest in (None, "d" * 64))
     assert (adapted.provenance.adaptation, adapted.provenance.bank_version) == ("d" * 64, 4)

@@ -1,4 +1,4 @@
-"""The worker queue: batches, limits, isolation of items, callers that leave, a thread that hangs or dies."""
+"""The batch queue: batches, limits, isolation of items, clients that leave, a thread that hangs or dies."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def queue_of(worker: Worker) -> Iterator[Callable[..., BatchQueue]]:
 async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition never held"
         await asyncio.sleep(0.005)
 
 
@@ -77,7 +77,7 @@ def test_waiting_items_are_processed_together_up_to_the_limit(queue_of: Any, wor
     assert worker.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
-def test_one_client_alone_waits_for_nobody(queue_of: Any, worker: Worker) -> None:
+def test_a_single_client_never_waits(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4, wait_s=60)
 
     async def scenario() -> None:
@@ -91,7 +91,7 @@ def test_one_client_alone_waits_for_nobody(queue_of: Any, worker: Worker) -> Non
     assert worker.batches == [[1], [2], [3, 4], [5, 6]]
 
 
-def test_clients_that_came_at_once_are_waited_for(queue_of: Any, worker: Worker) -> None:
+def test_clients_that_came_together_share_the_next_batch(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4, wait_s=60)
 
     async def scenario() -> None:
@@ -112,7 +112,7 @@ def test_clients_that_came_at_once_are_waited_for(queue_of: Any, worker: Worker)
     assert worker.batches == [[1], [2, 3], [4, 5]]
 
 
-def test_who_does_not_come_again_is_waited_for_but_once(queue_of: Any, worker: Worker) -> None:
+def test_the_queue_waits_only_once_for_clients_that_do_not_return(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=4, wait_s=0.2)
 
     async def scenario() -> None:
@@ -126,7 +126,7 @@ def test_who_does_not_come_again_is_waited_for_but_once(queue_of: Any, worker: W
     assert worker.batches == [[1, 2, 3], [4], [5]]
 
 
-def test_an_error_of_one_item_is_its_own(queue_of: Any) -> None:
+def test_an_error_of_one_item_affects_no_other(queue_of: Any) -> None:
     queue = queue_of()
     results = asyncio.run(queue.submit_all([1, "bad", 2]))
     assert [results[0], results[2]] == [2, 4]
@@ -155,7 +155,7 @@ def test_a_wrong_number_of_results_is_an_internal_error() -> None:
     assert queue.drain(5)
 
 
-def test_a_full_queue_says_when_to_come_back_and_takes_requests_whole_or_not(
+def test_a_full_queue_gives_a_retry_time_and_admits_requests_whole_or_not(
     queue_of: Any, worker: Worker
 ) -> None:
     queue = queue_of(max_items=3, max_batch=1)
@@ -181,7 +181,7 @@ def test_a_full_queue_says_when_to_come_back_and_takes_requests_whole_or_not(
     assert error.retry_after >= 1
 
 
-def test_what_nobody_waits_for_costs_nothing_and_frees_its_place(queue_of: Any, worker: Worker) -> None:
+def test_an_abandoned_item_costs_nothing_and_frees_its_place(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_items=2, max_batch=1)
 
     async def scenario() -> None:
@@ -194,7 +194,7 @@ def test_what_nobody_waits_for_costs_nothing_and_frees_its_place(queue_of: Any, 
         await asyncio.gather(left, return_exceptions=True)
         stays = asyncio.create_task(queue.submit("stays"))
         await asyncio.sleep(0.01)
-        first.cancel()  # it is being processed: its result is thrown away
+        first.cancel()  # it is being processed: its result is dropped
         await asyncio.gather(first, return_exceptions=True)
         worker.go.set()
         assert await stays == "staysstays"
@@ -220,7 +220,7 @@ def test_three_times_the_capacity_loses_and_doubles_nothing(queue_of: Any, worke
     assert sorted(item for batch in worker.batches for item in batch) == list(range(60))
 
 
-def test_draining_finishes_what_waits_and_takes_no_more(queue_of: Any, worker: Worker) -> None:
+def test_draining_finishes_waiting_items_and_admits_no_more(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=1)
 
     async def scenario() -> None:
@@ -238,7 +238,7 @@ def test_draining_finishes_what_waits_and_takes_no_more(queue_of: Any, worker: W
     asyncio.run(scenario())
 
 
-def test_a_drain_that_takes_too_long_fails_what_still_waits(queue_of: Any, worker: Worker) -> None:
+def test_a_drain_that_takes_too_long_fails_the_waiting_items(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=1)
 
     async def scenario() -> None:

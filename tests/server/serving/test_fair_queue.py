@@ -1,4 +1,4 @@
-"""The worker queue between clients: turns, pixels, what is the same, and memory that does not suffice."""
+"""The batch queue between clients: turns, pixels, equal items, and a device without enough memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Worker:
         return [item * 2 for item in items]
 
     def release(self, everything: bool) -> None:
-        # What the failed try had allocated must be gone, or emptying the cache would give nothing back.
+        # Arrays of the failed try must be freed first, or emptying the cache would return nothing.
         assert self.held is None or self.held() is None
         self.released.append(everything)
 
@@ -68,7 +68,7 @@ def queue_of(worker: Worker) -> Iterator[Callable[..., BatchQueue]]:
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition never held"
         await asyncio.sleep(0.005)
 
 
@@ -126,7 +126,7 @@ def test_one_image_does_not_wait_behind_a_trainers_many(queue_of: Any, worker: W
     assert [i for batch in worker.batches for i in batch if i < 40] == list(range(40))
 
 
-def test_the_last_places_are_for_clients_that_have_none(queue_of: Any, worker: Worker) -> None:
+def test_the_last_places_are_reserved_for_clients_without_items(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_items=16)
 
     async def scenario() -> None:
@@ -158,7 +158,7 @@ def test_a_batch_is_bounded_in_pixels_but_takes_one_item_always(queue_of: Any, w
     assert worker.batches[1:] == [[4, 5], [3], [50], [1, 2]]
 
 
-def test_what_is_the_same_is_computed_once(queue_of: Any, worker: Worker) -> None:
+def test_equal_items_are_computed_once(queue_of: Any, worker: Worker) -> None:
     queue = queue_of(max_batch=1)
 
     async def scenario() -> None:
@@ -169,20 +169,20 @@ def test_what_is_the_same_is_computed_once(queue_of: Any, worker: Worker) -> Non
         leaves = asyncio.create_task(queue.submit_all([8], "c", ["y"]))
         await asyncio.sleep(0.05)
         assert queue.depth == 2
-        one.cancel()  # the other still wants the first of them
+        one.cancel()  # the other still waits for the first item
         await asyncio.gather(one, return_exceptions=True)
-        leaves.cancel()  # and nobody the second
+        leaves.cancel()  # and no client for the second item
         await asyncio.gather(leaves, return_exceptions=True)
         worker.go.set()
         assert await other == [14]
         await first
-        assert await queue.submit_all([7], "b", ["x"]) == [14]  # no longer in flight: computed anew
+        assert await queue.submit_all([7], "b", ["x"]) == [14]  # no longer in flight: computed again
 
     asyncio.run(scenario())
     assert worker.batches == [[1000], [7], [7]]
 
 
-def test_who_joins_what_is_being_processed_gets_its_result(queue_of: Any, worker: Worker) -> None:
+def test_a_client_that_joins_an_item_in_progress_gets_its_result(queue_of: Any, worker: Worker) -> None:
     queue = queue_of()
 
     async def scenario() -> None:
@@ -218,7 +218,7 @@ def test_a_refused_request_leaves_nothing_behind(queue_of: Any, worker: Worker) 
     assert worker.batches == [[1000], [2]]
 
 
-def test_a_batch_that_is_too_much_for_the_memory_is_split(queue_of: Any, worker: Worker) -> None:
+def test_a_batch_that_exceeds_the_memory_is_halved(queue_of: Any, worker: Worker) -> None:
     worker.room = 2
     queue = queue_of(max_batch=8)
     assert asyncio.run(queue.submit_all(list(range(8)))) == [2 * number for number in range(8)]
@@ -228,7 +228,7 @@ def test_a_batch_that_is_too_much_for_the_memory_is_split(queue_of: Any, worker:
     assert worker.held() is None
 
 
-def test_an_item_that_is_too_much_alone_is_tried_again_with_nothing_held(
+def test_an_item_that_exceeds_the_memory_alone_is_retried_with_empty_caches(
     queue_of: Any, worker: Worker
 ) -> None:
     worker.room = 0
@@ -241,7 +241,7 @@ def test_an_item_that_is_too_much_alone_is_tried_again_with_nothing_held(
     assert asyncio.run(queue.submit(2)) == 4
 
 
-def test_the_key_of_an_item_holds_all_that_its_result_depends_on() -> None:
+def test_the_key_of_an_item_covers_everything_its_result_depends_on() -> None:
     image = np.zeros((4, 4), np.uint8)
     box = np.array([[0, 0, 2, 2]], np.float32)
 

@@ -1,4 +1,4 @@
-"""The annotator in a process of its own answers as one in this process, and is started again when it dies."""
+"""The worker process answers like an annotator in this process, and is started again when it dies."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def remote(settings: Settings) -> Iterator[WorkerProcess]:
 
 @pytest.fixture(scope="module", autouse=True)
 def seeded(banks: TemplateBanks, local: Worker, remote: WorkerProcess, example: Any) -> None:
-    """A bank of eight patients, which the other process finds in the store."""
+    """Add a bank of eight patients, which the worker process finds in the store."""
     items = [TemplateItem(*example(seed), CLASSES, f"p{seed}") for seed in range(8)]
     ours, theirs = local.compute(items), remote.compute(items)
     assert [t.to_blob() for t in theirs] == [t.to_blob() for t in ours]
@@ -106,7 +106,7 @@ def test_both_answer_alike(local: Worker, remote: WorkerProcess, example: Any) -
     assert np.array_equal(remote.compute([described])[0], local.compute([described])[0])
 
 
-def test_it_is_known_here_what_is_held_there(remote: WorkerProcess, example: Any) -> None:
+def test_the_service_knows_which_images_the_worker_holds(remote: WorkerProcess, example: Any) -> None:
     item = query(example, 20)
     assert not remote.holds(item.image_id)
     remote.compute([item])
@@ -121,7 +121,7 @@ def test_it_is_known_here_what_is_held_there(remote: WorkerProcess, example: Any
     assert isinstance(gone, UnknownImage)
 
 
-def test_adaptations_go_on_beside_what_is_computed(remote: WorkerProcess, example: Any) -> None:
+def test_adaptations_run_beside_batches(remote: WorkerProcess, example: Any) -> None:
     with pytest.raises(UnknownBank):
         remote.adapt("nothing", 1.0)
     assert remote.adapt("b", 4.0).state == "running"
@@ -162,7 +162,7 @@ def test_a_killed_process_is_started_again_and_the_batch_is_answered(
     assert not remote.holds(query(example, 44).image_id)
 
 
-def test_while_it_is_away_it_says_so_and_damaged_weights_do_not_come_back(
+def test_a_worker_that_is_down_reports_it_and_does_not_return_with_damaged_weights(
     settings: Settings, remote: WorkerProcess, example: Any
 ) -> None:
     description = Path(settings.weights) / "vessa.json"
@@ -179,7 +179,9 @@ def test_while_it_is_away_it_says_so_and_damaged_weights_do_not_come_back(
     assert isinstance(remote.compute([query(example, 50)])[0], SegmentResult)
 
 
-def test_weights_that_do_not_load_are_told_as_in_this_process(settings: Settings, tmp_path: Path) -> None:
+def test_weights_that_do_not_load_raise_the_same_error_as_in_this_process(
+    settings: Settings, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidWeights) as caught:
         WorkerProcess(settings.model_copy(update={"weights": str(tmp_path / "none")}))
     with pytest.raises(InvalidWeights) as here:
@@ -200,7 +202,7 @@ def test_errors_arrive_without_torch() -> None:
     assert "singular" in str(other)
 
 
-def test_a_closed_one_takes_nothing_more(settings: Settings, example: Any) -> None:
+def test_a_closed_worker_accepts_nothing_more(settings: Settings, example: Any) -> None:
     worker = WorkerProcess(settings)
     pid = worker.pid
     worker.close(5)

@@ -99,8 +99,8 @@ def adapt(
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A batch and all that the decoder is given of it; nothing here has a gradient."""
+class _EncodedBatch:
+    """A batch with all inputs of the decoder; nothing here has a gradient."""
 
     batch: TaskBatch
     embedding: Tensor
@@ -109,7 +109,7 @@ class _Seen:
 
 
 class _Student:
-    """The annotator with a decoder of its own; everything else is shared, in eval mode and never changed."""
+    """The annotator with its own decoder; everything else is shared, in eval mode and never changed."""
 
     def __init__(self, model: Vessa) -> None:
         self.model = model
@@ -122,14 +122,14 @@ class _Student:
         self.segmenter.sam = sam
 
     @torch.no_grad()
-    def see(self, batch: TaskBatch) -> _Seen:
-        """Run all that stays as it is."""
+    def see(self, batch: TaskBatch) -> _EncodedBatch:
+        """Run the frozen parts: encoders, memory attention and language model."""
         batch = batch.to(self.model.device)
         features, memories, h_seg = served(self.model, batch)
         embedding = self.segmenter.attend(features, memories, batch.rows)
-        return _Seen(batch, embedding, h_seg, features[batch.rows])
+        return _EncodedBatch(batch, embedding, h_seg, features[batch.rows])
 
-    def loss(self, seen: _Seen) -> Tensor:
+    def loss(self, seen: _EncodedBatch) -> Tensor:
         """Eq. 3; a share of the masks is drawn with the prompts that a student would send."""
         self.segmenter.training = True  # of this copy alone: logits keep their gradient where nothing is
         logits, _, _ = self.segmenter.decode(
@@ -138,7 +138,7 @@ class _Student:
         return mask_loss(logits.float(), seen.batch.truth, LossWeights(dice=1.0))
 
     @torch.no_grad()
-    def score(self, exam: list[_Seen]) -> float:
+    def score(self, exam: list[_EncodedBatch]) -> float:
         """Mean Dice without prompts."""
         self.segmenter.training = False
         scores = []
@@ -151,7 +151,7 @@ class _Student:
 
 
 def _pools(model: Vessa, bank: Bank, rng: np.random.Generator) -> tuple[Pool, Pool]:
-    """Return what to learn from, and all of the bank with its held-out part as targets."""
+    """Return the pool to learn from, and the pool of the whole bank with held-out slices as targets."""
     templates = bank.templates
     if len(templates) < LEAST_TEMPLATES:
         raise InvalidRequest(

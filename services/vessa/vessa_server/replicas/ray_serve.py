@@ -1,8 +1,8 @@
-"""Replicas of the service under Ray Serve: one address, a fixed number of them or as many as the load needs.
+"""Run replicas of the service under Ray Serve behind one address: a fixed number, or by load.
 
-Each replica serves the very app of `vessa-server serve` on its share of a GPU, and they share banks through
-Redis. Ray Serve sends a request to the less busy of two replicas, starts another one for one that died, and
-lets their number follow the requests that wait or are in work. Needs the extra `ray`.
+Each replica serves the app of `vessa-server serve` on its share of a GPU; replicas share banks through Redis.
+Ray Serve sends a request to the less busy of two replicas, replaces a replica that died, and scales their
+number with the waiting and running requests. Needs the extra `ray`.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-# Ray reads these when it is imported. Nothing is reported to anybody, a token guards its ports, its proxy may
-# take longer than 5 s to start on a busy machine, and replicas are no idle-time work (its own nice is 15).
+# Ray reads these when it is imported: no usage reports, a token guards its ports, its proxy may take longer
+# than 5 s to start on a busy machine, and replicas run at normal priority (Ray's default nice is 15).
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -35,11 +35,11 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas there are, and what each of them gets.
+    """Number of replicas, and the resources of each. Raises InvalidConfig.
 
-    least, most: replicas, of one number where they are equal; gpus, cpus: of each, also parts of one;
-    target: requests, waiting or in work, for each replica, which their number follows
-    Raises InvalidConfig.
+    least, most: limits of the number of replicas; equal limits fix it
+    gpus, cpus: of each replica, also fractions
+    target: waiting and running requests per replica, to which their number is scaled
     """
 
     least: int = 1
@@ -56,23 +56,24 @@ class Scale:
 
 
 class Replica:
-    """One replica: Ray Serve makes the app and runs its lifespan, which loads the weights."""
+    """One replica; Ray Serve builds the app and runs its lifespan, which loads the weights."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        """Remember the settings, all values of `Settings`."""
+        """Store the settings: all values of `Settings`."""
         self._settings = Settings(**settings)
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Make the app, in the process of the replica."""
+        """Build the app in the process of the replica."""
         prepare_process(self._settings)
         app = create_app(self._settings)
         self._service: Service = app.state.service
         return app
 
     async def check_health(self) -> None:
-        """Wait for the weights, so that no request comes before; later look for a hung device.
+        """Wait for the weights, so that no request comes before; later check that the worker responds.
 
-        Ray replaces a replica that fails. A vLLM that is away is no reason: it would be for the next one.
+        Ray replaces a replica whose check fails. An unreachable vLLM is no failure: the next replica could
+        not reach it either.
         """
         while True:
             try:
@@ -83,11 +84,11 @@ class Replica:
                     raise self._service.failure from None
                 await asyncio.sleep(_POLL_S)
         with contextlib.suppress(LanguageUnavailable):
-            await asyncio.to_thread(self._service.check_ready)  # it asks another process
+            await asyncio.to_thread(self._service.check_ready)  # it calls another process
 
 
 def run(settings: Settings, scale: Scale, address: str | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then let the requests in work end.
+    """Serve until SIGTERM or SIGINT, then finish the requests in progress.
 
     address: of a Ray cluster, as `ray.init` takes it; None starts one on this machine, for this call alone
     Raises InvalidConfig where replicas could not share their banks.
@@ -97,16 +98,16 @@ def run(settings: Settings, scale: Scale, address: str | None = None) -> None:
     access = resolve_access(settings)
     given = settings.model_dump()
     given["language_model"]["vllm_key"] = settings.language_model.vllm_key.get_secret_value()
-    # All replicas take one key, and the device that Ray shows them or none.
+    # All replicas share one key. Each sees only the GPUs that Ray assigns to it.
     given |= {"api_key": access.key or "", "device": "cuda" if scale.gpus else "cpu"}
     if address is None:
-        ray.init(address="local", include_dashboard=False)  # the dashboard takes jobs, which are code
+        ray.init(address="local", include_dashboard=False)  # the dashboard accepts jobs, which are code
     else:
         ray.init(address=address)
     stop = threading.Event()
     try:
         _deploy(settings, scale, given)
-        for number in (signal.SIGTERM, signal.SIGINT):  # until here they end this process as usual
+        for number in (signal.SIGTERM, signal.SIGINT):  # before this, both signals end the process at once
             signal.signal(number, lambda *_: stop.set())
         print(access.describe(show_key=sys.stdout.isatty()), flush=True)
         print(f"serving on http://{settings.host}:{settings.port}", flush=True)
@@ -141,12 +142,12 @@ def _deploy(settings: Settings, scale: Scale, given: dict[str, Any]) -> None:
         name="annotator",
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
         max_ongoing_requests=settings.limits.max_requests,
-        max_queued_requests=settings.limits.max_requests,  # at the proxy; then it answers 503
+        max_queued_requests=settings.limits.max_requests,  # at the proxy, which answers 503 beyond it
         graceful_shutdown_timeout_s=math.ceil(settings.queue.drain_s) + 5,
         health_check_timeout_s=30,
         **number,
     )
     try:
         serve.run(deployment.bind(given), name="vessa", route_prefix="/")
-    except RuntimeError as error:  # what Ray makes of a replica that failed to load, several times
-        raise InternalError("no replica could start; the log above says why") from error
+    except RuntimeError as error:  # raised after a replica failed to load several times
+        raise InternalError("no replica could start; see the log above") from error
