@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -45,11 +46,10 @@ def run_worker(settings: Settings, computing: Connection, control: Connection) -
 
     A call is (number, method of `Worker`, arguments), an answer (number, result or exception).
     """
-    for ignored in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a whole group may get them; the service ends this process
+    # A signal may reach the whole process group; the service alone decides when this process ends.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
+    threading.Thread(target=_end_with_service, name="vessa-parent", daemon=True).start()
     log_to_stderr(settings)
     sys.setswitchinterval(_SWITCH_S)
     number = 0
@@ -69,6 +69,14 @@ def run_worker(settings: Settings, computing: Connection, control: Connection) -
         ).start()
         computing.send((number, worker.info))
         _serve_computing(worker, computing)
+
+
+def _end_with_service() -> None:
+    """End this process when the service ends, also while it loads and reads no pipe."""
+    service = parent_process()
+    assert service is not None  # this is a child process
+    service.join()
+    os._exit(0)
 
 
 def _serve_computing(worker: Worker, computing: Connection) -> None:
