@@ -1,8 +1,8 @@
-"""Bank adaptation (beyond the paper): the mask decoder learns from one bank's own templates.
+"""Fine-tune the mask decoder on one bank's own templates (beyond the paper).
 
-Each template is predicted from others, augmented as in Stage 1. A third of the patients is held out,
-or of the slices where there are fewer than three patients. What does not raise the Dice of what was
-held out is thrown away: a lab never gets worse masks for having asked.
+Each template is predicted from others, augmented as in Stage 1. A third of the patients is held out, or of
+the slices when there are fewer than three patients. The adaptation is kept only if it improves the Dice of
+the held-out templates, so that a bank never gets worse masks.
 """
 
 import copy
@@ -26,7 +26,7 @@ from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.retrieval import Bank
 
 LEAST_TEMPLATES = 6
-LEAST_GAIN = 0.005  # of Dice on what is held out; less is noise
+LEAST_GAIN = 0.005  # of Dice on held-out templates; less is noise
 HELD_PAIRS, BATCH, LR, WARMUP = 24, 4, 3e-5, 10
 CHECK_EVERY = 20  # steps
 
@@ -43,11 +43,12 @@ def adapt(
     seed: int = 0,
     progress: Progress = lambda share, step, dice: None,
 ) -> tuple[Adaptation | None, AdaptationFigures]:
-    """Fine-tune a copy of the mask decoder for `bank`, for `seconds` at most; `model` stays as it is.
+    """Fine-tune a copy of the mask decoder for a bank, for `seconds` at most; `model` is not changed.
 
-    digest: of the model's weights; lock: held while the decoder is copied; progress(share done, step, best
-    held-out Dice) is called between steps and may raise to stop. Returns the adaptation, or None where it
-    did not help, and its figures. Raises InvalidRequest when the bank holds too few templates.
+    digest: of the model's weights; lock: held while the decoder is copied
+    progress(share done, step, best held-out Dice): called between steps, may raise to stop
+    Returns the adaptation, None when it does not help, and its figures. Raises InvalidRequest when the bank
+    holds too few templates.
     """
     rng = np.random.default_rng(seed)
     train, held = _pools(model, bank, rng)
