@@ -1,4 +1,4 @@
-"""Who may call: the key and its file, every route, and what an open service still refuses."""
+"""Test access: the key and its file, every route, and the refusals of an open service."""
 
 from __future__ import annotations
 

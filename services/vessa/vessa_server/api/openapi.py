@@ -1,4 +1,4 @@
-"""What the OpenAPI description says beyond the routes' signatures, and the page of /docs that is made of it.
+"""Complete the OpenAPI description beyond the routes' signatures, and render the page of /docs.
 
 The page has no scripts and loads nothing from elsewhere.
 """
