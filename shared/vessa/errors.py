@@ -92,6 +92,12 @@ class UnknownJob(ClientError):
     code, status = "unknown_job", 404
 
 
+class UnknownWorklist(ClientError):
+    """The worklist or its item does not exist, or it belongs to another key."""
+
+    code, status = "unknown_worklist", 404
+
+
 class UnknownAnnotation(ClientError):
     """The annotation is not in the service's cache, or it belongs to another key."""
 

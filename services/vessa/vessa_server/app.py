@@ -36,6 +36,7 @@ from vessa_server.serving.worker_process import WorkerProcess
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.volume_jobs.jobs import Jobs
+from vessa_server.worklists.store import WorklistStore, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +97,13 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         failures_per_minute=bounds.failed_keys_per_minute,
     )
     app.state.reading = CapacityLimiter(bounds.max_reads)
-    for router in (
-        banks_api,
-        segmentation,
-        jobs_api,
-        suggestions,
-        groups,
-        operations,
-    ):  # in the order in which they are tried
+    app.state.sessions = Sessions(app.state.access)
+    app.state.worklists = WorklistStore(folder_of(settings), settings.console.worklist_bytes)
+    routers = [banks_api, segmentation, worklists_api, jobs_api, suggestions, groups, operator_api, operations]
+    if settings.console.serve_console:
+        routers.append(sessions_api)
+        app.include_router(pages)
+    for router in routers:  # in the order in which they are tried
         app.include_router(router, responses=FAILURES)
     app.include_router(monitoring, responses=FAILURES)
     app.include_router(probes)
@@ -114,6 +114,15 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         client_of=lambda scope: client_address(scope, settings.trusted_proxies),
     )
     return app
+
+
+def _console_line(settings: Settings, app: FastAPI) -> str:
+    """Return how to open the console; the link signs in once, and is made only where a person reads it."""
+    host = "127.0.0.1" if settings.loopback else settings.host
+    address = f"http://{host}:{settings.port}/"
+    if settings.insecure or not sys.stdout.isatty():
+        return f"Console: {address}"
+    return f"Console: {address}#link={app.state.sessions.create_link()} (signs in once, within 15 minutes)"
 
 
 def prepare_process(settings: Settings) -> None:
@@ -138,6 +147,8 @@ def serve(settings: Settings) -> None:
     app = create_app(settings)
     service: Service = app.state.service
     print(app.state.access.describe(show_key=sys.stdout.isatty()), flush=True)
+    if settings.console.serve_console:
+        print(_console_line(settings, app), flush=True)
     if settings.insecure and not settings.loopback:
         log.warning(
             "serving without a key on %s: everyone who can reach this address can use and change it",

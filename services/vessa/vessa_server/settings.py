@@ -132,6 +132,16 @@ class Storage(_Group):
     )
 
 
+class Console(_Group):
+    """Say what the browser console shows and how much its worklists may hold."""
+
+    serve_console: bool = Field(True, description="serve the browser console at /")
+    runs_folder: Path | None = Field(None, description="folder of training runs that the console shows")
+    worklist_bytes: Positive = Field(
+        2048 * MEGABYTE, description="images and labels in the worklists of one key, on disk"
+    )
+
+
 class Caches(_Group):
     """Bound what the service remembers in memory."""
 
@@ -147,6 +157,7 @@ _GROUPS: dict[str, type[_Group]] = {
     "audit": Audit,
     "storage": Storage,
     "caches": Caches,
+    "console": Console,
 }
 
 
@@ -193,6 +204,7 @@ class Settings(_Group):
     audit: Audit
     storage: Storage
     caches: Caches
+    console: Console
 
     def __init__(self, **given: Any) -> None:
         """Read the environment; arguments take precedence. InvalidConfig names the setting, not its value.

@@ -14,10 +14,12 @@ from vessa_server.auth.api_key import Access
 from vessa_server.auth.audit_log import Actor
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.auth.rate_limits import KeyLimits
+from vessa_server.auth.sessions import COOKIE, CSRF_HEADER, Sessions, check_csrf
 from vessa_server.observability.request_context import current_request
 
 log = logging.getLogger(__name__)
 
+_SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 _bearer = HTTPBearer(auto_error=False, description="The key of the key file, or VESSA_API_KEY")
 
 
@@ -30,13 +32,16 @@ async def identify(
     without keys (--insecure) refuses (Forbidden) requests under another host name and requests that a browser
     sends for another site's page, so that visiting a page cannot change the banks of a service on the
     visitor's machine.
+
+    A browser that signed in at the console presents its session's cookie instead of the header. A request
+    that may change something must repeat the session's CSRF token.
     """
     access: Access = request.app.state.access
     if access.key is None:
         _check_host(request)
         return Caller("anyone", Role.admin)
     if credentials is None:
-        raise Unauthorized("The request has no key. Send the header 'Authorization: Bearer <key>'.")
+        return await _signed_in(request)
     presented = credentials.credentials
     # Keys other than the local one may have to be read from a file or from Redis.
     caller = access.local(presented)
@@ -54,6 +59,19 @@ async def identify(
 async def require_key(caller: Annotated[Caller, Depends(identify)]) -> Caller:
     """Let keys of the role annotate and above through. Raises Forbidden for others."""
     return _require(caller, Role.annotate)
+
+
+async def _signed_in(request: Request) -> Caller:
+    """Return whose session the request's cookie names; Unauthorized without one."""
+    cookie = request.cookies.get(COOKIE)
+    if not cookie:
+        raise Unauthorized("The request has no key. Send the header 'Authorization: Bearer <key>'.")
+    sessions: Sessions = request.app.state.sessions
+    session = await run_in_threadpool(sessions.find, cookie)
+    if request.method not in _SAFE_METHODS:
+        check_csrf(session, request.headers.get(CSRF_HEADER))
+    current_request().key = session.caller.name
+    return session.caller
 
 
 CallerDep = Annotated[Caller, Depends(require_key)]

@@ -45,6 +45,25 @@ JOB_BODY = _form(
     axis=_text("auto (default), axial, coronal or sagittal"),
     result=_text("nifti or dicom-seg; default: as the image"),
 )
+WORKLIST_ITEM_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {
+                        "image": {**_FILE, "description": "PNG, JPEG, TIFF or DICOM"},
+                        "name": _text("file name that the worklist shows"),
+                        "group": _text("whose image it is, such as a patient's id"),
+                    },
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
 SUGGEST_BODY = {"requestBody": {"required": True, "content": _TENSORS}}
 SEGMENT_BODY = _form(
     ["image"],

@@ -179,17 +179,35 @@ class Reader:
         form = Form(content_type, body, SEGMENT_FIELDS)
         options = {"template_choice": form.text("template_choice", "top1"), "seed": form.text("seed", "0")}
         image = decode_image(form.file("image"), self.settings.limits.max_pixels)
-        bank, classes = self._classes(form.text("bank", DEFAULT_BANK), form.json("classes"))
+        prompts = {name: form.json(name) for name in ("boxes", "points", "point_labels")}
+        group = form.text("group", "") or None
+        return self.segment_image(
+            image, form.text("bank", DEFAULT_BANK), form.json("classes"), group, prompts, options
+        )
+
+    def segment_image(
+        self,
+        image: NDArray[np.uint8],
+        bank_name: str,
+        wanted: Any,
+        group: str | None,
+        drawn: Mapping[str, Any],
+        options: Mapping[str, str],
+    ) -> SegmentRequest:
+        """Make the request of one image. What is wrong with it is raised.
+
+        image: uint8 (H, W[, 3]); wanted: class names, None = all of the bank; drawn: boxes, points and
+        point_labels by class name, as a form has them
+        """
+        bank, classes = self._classes(bank_name, wanted)
         most = self.settings.limits.max_points
+        labels = drawn.get("point_labels")
         prompts = Prompts(
-            boxes=read_per_class(form.json("boxes"), classes, "boxes", np.float32, (4,)),
-            points=read_per_class(form.json("points"), classes, "points", np.float32, (None, 2), most),
-            point_labels=read_per_class(
-                form.json("point_labels"), classes, "point_labels", np.int8, (None,), most
-            ),
+            boxes=read_per_class(drawn.get("boxes"), classes, "boxes", np.float32, (4,)),
+            points=read_per_class(drawn.get("points"), classes, "points", np.float32, (None, 2), most),
+            point_labels=read_per_class(labels, classes, "point_labels", np.int8, (None,), most),
         )
         _check_labeled(prompts)
-        group = form.text("group", "") or None
         request = self._segment_request(bank, classes, image[None], None, [group], prompts, options)
         if isinstance(request.items[0], VessaError):
             raise request.items[0]

@@ -1,0 +1,434 @@
+"""Worklists: images to review, their labels, decisions and export; the console draws on these routes."""
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from vessa.errors import InvalidRequest, NoTemplate, ShapeMismatch, UnknownClass, VessaError
+from vessa_server.api.authentication import CallerDep, require_key
+from vessa_server.api.dependencies import (
+    BanksDep,
+    ChangeDep,
+    LoadedDep,
+    limits_of,
+    read_body,
+    service_of,
+    unless_gone,
+)
+from vessa_server.api.openapi import WORKLIST_ITEM_BODY, answering
+from vessa_server.auth.keys import Caller, Role
+from vessa_server.serialization.fields import read_group
+from vessa_server.serialization.image_files import decode_image, label_png
+from vessa_server.serialization.multipart import Form
+from vessa_server.serialization.request_parser import TemplateRequest
+from vessa_server.serialization.responses import PNG
+from vessa_server.serving.engine import Loaded
+from vessa_server.template_bank.bank import check_name
+from vessa_server.template_bank.permissions import CallersBanks
+from vessa_server.types import SegmentResult, TemplateItem
+from vessa_server.worklists.export import ExportFormat, export_worklist
+from vessa_server.worklists.store import Decision, Item, Worklist, WorklistStore
+
+worklists_api = APIRouter(dependencies=[Depends(require_key)])
+
+ListName = Annotated[str, Path(description="worklist", max_length=64)]
+ItemId = Annotated[str, Path(description="item of the worklist", max_length=32)]
+_ITEM_FIELDS = {"image", "name", "group"}
+_ZIP = "application/zip"
+
+
+class NewWorklist(BaseModel):
+    """Body of POST /worklists. bank: whose templates annotate its images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=64)
+    bank: str = Field(max_length=64)
+
+
+class WorklistInfo(BaseModel):
+    """A worklist and how many of its images have each decision."""
+
+    name: str
+    bank: str
+    images: int
+    accepted: int
+    rejected: int
+    open: int
+
+
+class ItemInfo(BaseModel):
+    """One image of a worklist.
+
+    labels: number of its newest label map, 0 before there is one; doubt: 1 - mean confidence, None before
+    the annotator was asked; edited: whether a person changed the labels; templates: id, group and
+    similarity of those that guided each class
+    """
+
+    id: str
+    name: str
+    group: str
+    height: int
+    width: int
+    labels: int
+    can_undo: bool
+    decision: Decision
+    doubt: float | None
+    edited: bool
+    in_bank: bool
+    templates: dict[str, list[dict[str, Any]]]
+    scores: dict[str, float]
+
+
+class WorklistContent(WorklistInfo):
+    """A worklist with its items, and the classes of its bank."""
+
+    classes: dict[int, str]
+    items: list[ItemInfo]
+
+
+class SegmentBody(BaseModel):
+    """What to segment, and prompts by class name in px, as POST /segment takes them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    classes: list[str] | None = None
+    boxes: dict[str, list[float]] = {}
+    points: dict[str, list[list[float]]] = {}
+    point_labels: dict[str, list[int]] = {}
+    template_choice: Literal["top1", "top3"] = "top1"
+
+
+class DecisionBody(BaseModel):
+    """A decision about an image. add_to_bank: with accepted, also make it a template (role curate)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    decision: Decision
+    add_to_bank: bool = False
+
+
+def store_of(request: Request) -> WorklistStore:
+    """Return the worklists of this app."""
+    store: WorklistStore = request.app.state.worklists
+    return store
+
+
+StoreDep = Annotated[WorklistStore, Depends(store_of)]
+
+
+@worklists_api.get("/worklists")
+def list_worklists(store: StoreDep, caller: CallerDep) -> list[WorklistInfo]:
+    """The worklists of this key."""
+    return [_info(worklist, store.items(worklist)) for worklist in store.list(caller)]
+
+
+@worklists_api.post("/worklists", status_code=201)
+def create_worklist(body: NewWorklist, store: StoreDep, caller: CallerDep, change: ChangeDep) -> WorklistInfo:
+    """Make a worklist, or return the one of this name."""
+    with change("worklist.create", worklist=body.name):
+        worklist = store.create(body.name, check_name(body.bank), caller)
+    return _info(worklist, store.items(worklist))
+
+
+@worklists_api.get("/worklists/{name}")
+def worklist_content(name: ListName, store: StoreDep, caller: CallerDep, banks: BanksDep) -> WorklistContent:
+    """A worklist with all its items."""
+    worklist = store.get(name, caller)
+    items = store.items(worklist)
+    return WorklistContent(
+        **_info(worklist, items).model_dump(),
+        classes=_classes(banks, worklist),
+        items=[_item(item) for item in items],
+    )
+
+
+@worklists_api.delete("/worklists/{name}", status_code=204)
+def delete_worklist(name: ListName, store: StoreDep, caller: CallerDep, change: ChangeDep) -> None:
+    """Delete a worklist with its images, labels and decisions."""
+    with change("worklist.delete", worklist=name):
+        store.delete(name, caller)
+
+
+@worklists_api.post("/worklists/{name}/items", status_code=201, openapi_extra=WORKLIST_ITEM_BODY)
+async def add_item(name: ListName, request: Request, store: StoreDep, caller: CallerDep) -> ItemInfo:
+    """Add one image: PNG, JPEG, TIFF or a DICOM image. The same image of the same name is added once."""
+    with limits_of(request).work(caller), service_of(request).permit() as loaded:
+        body = await read_body(
+            request,
+            limit=loaded.settings.limits.max_body_bytes,
+            seconds=loaded.settings.limits.body_timeout_s,
+        )
+        form = Form(request.headers.get("content-type", ""), body, _ITEM_FIELDS)
+
+        def add() -> Item:
+            image = decode_image(form.file("image"), loaded.settings.limits.max_pixels)
+            group = form.text("group", "")
+            return store.add(
+                store.get(name, caller),
+                image,
+                form.text("name", "image")[:200],
+                read_group(group, "group") if group else "",
+            )
+
+        return _item(await run_in_threadpool(add))
+
+
+@worklists_api.delete("/worklists/{name}/items/{identity}", status_code=204)
+def remove_item(
+    name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep, change: ChangeDep
+) -> None:
+    """Remove an image with its labels from a worklist."""
+    worklist = store.get(name, caller)
+    with change("worklist.remove", worklist=name, item=identity):
+        store.remove(worklist, store.item(worklist, identity))
+
+
+@worklists_api.get(
+    "/worklists/{name}/items/{identity}/image.png", response_class=Response, responses=answering(PNG)
+)
+def item_image(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> Response:
+    """The pixels of an item as PNG."""
+    worklist = store.get(name, caller)
+    data = store.image_file(worklist, store.item(worklist, identity))
+    return Response(data, media_type=PNG, headers={"Cache-Control": "private, max-age=3600"})
+
+
+@worklists_api.get(
+    "/worklists/{name}/items/{identity}/labels.png", response_class=Response, responses=answering(PNG)
+)
+def item_labels(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> Response:
+    """The newest label map of an item, 8-bit gray class ids; all background before there is one."""
+    worklist = store.get(name, caller)
+    item = store.item(worklist, identity)
+    labels = store.labels(worklist, item)
+    if labels is None:
+        labels = np.zeros((item.height, item.width), np.uint8)
+    return Response(label_png(labels), media_type=PNG, headers={"Cache-Control": "no-store"})
+
+
+@worklists_api.post(
+    "/worklists/{name}/items/{identity}/segment", response_class=Response, responses=answering(PNG)
+)
+async def segment_item(
+    name: ListName,
+    identity: ItemId,
+    body: SegmentBody,
+    request: Request,
+    store: StoreDep,
+    caller: CallerDep,
+    keep: Annotated[bool, Query(description="keep the labels as the item's newest version")] = True,
+    layer: Annotated[Literal["labels", "confidence"], Query(description="what the PNG holds")] = "labels",
+) -> Response:
+    """Segment an item by its worklist's bank and answer its labels as an 8-bit gray PNG.
+
+    With keep the labels become the item's newest version, and its doubt and templates are kept. A correction
+    of one class asks with keep=false, classes=[that one] and prompts, and stores the merged map by PUT labels.
+    """
+    limits = limits_of(request)
+    with limits.work(caller), service_of(request).permit() as loaded:
+        worklist = await run_in_threadpool(store.get, name, caller)
+        item = await run_in_threadpool(store.item, worklist, identity)
+        limits.take(caller, 1)
+        result = await unless_gone(request, _segment(loaded, store, worklist, item, body, caller))
+
+        def answer() -> bytes:
+            if keep:
+                _keep(store, worklist, item, result)
+            return label_png(result.labels if layer == "labels" else result.confidence)
+
+        return Response(
+            await run_in_threadpool(answer), media_type=PNG, headers={"Cache-Control": "no-store"}
+        )
+
+
+@worklists_api.put("/worklists/{name}/items/{identity}/labels")
+async def put_labels(
+    name: ListName, identity: ItemId, request: Request, store: StoreDep, caller: CallerDep, loaded: LoadedDep
+) -> ItemInfo:
+    """Store labels that a person drew: the body holds uint8 (H, W) class ids, row by row."""
+    body = await read_body(
+        request,
+        limit=loaded.settings.limits.max_body_bytes,
+        seconds=loaded.settings.limits.body_timeout_s,
+    )
+
+    def put() -> Item:
+        worklist = store.get(name, caller)
+        item = store.item(worklist, identity)
+        if len(body) != item.height * item.width:
+            raise ShapeMismatch(
+                f"labels of this image are {item.height} x {item.width} bytes, got {len(body)} bytes"
+            )
+        labels = np.frombuffer(body, np.uint8).reshape(item.height, item.width)
+        known = _classes(CallersBanks(loaded.banks, caller), worklist)
+        unknown = sorted({int(v) for v in np.unique(labels) if v} - set(known))
+        if known and unknown:
+            raise UnknownClass(
+                f"the labels hold the class ids {unknown}; bank {worklist.bank!r} has {sorted(known)}"
+            )
+        return store.set_labels(worklist, item, labels, edited=True)
+
+    return _item(await run_in_threadpool(put))
+
+
+@worklists_api.post("/worklists/{name}/items/{identity}/undo")
+def undo_labels(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> ItemInfo:
+    """Return to the labels before the newest ones."""
+    worklist = store.get(name, caller)
+    return _item(store.undo(worklist, store.item(worklist, identity)))
+
+
+@worklists_api.post("/worklists/{name}/items/{identity}/decision")
+async def decide(
+    name: ListName,
+    identity: ItemId,
+    body: DecisionBody,
+    request: Request,
+    store: StoreDep,
+    caller: CallerDep,
+    change: ChangeDep,
+) -> ItemInfo:
+    """Accept, reject or reopen an item; the audit log has each decision, and its history can be undone."""
+    worklist = await run_in_threadpool(store.get, name, caller)
+    item = await run_in_threadpool(store.item, worklist, identity)
+    if body.decision == "accepted" and not item.versions:
+        raise InvalidRequest("this image has no labels to accept; segment or draw them first")
+    if body.add_to_bank and (body.decision != "accepted" or caller.role < Role.curate):
+        raise InvalidRequest(
+            "only an accepted image becomes a template, by a key of the role curate or admin"
+        )
+    about = {"worklist": name, "item": identity, "decision": body.decision, "bank": worklist.bank}
+    async with contextmanager_in_threadpool(change("worklist.decide", **about)):
+        if body.add_to_bank:
+            await _add_template(request, store, worklist, item, caller)
+        history = (*item.history, item.decision)[-32:]
+        changed = await run_in_threadpool(
+            store.change, worklist, item,
+            decision=body.decision, history=history, in_bank=item.in_bank or body.add_to_bank,
+        )  # fmt: skip
+    return _item(changed)
+
+
+@worklists_api.delete("/worklists/{name}/items/{identity}/decision")
+def undo_decision(
+    name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep, change: ChangeDep
+) -> ItemInfo:
+    """Return to the decision before the last one. A template that was made of the image stays in its bank."""
+    worklist = store.get(name, caller)
+    item = store.item(worklist, identity)
+    if not item.history:
+        raise InvalidRequest("nothing to undo: this image has no earlier decision")
+    with change("worklist.undo", worklist=name, item=identity, decision=item.history[-1]):
+        return _item(store.change(worklist, item, decision=item.history[-1], history=item.history[:-1]))
+
+
+@worklists_api.get("/worklists/{name}/export", response_class=Response, responses=answering(_ZIP))
+def export(
+    name: ListName,
+    store: StoreDep,
+    caller: CallerDep,
+    banks: BanksDep,
+    format: Annotated[ExportFormat, Query(description="folder for vessa-trainer, nnunet or coco")] = "folder",
+) -> Response:
+    """The worklist as a ZIP archive: accepted images with masks, all others without."""
+    worklist = store.get(name, caller)
+    data = export_worklist(store, worklist, _classes(banks, worklist), format)
+    disposition = f'attachment; filename="{name}-{format}.zip"'
+    return Response(data, media_type=_ZIP, headers={"Content-Disposition": disposition})
+
+
+async def _segment(
+    loaded: Loaded, store: WorklistStore, worklist: Worklist, item: Item, body: SegmentBody, caller: Caller
+) -> SegmentResult:
+    reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
+
+    def read() -> Any:
+        image: NDArray[np.uint8] = store.image(worklist, item)
+        drawn = {"boxes": body.boxes or None, "points": body.points or None}
+        drawn["point_labels"] = body.point_labels or None  # type: ignore[assignment]
+        options = {"template_choice": body.template_choice}
+        return reader.segment_image(image, worklist.bank, body.classes, item.group or None, drawn, options)
+
+    (result,) = await loaded.segment(await run_in_threadpool(read), caller.name)
+    if isinstance(result, VessaError):
+        raise result
+    assert isinstance(result, SegmentResult)
+    return result
+
+
+def _keep(store: WorklistStore, worklist: Worklist, item: Item, result: SegmentResult) -> None:
+    seen = result.labels > 0
+    certain = result.confidence[seen] if seen.any() else result.confidence
+    store.set_labels(
+        worklist,
+        item,
+        result.labels,
+        doubt=round(1 - float(certain.mean()) / 255, 4),
+        edited=False,
+        scores=result.scores,
+        templates={name: [use.model_dump() for use in uses] for name, uses in result.templates.items()},
+    )
+
+
+async def _add_template(
+    request: Request, store: WorklistStore, worklist: Worklist, item: Item, caller: Caller
+) -> None:
+    with limits_of(request).work(caller), service_of(request).permit() as loaded:
+        banks = CallersBanks(loaded.banks, caller)
+
+        def read() -> TemplateRequest:
+            labels, classes = store.labels(worklist, item), _classes(banks, worklist)
+            assert labels is not None  # checked by the caller
+            ids = [int(v) for v in np.unique(labels) if v]
+            if not ids:
+                raise InvalidRequest("the labels are empty: a template needs at least one pixel of a class")
+            image = store.image(worklist, item)
+            named = {value: classes[value] for value in ids}
+            return TemplateRequest(
+                worklist.bank, [TemplateItem(image, labels, named, item.group or item.name)]
+            )
+
+        wanted = await run_in_threadpool(read)
+        limits_of(request).take(caller, 1)
+        templates = await unless_gone(request, loaded.encode(wanted, banks))
+        await run_in_threadpool(banks.add, worklist.bank, templates)
+
+
+def _classes(banks: CallersBanks, worklist: Worklist) -> dict[int, str]:
+    try:
+        return banks.get(worklist.bank).classes
+    except VessaError as error:
+        if error.code in {"unknown_bank", NoTemplate.code}:
+            return {}
+        raise
+
+
+def _info(worklist: Worklist, items: list[Item]) -> WorklistInfo:
+    counts: dict[str, int] = {"open": 0, "accepted": 0, "rejected": 0}
+    for item in items:
+        counts[item.decision] += 1
+    return WorklistInfo(name=worklist.name, bank=worklist.bank, images=len(items), **counts)
+
+
+def _item(item: Item) -> ItemInfo:
+    return ItemInfo(
+        id=item.id,
+        name=item.name,
+        group=item.group,
+        height=item.height,
+        width=item.width,
+        labels=item.versions[-1] if item.versions else 0,
+        can_undo=len(item.versions) > 1,
+        decision=item.decision,
+        doubt=item.doubt,
+        edited=item.edited,
+        in_bank=item.in_bank,
+        templates=item.templates,
+        scores=item.scores,
+    )

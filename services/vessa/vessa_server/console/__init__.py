@@ -1,0 +1,1 @@
+"""The browser console: static pages, served without a build step."""
