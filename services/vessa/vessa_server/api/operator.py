@@ -21,7 +21,10 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LONGEST_METRICS = 8 << 20  # bytes of metrics.jsonl that are read, the newest
 _LONGEST_REPORT = 64 << 20
 _TAIL = 1 << 20  # bytes of the audit log that are read
-_REPORT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; sandbox allow-scripts"
+_REPORT_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "sandbox allow-scripts"
+)
 
 
 class KeyInfo(BaseModel):

@@ -227,8 +227,8 @@ async def segment_item(
 ) -> Response:
     """Segment an item by its worklist's bank and answer its labels as an 8-bit gray PNG.
 
-    With keep the labels become the item's newest version, and its doubt and templates are kept. A correction
-    of one class asks with keep=false, classes=[that one] and prompts, and stores the merged map by PUT labels.
+    With keep the labels become the item's newest version, and its doubt and templates are stored. To correct
+    one class, ask with keep=false, classes=[that class] and prompts, and store the merged map by PUT labels.
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as loaded:

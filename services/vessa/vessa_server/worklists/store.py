@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vessa.atomic_write import write_bytes
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest, TooLarge, UnknownWorklist
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.settings import Settings, default_store
-from vessa_server.storage.files import disk, write_whole
+from vessa_server.storage.files import disk
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ITEM_ID = re.compile(r"[0-9a-f]{32}")
@@ -251,7 +252,7 @@ class WorklistStore:
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
         with disk("written"):
-            write_whole(path, data, 0o600)
+            write_bytes(path, data, 0o600)
 
     @contextlib.contextmanager
     def _changing(self, path: Path) -> Iterator[None]:
