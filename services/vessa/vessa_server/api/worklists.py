@@ -125,7 +125,7 @@ StoreDep = Annotated[WorklistStore, Depends(store_of)]
 @worklists_api.get("/worklists")
 def list_worklists(store: StoreDep, caller: CallerDep) -> list[WorklistInfo]:
     """The worklists of this key."""
-    return [_info(worklist, store.items(worklist)) for worklist in store.list(caller)]
+    return [_info(worklist, store.items(worklist)) for worklist in store.worklists(caller)]
 
 
 @worklists_api.post("/worklists", status_code=201)

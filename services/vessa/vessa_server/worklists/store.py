@@ -104,7 +104,7 @@ class WorklistStore:
                 self._write(path / "worklist.json", json.dumps(asdict(made)).encode())
         return self.get(name, caller)
 
-    def list(self, caller: Caller) -> list[Worklist]:
+    def worklists(self, caller: Caller) -> list[Worklist]:
         """Return the caller's worklists by name."""
         folder = self.folder / _key_folder(caller.name)
         found = [self._read(path) for path in sorted(folder.glob("*/worklist.json"))]

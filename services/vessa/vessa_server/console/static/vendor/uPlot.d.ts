@@ -1,0 +1,5 @@
+// Types of what the console uses from uPlot; ours, for tsc --noEmit.
+export default class uPlot {
+  constructor(options: object, data: unknown, into: HTMLElement);
+  destroy(): void;
+}
