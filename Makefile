@@ -19,6 +19,7 @@
 #   bench-suggest    suggested patients against random ones: ARGS="--data FOLDER"; minutes, resumed
 #   proving          the proving ground with PROVING_EFFORT=20 times the inputs (docs/explanation/reliability.md)
 #   soak             20 minutes of mixed load and the slope of memory: ARGS="--minutes N"; ends in JSON
+#   test-browser     the console in chromium, with its unit tests and types; ends in JSON
 #   test-compose     the compose stack: offline, and with each container killed; needs docker and root
 #   test-ray         replicas under Ray Serve; installs Ray into .venv and changes no locked package
 #   test-vllm        our language model in a real vLLM on the CPU; ends in JSON
@@ -31,6 +32,7 @@ PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faul
            tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
            tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
 .PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-browser test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
 
 BIN := .venv/bin
 # The stamp is named by a checksum of its inputs: a changed lock is noticed, and the file times of a fresh
@@ -67,11 +69,11 @@ demo: setup
 
 test: setup redis nginx
 	@ls $(FULLY_COVERED) >/dev/null  # a renamed file must not leave the gate unnoticed
-	$(PYTEST) -m "not slow and not vllm" --cov --cov-report= $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not vllm and not browser" --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report --include='$(subst $(space),$(comma),$(strip $(FULLY_COVERED)))' --fail-under=100
 
 test-all: setup redis nginx
-	$(PYTEST) -m "not vllm" --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) -m "not vllm and not browser" --cov --cov-report=term $(PYTEST_ARGS)
 
 # VLLM_ENV=FOLDER is the place of vLLM's own environment (2.5 GB), because its pins differ from ours.
 VLLM_ENV ?= .venv-vllm
@@ -116,6 +118,10 @@ bench-student: setup
 
 bench-scale: setup redis nginx
 	@$(BIN)/python benchmarks/scale.py $(ARGS)
+
+test-browser: setup
+	@command -v chromium >/dev/null || sh scripts/apt-install.sh chromium
+	@$(BIN)/python scripts/test_browser.py $(ARGS)
 
 test-compose: setup
 	@$(BIN)/python tests/compose/run.py $(ARGS)

@@ -1,6 +1,6 @@
 """Fetch the console's vendored JavaScript from npm and write vendor.json.
 
-Each package is packed by npm, its archive is compared with the registry's sha512, and only the named files are
+npm packs each package, its archive is compared with the registry's sha512, and only the named files are
 copied, with their licence texts. Run it to change a version: python scripts/vendor_console.py
 """
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.browser
 AXE = Path(os.environ.get("VESSA_AXE", "none"))  # `make test-browser` fetches axe-core
 
 

@@ -48,7 +48,9 @@ def test_the_page_is_served_without_a_key_and_with_a_strict_policy(browser: Any)
     assert browser.get("/", headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
 
 
-@pytest.mark.parametrize("path", ["/console/../settings.py", "/console/vendor/vendor.json", "/console/none.js"])
+@pytest.mark.parametrize(
+    "path", ["/console/../settings.py", "/console/vendor/vendor.json", "/console/none.js"]
+)
 def test_no_other_file_is_served(browser: Any, path: str) -> None:
     assert browser.get(path).status_code == 404
 
@@ -179,7 +181,11 @@ def test_another_key_sees_no_worklist_of_this_one(server: Any, filled: Any, bank
     path, _ = filled()
     other = server.as_key(key_of("curate", "other")).http
     assert other.get("/worklists").json() == []
-    for answer in (other.get(f"/worklists/{bank}"), other.get(f"{path}/image.png"), other.delete(f"/worklists/{bank}")):
+    for answer in (
+        other.get(f"/worklists/{bank}"),
+        other.get(f"{path}/image.png"),
+        other.delete(f"/worklists/{bank}"),
+    ):
         assert answer.json()["error"]["code"] == "unknown_worklist"
 
 
@@ -225,9 +231,7 @@ def test_a_key_has_its_share_of_bytes(server: Any, filled: Any, monkeypatch: pyt
     assert "VESSA_WORKLIST_BYTES" in answer.json()["error"]["message"]
 
 
-def test_runs_of_the_allowed_folder_are_listed(
-    server_of: Any, nano_weights: Path, tmp_path: Path
-) -> None:
+def test_runs_of_the_allowed_folder_are_listed(server_of: Any, nano_weights: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for name, step in (("one", 3), ("..two", 4)):
         (runs / name).mkdir(parents=True)

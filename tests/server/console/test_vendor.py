@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import vessa_server.console
+from vessa.colors import CLASS_COLORS, OPACITY
 
 VENDOR = Path(vessa_server.console.__file__).with_name("static") / "vendor"
 
@@ -21,3 +23,12 @@ def test_every_vendored_file_has_its_digest_and_licence() -> None:
         assert hashlib.sha256(data).hexdigest() == entry["sha256"], entry["file"]
         licence = VENDOR / "licences" / f"{entry['name'].split('/')[-1]}.txt"
         assert "Copyright" in licence.read_text(), entry["file"]
+
+
+def test_the_console_draws_in_the_colors_of_every_picture() -> None:
+    js = VENDOR.parent / "js"
+    block = re.search(r"COLORS = \[(.*?)\n\];", (js / "masks.js").read_text(), re.DOTALL)
+    assert block is not None
+    colors = re.findall(r"\[(\d+), (\d+), (\d+)\]", block[1])
+    assert [tuple(map(int, color)) for color in colors] == list(CLASS_COLORS)
+    assert f"this.opacity = {OPACITY};" in (js / "canvas.js").read_text()

@@ -14,7 +14,8 @@ from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import (
     BanksDep,
     ChangeDep,
-    LoadedDep,
+    EngineDep,
+    callers_banks,
     limits_of,
     read_body,
     service_of,
@@ -27,7 +28,7 @@ from vessa_server.serialization.image_files import decode_image, label_png
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.request_parser import TemplateRequest
 from vessa_server.serialization.responses import PNG
-from vessa_server.serving.engine import Loaded
+from vessa_server.serving.engine import Engine
 from vessa_server.template_bank.bank import check_name
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.types import SegmentResult, TemplateItem
@@ -158,16 +159,16 @@ def delete_worklist(name: ListName, store: StoreDep, caller: CallerDep, change: 
 @worklists_api.post("/worklists/{name}/items", status_code=201, openapi_extra=WORKLIST_ITEM_BODY)
 async def add_item(name: ListName, request: Request, store: StoreDep, caller: CallerDep) -> ItemInfo:
     """Add one image: PNG, JPEG, TIFF or a DICOM image. The same image of the same name is added once."""
-    with limits_of(request).work(caller), service_of(request).permit() as loaded:
+    with limits_of(request).work(caller), service_of(request).permit() as engine:
         body = await read_body(
             request,
-            limit=loaded.settings.limits.max_body_bytes,
-            seconds=loaded.settings.limits.body_timeout_s,
+            limit=engine.settings.limits.max_body_bytes,
+            seconds=engine.settings.limits.body_timeout_s,
         )
         form = Form(request.headers.get("content-type", ""), body, _ITEM_FIELDS)
 
         def add() -> Item:
-            image = decode_image(form.file("image"), loaded.settings.limits.max_pixels)
+            image = decode_image(form.file("image"), engine.settings.limits.max_pixels)
             group = form.text("group", "")
             return store.add(
                 store.get(name, caller),
@@ -231,11 +232,11 @@ async def segment_item(
     one class, ask with keep=false, classes=[that class] and prompts, and store the merged map by PUT labels.
     """
     limits = limits_of(request)
-    with limits.work(caller), service_of(request).permit() as loaded:
+    with limits.work(caller), service_of(request).permit() as engine:
         worklist = await run_in_threadpool(store.get, name, caller)
         item = await run_in_threadpool(store.item, worklist, identity)
         limits.take(caller, 1)
-        result = await unless_gone(request, _segment(loaded, store, worklist, item, body, caller))
+        result = await unless_gone(request, _segment(engine, store, worklist, item, body, caller))
 
         def answer() -> bytes:
             if keep:
@@ -249,13 +250,13 @@ async def segment_item(
 
 @worklists_api.put("/worklists/{name}/items/{identity}/labels")
 async def put_labels(
-    name: ListName, identity: ItemId, request: Request, store: StoreDep, caller: CallerDep, loaded: LoadedDep
+    name: ListName, identity: ItemId, request: Request, store: StoreDep, caller: CallerDep, engine: EngineDep
 ) -> ItemInfo:
     """Store labels that a person drew: the body holds uint8 (H, W) class ids, row by row."""
     body = await read_body(
         request,
-        limit=loaded.settings.limits.max_body_bytes,
-        seconds=loaded.settings.limits.body_timeout_s,
+        limit=engine.settings.limits.max_body_bytes,
+        seconds=engine.settings.limits.body_timeout_s,
     )
 
     def put() -> Item:
@@ -266,7 +267,7 @@ async def put_labels(
                 f"labels of this image are {item.height} x {item.width} bytes, got {len(body)} bytes"
             )
         labels = np.frombuffer(body, np.uint8).reshape(item.height, item.width)
-        known = _classes(CallersBanks(loaded.banks, caller), worklist)
+        known = _classes(callers_banks(engine, caller), worklist)
         unknown = sorted({int(v) for v in np.unique(labels) if v} - set(known))
         if known and unknown:
             raise UnknownClass(
@@ -344,9 +345,9 @@ def export(
 
 
 async def _segment(
-    loaded: Loaded, store: WorklistStore, worklist: Worklist, item: Item, body: SegmentBody, caller: Caller
+    engine: Engine, store: WorklistStore, worklist: Worklist, item: Item, body: SegmentBody, caller: Caller
 ) -> SegmentResult:
-    reader = replace(loaded.reader, banks=CallersBanks(loaded.banks, caller))
+    reader = replace(engine.reader, banks=callers_banks(engine, caller))
 
     def read() -> Any:
         image: NDArray[np.uint8] = store.image(worklist, item)
@@ -355,7 +356,7 @@ async def _segment(
         options = {"template_choice": body.template_choice}
         return reader.segment_image(image, worklist.bank, body.classes, item.group or None, drawn, options)
 
-    (result,) = await loaded.segment(await run_in_threadpool(read), caller.name)
+    (result,) = await engine.annotate(await run_in_threadpool(read), caller.name)
     if isinstance(result, VessaError):
         raise result
     assert isinstance(result, SegmentResult)
@@ -379,8 +380,8 @@ def _keep(store: WorklistStore, worklist: Worklist, item: Item, result: SegmentR
 async def _add_template(
     request: Request, store: WorklistStore, worklist: Worklist, item: Item, caller: Caller
 ) -> None:
-    with limits_of(request).work(caller), service_of(request).permit() as loaded:
-        banks = CallersBanks(loaded.banks, caller)
+    with limits_of(request).work(caller), service_of(request).permit() as engine:
+        banks = callers_banks(engine, caller)
 
         def read() -> TemplateRequest:
             labels, classes = store.labels(worklist, item), _classes(banks, worklist)
@@ -396,7 +397,7 @@ async def _add_template(
 
         wanted = await run_in_threadpool(read)
         limits_of(request).take(caller, 1)
-        templates = await unless_gone(request, loaded.encode(wanted, banks))
+        templates = await unless_gone(request, engine.encode(wanted, banks))
         await run_in_threadpool(banks.add, worklist.bank, templates)
 
 

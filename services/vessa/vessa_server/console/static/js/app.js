@@ -83,6 +83,7 @@ function SignIn({ problem, onDone }) {
         setMessage(String(/** @type {Error} */ (error).message));
       }
     }}>
+      <input name="username" value="vessa" autocomplete="username" hidden />
       <label>Key <input name="key" type="password" autocomplete="current-password" required /></label>
       <button class="primary">Sign in</button>
     </form>

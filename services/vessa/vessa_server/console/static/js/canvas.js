@@ -20,7 +20,7 @@ export class ImageCanvas {
     this.doubt = null;
     /** @type {Set<number>} */
     this.hidden = new Set();
-    this.opacity = 0.45;
+    this.opacity = 0.4;
     this.window = 1; // contrast: 1 shows all values
     this.level = 0.5; // brightness: middle of the shown range
     this.scale = 1;

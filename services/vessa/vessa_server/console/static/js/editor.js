@@ -33,7 +33,7 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
   const [hidden, setHidden] = useState(/** @type {Set<number>} */ (new Set()));
   const [message, setMessage] = useState("");
   const [busy, setBusy] = useState(false);
-  const [view, setView] = useState({ opacity: 0.45, window: 1, level: 0.5 });
+  const [view, setView] = useState({ opacity: 0.4, window: 1, level: 0.5 });
   const [, redraw] = useState(0);
   const base = `/worklists/${encodeURIComponent(list)}/items/${item.id}`;
 

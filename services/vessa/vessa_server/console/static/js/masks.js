@@ -4,18 +4,22 @@
 /** @typedef {{width: number, height: number, values: Uint8Array}} LabelMap */
 /** @typedef {[number, number]} Point (x, y) in px of the image */
 
+/** Okabe and Ito's colors, as in vessa.colors; a test holds the two together. */
 export const COLORS = [
-  [230, 75, 60],
-  [60, 160, 230],
-  [245, 190, 50],
-  [90, 190, 110],
-  [170, 110, 210],
-  [240, 130, 190],
+  [0, 158, 115],
+  [230, 159, 0],
+  [86, 180, 233],
+  [213, 94, 0],
+  [204, 121, 167],
+  [240, 228, 66],
+  [0, 114, 178],
 ];
+const DARKER = 0.65; // factor for each further round through the colors
 
 /** @param {number} classId @returns {number[]} RGB, the same as in every picture of the project */
 export function classColor(classId) {
-  return COLORS[(classId - 1) % COLORS.length];
+  const round = Math.floor((classId - 1) / COLORS.length);
+  return COLORS[(classId - 1) % COLORS.length].map((channel) => Math.round(channel * DARKER ** round));
 }
 
 /**

@@ -48,20 +48,26 @@ export function AnnotatePage() {
   const [volumes, setVolumes] = useState(/** @type {File[][]} */ ([]));
 
   useEffect(() => {
-    if (!list) return;
+    if (!list) return undefined;
+    let gone = false; // the answer of a worklist that was left meanwhile says nothing about this one
     setSelected("");
     get(`/worklists/${encodeURIComponent(list)}`).then(
       (c) => {
+        if (gone) return;
         setContent(c);
         setSelected(c.items[0]?.id ?? "");
         setMessage("");
       },
       (error) => {
+        if (gone) return;
         setContent(null);
         if (error.status === 404) choose("");
         else setMessage(error.message);
       },
     );
+    return () => {
+      gone = true;
+    };
   }, [list]);
 
   /** @param {any} item @param {string} into the worklist that it belongs to */
@@ -107,6 +113,9 @@ export function AnnotatePage() {
       }
     };
     await Promise.all(Array.from({ length: AT_ONCE }, work));
+    const now = await get(`/worklists/${encodeURIComponent(list)}`);
+    setContent((/** @type {any} */ c) => (c?.name === list ? now : c));
+    setSelected((s) => s || (now.items[0]?.id ?? ""));
   }
 
   const content = loaded?.name === list ? loaded : null; // between two worklists nothing of the old one is shown

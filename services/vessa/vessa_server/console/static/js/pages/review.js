@@ -29,18 +29,24 @@ export function ReviewPage({ session }) {
   const mayCurate = session.role !== "annotate";
 
   useEffect(() => {
-    if (!list) return;
+    if (!list) return undefined;
+    let gone = false; // the answer of a worklist that was left meanwhile says nothing about this one
     get(`/worklists/${encodeURIComponent(list)}`).then(
       (c) => {
+        if (gone) return;
         setContent(c);
         setSelected(queueOf(c.items)[0]?.id ?? "");
       },
       (error) => {
+        if (gone) return;
         setContent(null);
         if (error.status === 404) choose("");
         else setMessage(error.message);
       },
     );
+    return () => {
+      gone = true;
+    };
   }, [list]);
 
   const content = loaded?.name === list ? loaded : null;
