@@ -174,6 +174,7 @@ def test_a_click_is_answered_within_reach_of_the_hand(
 
 def test_a_mask_is_drawn_into_an_empty_bank(page: Any, phantoms: Path, shot: Any) -> None:
     page.get_by_label("Image (PNG or JPEG)").set_input_files(sorted((phantoms / "images").glob("*.png"))[0])
+    page.get_by_label("to draw on").wait_for()
     page.get_by_label("Bank", exact=True).fill("drawn")
     page.get_by_label("Patient").fill("p1")
     page.mouse.move(*stage_at(page, 0.45, 0.5))

@@ -81,8 +81,8 @@ export function AnnotatePage() {
     });
   }
 
-  /** @param {File[]} files */
-  async function add(files) {
+  /** @param {File[]} files @param {string} into the worklist whose images are shown */
+  async function add(files, into) {
     const pictures = files.filter((f) => PICTURE.test(f.name));
     const scans = files.filter((f) => VOLUME.test(f.name));
     const others = files.length - pictures.length - scans.length;
@@ -100,11 +100,11 @@ export function AnnotatePage() {
         fields.set("name", file.name);
         fields.set("group", groupOf(file.name));
         try {
-          const path = `/worklists/${encodeURIComponent(list)}/items`;
+          const path = `/worklists/${encodeURIComponent(into)}/items`;
           const item = await (await send("POST", path, { body: fields, accept: "application/json" })).json();
-          put(item, list);
+          put(item, into);
           setSelected((s) => s || item.id);
-          put(await segmentItem(list, item.id), list);
+          put(await segmentItem(into, item.id), into);
           setProgress((p) => ({ ...p, done: p.done + 1 }));
         } catch (error) {
           const why = `${file.name}: ${/** @type {Error} */ (error).message}`;
@@ -113,8 +113,8 @@ export function AnnotatePage() {
       }
     };
     await Promise.all(Array.from({ length: AT_ONCE }, work));
-    const now = await get(`/worklists/${encodeURIComponent(list)}`);
-    setContent((/** @type {any} */ c) => (c?.name === list ? now : c));
+    const now = await get(`/worklists/${encodeURIComponent(into)}`);
+    setContent((/** @type {any} */ c) => (c?.name === into ? now : c));
     setSelected((s) => s || (now.items[0]?.id ?? ""));
   }
 
@@ -128,12 +128,12 @@ export function AnnotatePage() {
         onDragOver=${(/** @type {Event} */ e) => e.preventDefault()}
         onDrop=${async (/** @type {any} */ e) => {
           e.preventDefault();
-          add(await filesOf(e.dataTransfer));
+          add(await filesOf(e.dataTransfer), content.name);
         }}>
         <p>Drop images, volumes or a folder here, or choose files.</p>
         <label class="file">Files <input type="file" multiple accept=".png,.jpg,.jpeg,.tif,.tiff,.dcm,.nii,.gz"
           onChange=${(/** @type {any} */ e) => {
-            add([...e.target.files]);
+            add([...e.target.files], content.name);
             e.target.value = "";
           }} /></label>
       </div>`}

@@ -166,7 +166,7 @@ export function DrawTemplate({ bank, onDone }) {
       ${Object.entries(classes).map(([id, name]) => html`<label><input type="radio" name="drawn-class" checked=${active === Number(id)} onChange=${() => setActive(Number(id))} />
         <span class="swatch" style=${{ background: `rgb(${classColor(Number(id)).join(" ")})` }}></span>${name} <span class="count">${counts.get(Number(id)) ?? 0} px</span></label>`)}
     </div>
-    <canvas ref=${canvasRef} class="stage" tabindex="0" role="img" aria-label="Image to draw on"
+    <canvas ref=${canvasRef} class="stage ${file ? "" : "empty"}" tabindex="0" role="img" aria-label=${file ? `Image ${file.name} to draw on` : "No image yet"}
       onPointerDown=${down} onPointerMove=${move} onPointerUp=${up} onDblClick=${close}
       onWheel=${(/** @type {WheelEvent} */ e) => {
         e.preventDefault();
