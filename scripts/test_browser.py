@@ -33,7 +33,9 @@ def package(name: str, version: str) -> Path | None:
         return None
     CACHE.mkdir(parents=True, exist_ok=True)
     spec = f"{name}@{version}"
-    view = subprocess.run(["npm", "view", spec, "dist.integrity"], capture_output=True, text=True, check=False)
+    view = subprocess.run(
+        ["npm", "view", spec, "dist.integrity"], capture_output=True, text=True, check=False
+    )
     packed = subprocess.run(["npm", "pack", spec], cwd=CACHE, capture_output=True, text=True, check=False)
     if view.returncode or packed.returncode:
         return None

@@ -48,7 +48,7 @@ def worklist(page: Any, name: str, bank: str) -> None:
     field.fill(name)
     page.locator("form.inline select[name=bank]").select_option(bank)
     page.get_by_role("button", name="Create").click()
-    page.locator(f".chooser option:checked[value='{name}']").wait_for(state="attached")
+    page.locator(f".chooser > label option:checked[value='{name}']").wait_for(state="attached")
     page.get_by_label("Files").wait_for()
 
 

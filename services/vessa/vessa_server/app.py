@@ -17,12 +17,12 @@ from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
 from vessa_server.api.client_address import client_address
 from vessa_server.api.console import pages, sessions_api
+from vessa_server.api.console import operator_api, pages, sessions_api
 from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.groups import groups
 from vessa_server.api.h11_limits import bounded_http
 from vessa_server.api.jobs import jobs_api
 from vessa_server.api.openapi import FAILURES
-from vessa_server.api.operator import operator_api
 from vessa_server.api.segment import segmentation
 from vessa_server.api.status import monitoring, operations, probes
 from vessa_server.api.suggest import suggestions

@@ -1,15 +1,22 @@
-"""The console: its pages, and signing in with a key or a one-time link."""
+"""The console: its pages, signing in, and what it shows an operator (keys, audit log, training runs)."""
 
-from typing import Annotated
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Cookie, Depends, Request, Response
+from fastapi import APIRouter, Cookie, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from vessa.errors import InvalidRequest, NotFound
-from vessa_server.api.authentication import CallerDep, require_key
+from vessa_server.api.authentication import CallerDep, require_admin, require_key
+from vessa_server.api.openapi import answering
+from vessa_server.auth.api_key import Access
+from vessa_server.auth.audit_log import AuditLog
 from vessa_server.auth.sessions import COOKIE, IDLE_S, Session, Sessions
 from vessa_server.console.files import CONTENT_SECURITY_POLICY, StaticFile, static_file
+from vessa_server.settings import Settings
 
 pages = APIRouter(include_in_schema=False)
 sessions_api = APIRouter(include_in_schema=False)
@@ -111,3 +118,159 @@ def _answer(request: Request, file: StaticFile | None) -> Response:
     if file.encoding:
         headers["Content-Encoding"] = file.encoding
     return Response(file.content, media_type=file.media_type, headers=headers)
+
+
+operator_api = APIRouter(dependencies=[Depends(require_key)])
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_LONGEST_METRICS = 8 << 20  # bytes of metrics.jsonl that are read, the newest
+_LONGEST_REPORT = 64 << 20
+_TAIL = 1 << 20  # bytes of the audit log that are read
+_REPORT_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "sandbox allow-scripts"
+)
+
+
+class KeyInfo(BaseModel):
+    """A named key, without its secret."""
+
+    name: str
+    role: str
+    created: str
+    requests: int | None
+    images_per_minute: int | None
+
+
+class RunInfo(BaseModel):
+    """A training run. state: running while metrics come, done once it has a summary."""
+
+    name: str
+    state: str
+    step: int | None = None
+    summary: dict[str, Any] | None = None
+    has_report: bool = False
+
+
+@operator_api.get("/keys", dependencies=[Depends(require_admin)])
+def list_keys(request: Request) -> list[KeyInfo]:
+    """The named keys, without secrets; `vessa-server keys` makes and revokes them."""
+    access: Access = request.app.state.access
+    return [
+        KeyInfo(
+            name=key.name,
+            role=key.role.name,
+            created=key.created,
+            requests=key.requests,
+            images_per_minute=key.images_per_minute,
+        )
+        for key in sorted(access.keys.all().values(), key=lambda k: k.name)
+    ]
+
+
+@operator_api.get("/audit", dependencies=[Depends(require_admin)])
+def audit_lines(request: Request, count: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[dict[str, Any]]:
+    """The newest lines of the audit log, the newest first."""
+    audit: AuditLog = request.app.state.audit
+    try:
+        with audit.path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _TAIL))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in reversed(lines):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # the first line read may be cut
+        if len(found) == count:
+            break
+    return found
+
+
+@operator_api.get("/runs")
+def list_runs(request: Request) -> list[RunInfo]:
+    """The training runs in the folder that VESSA_RUNS_FOLDER names; none where it names none."""
+    folder = _runs_folder(request)
+    if folder is None:
+        return []
+    found = [
+        path
+        for path in folder.iterdir()
+        if _RUN_NAME.fullmatch(path.name) and (path / "config.yaml").is_file()
+    ]
+    return [_run(path) for path in sorted(found)]
+
+
+@operator_api.get("/runs/{name}/metrics")
+def run_metrics(name: str, request: Request) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    path = _run_folder(name, request) / "metrics.jsonl"
+    rows = []
+    for line in _tail(path, _LONGEST_METRICS):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a run that writes now, or the first one cut
+    return rows
+
+
+@operator_api.get("/runs/{name}/report.html", response_class=Response, responses=answering("text/html"))
+def run_report(name: str, request: Request) -> Response:
+    """A run's report; the page is sandboxed, so that it cannot use the session."""
+    path = _run_folder(name, request) / "report.html"
+    if not path.is_file() or path.stat().st_size > _LONGEST_REPORT:
+        raise NotFound(f"run {name[:80]!r} has no report yet")
+    return Response(
+        path.read_bytes(),
+        media_type="text/html; charset=utf-8",
+        headers={"Content-Security-Policy": _REPORT_POLICY, "X-Content-Type-Options": "nosniff"},
+    )
+
+
+def _runs_folder(request: Request) -> Path | None:
+    settings: Settings = request.app.state.service.settings
+    folder = settings.console.runs_folder
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _run_folder(name: str, request: Request) -> Path:
+    folder = _runs_folder(request)
+    if folder is None or not _RUN_NAME.fullmatch(name) or not (folder / name / "config.yaml").is_file():
+        raise NotFound(f"there is no run {name[:80]!r} in the folder of VESSA_RUNS_FOLDER")
+    return folder / name
+
+
+def _run(path: Path) -> RunInfo:
+    summary: dict[str, Any] | None = None
+    try:
+        summary = json.loads((path / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        summary = None  # it is written at the end of a run
+    lines = _tail(path / "metrics.jsonl", 1 << 16)
+    step = None
+    for line in reversed(lines):
+        try:
+            step = json.loads(line).get("step")
+            break
+        except ValueError:
+            continue
+    return RunInfo(
+        name=path.name,
+        state="done" if summary is not None else "running",
+        step=step,
+        summary=summary,
+        has_report=(path / "report.html").is_file(),
+    )
+
+
+def _tail(path: Path, most: int) -> list[bytes]:
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - most))
+            return file.read().splitlines()
+    except OSError:
+        return []

@@ -7,7 +7,6 @@ import numpy as np
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from vessa.errors import InvalidRequest, NoTemplate, ShapeMismatch, UnknownClass, VessaError
 from vessa_server.api.authentication import CallerDep, require_key
@@ -33,7 +32,17 @@ from vessa_server.template_bank.bank import check_name
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.types import SegmentResult, TemplateItem
 from vessa_server.worklists.export import ExportFormat, export_worklist
-from vessa_server.worklists.store import Decision, Item, Worklist, WorklistStore
+from vessa_server.worklists.schemas import (
+    DecisionBody,
+    ItemInfo,
+    NewWorklist,
+    SegmentBody,
+    WorklistContent,
+    WorklistInfo,
+    item_info,
+    worklist_info,
+)
+from vessa_server.worklists.store import Item, Worklist, WorklistStore
 
 worklists_api = APIRouter(dependencies=[Depends(require_key)])
 
@@ -41,77 +50,6 @@ ListName = Annotated[str, Path(description="worklist", max_length=64)]
 ItemId = Annotated[str, Path(description="item of the worklist", max_length=32)]
 _ITEM_FIELDS = {"image", "name", "group"}
 _ZIP = "application/zip"
-
-
-class NewWorklist(BaseModel):
-    """Body of POST /worklists. bank: whose templates annotate its images."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(max_length=64)
-    bank: str = Field(max_length=64)
-
-
-class WorklistInfo(BaseModel):
-    """A worklist and how many of its images have each decision."""
-
-    name: str
-    bank: str
-    images: int
-    accepted: int
-    rejected: int
-    open: int
-
-
-class ItemInfo(BaseModel):
-    """One image of a worklist.
-
-    labels: number of its newest label map, 0 before there is one; doubt: 1 - mean confidence, None before
-    the annotator was asked; edited: whether a person changed the labels; templates: id, group and
-    similarity of those that guided each class
-    """
-
-    id: str
-    name: str
-    group: str
-    height: int
-    width: int
-    labels: int
-    can_undo: bool
-    decision: Decision
-    doubt: float | None
-    edited: bool
-    in_bank: bool
-    templates: dict[str, list[dict[str, Any]]]
-    scores: dict[str, float]
-
-
-class WorklistContent(WorklistInfo):
-    """A worklist with its items, and the classes of its bank."""
-
-    classes: dict[int, str]
-    items: list[ItemInfo]
-
-
-class SegmentBody(BaseModel):
-    """What to segment, and prompts by class name in px, as POST /segment takes them."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    classes: list[str] | None = None
-    boxes: dict[str, list[float]] = {}
-    points: dict[str, list[list[float]]] = {}
-    point_labels: dict[str, list[int]] = {}
-    template_choice: Literal["top1", "top3"] = "top1"
-
-
-class DecisionBody(BaseModel):
-    """A decision about an image. add_to_bank: with accepted, also make it a template (role curate)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    decision: Decision
-    add_to_bank: bool = False
 
 
 def store_of(request: Request) -> WorklistStore:
@@ -126,7 +64,7 @@ StoreDep = Annotated[WorklistStore, Depends(store_of)]
 @worklists_api.get("/worklists")
 def list_worklists(store: StoreDep, caller: CallerDep) -> list[WorklistInfo]:
     """The worklists of this key."""
-    return [_info(worklist, store.items(worklist)) for worklist in store.worklists(caller)]
+    return [worklist_info(worklist, store.items(worklist)) for worklist in store.worklists(caller)]
 
 
 @worklists_api.post("/worklists", status_code=201)
@@ -134,7 +72,7 @@ def create_worklist(body: NewWorklist, store: StoreDep, caller: CallerDep, chang
     """Make a worklist, or return the one of this name."""
     with change("worklist.create", worklist=body.name):
         worklist = store.create(body.name, check_name(body.bank), caller)
-    return _info(worklist, store.items(worklist))
+    return worklist_info(worklist, store.items(worklist))
 
 
 @worklists_api.get("/worklists/{name}")
@@ -143,9 +81,9 @@ def worklist_content(name: ListName, store: StoreDep, caller: CallerDep, banks: 
     worklist = store.get(name, caller)
     items = store.items(worklist)
     return WorklistContent(
-        **_info(worklist, items).model_dump(),
+        **worklist_info(worklist, items).model_dump(),
         classes=_classes(banks, worklist),
-        items=[_item(item) for item in items],
+        items=[item_info(item) for item in items],
     )
 
 
@@ -177,7 +115,7 @@ async def add_item(name: ListName, request: Request, store: StoreDep, caller: Ca
                 read_group(group, "group") if group else "",
             )
 
-        return _item(await run_in_threadpool(add))
+        return item_info(await run_in_threadpool(add))
 
 
 @worklists_api.delete("/worklists/{name}/items/{identity}", status_code=204)
@@ -275,14 +213,14 @@ async def put_labels(
             )
         return store.set_labels(worklist, item, labels, edited=True)
 
-    return _item(await run_in_threadpool(put))
+    return item_info(await run_in_threadpool(put))
 
 
 @worklists_api.post("/worklists/{name}/items/{identity}/undo")
 def undo_labels(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> ItemInfo:
     """Return to the labels before the newest ones."""
     worklist = store.get(name, caller)
-    return _item(store.undo(worklist, store.item(worklist, identity)))
+    return item_info(store.undo(worklist, store.item(worklist, identity)))
 
 
 @worklists_api.post("/worklists/{name}/items/{identity}/decision")
@@ -313,7 +251,7 @@ async def decide(
             store.change, worklist, item,
             decision=body.decision, history=history, in_bank=item.in_bank or body.add_to_bank,
         )  # fmt: skip
-    return _item(changed)
+    return item_info(changed)
 
 
 @worklists_api.delete("/worklists/{name}/items/{identity}/decision")
@@ -326,7 +264,7 @@ def undo_decision(
     if not item.history:
         raise InvalidRequest("nothing to undo: this image has no earlier decision")
     with change("worklist.undo", worklist=name, item=identity, decision=item.history[-1]):
-        return _item(store.change(worklist, item, decision=item.history[-1], history=item.history[:-1]))
+        return item_info(store.change(worklist, item, decision=item.history[-1], history=item.history[:-1]))
 
 
 @worklists_api.get("/worklists/{name}/export", response_class=Response, responses=answering(_ZIP))
@@ -408,28 +346,3 @@ def _classes(banks: CallersBanks, worklist: Worklist) -> dict[int, str]:
         if error.code in {"unknown_bank", NoTemplate.code}:
             return {}
         raise
-
-
-def _info(worklist: Worklist, items: list[Item]) -> WorklistInfo:
-    counts: dict[str, int] = {"open": 0, "accepted": 0, "rejected": 0}
-    for item in items:
-        counts[item.decision] += 1
-    return WorklistInfo(name=worklist.name, bank=worklist.bank, images=len(items), **counts)
-
-
-def _item(item: Item) -> ItemInfo:
-    return ItemInfo(
-        id=item.id,
-        name=item.name,
-        group=item.group,
-        height=item.height,
-        width=item.width,
-        labels=item.versions[-1] if item.versions else 0,
-        can_undo=len(item.versions) > 1,
-        decision=item.decision,
-        doubt=item.doubt,
-        edited=item.edited,
-        in_bank=item.in_bank,
-        templates=item.templates,
-        scores=item.scores,
-    )

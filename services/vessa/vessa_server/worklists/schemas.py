@@ -1,0 +1,105 @@
+"""What travels as JSON between the service and whoever reviews worklists."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vessa_server.worklists.store import Decision, Item, Worklist
+
+
+class NewWorklist(BaseModel):
+    """Body of POST /worklists. bank: whose templates annotate its images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=64)
+    bank: str = Field(max_length=64)
+
+
+class WorklistInfo(BaseModel):
+    """A worklist and how many of its images have each decision."""
+
+    name: str
+    bank: str
+    images: int
+    accepted: int
+    rejected: int
+    open: int
+
+
+class ItemInfo(BaseModel):
+    """One image of a worklist.
+
+    labels: number of its newest label map, 0 before there is one; doubt: 1 - mean confidence, None before
+    the annotator was asked; edited: whether a person changed the labels; templates: id, group and
+    similarity of those that guided each class
+    """
+
+    id: str
+    name: str
+    group: str
+    height: int
+    width: int
+    labels: int
+    can_undo: bool
+    decision: Decision
+    doubt: float | None
+    edited: bool
+    in_bank: bool
+    templates: dict[str, list[dict[str, Any]]]
+    scores: dict[str, float]
+
+
+class WorklistContent(WorklistInfo):
+    """A worklist with its items, and the classes of its bank."""
+
+    classes: dict[int, str]
+    items: list[ItemInfo]
+
+
+class SegmentBody(BaseModel):
+    """What to segment, and prompts by class name in px, as POST /segment takes them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    classes: list[str] | None = None
+    boxes: dict[str, list[float]] = {}
+    points: dict[str, list[list[float]]] = {}
+    point_labels: dict[str, list[int]] = {}
+    template_choice: Literal["top1", "top3"] = "top1"
+
+
+class DecisionBody(BaseModel):
+    """A decision about an image. add_to_bank: with accepted, also make it a template (role curate)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    decision: Decision
+    add_to_bank: bool = False
+
+
+def worklist_info(worklist: Worklist, items: list[Item]) -> WorklistInfo:
+    """Return a worklist with the number of its items by decision."""
+    counts: dict[str, int] = {"open": 0, "accepted": 0, "rejected": 0}
+    for item in items:
+        counts[item.decision] += 1
+    return WorklistInfo(name=worklist.name, bank=worklist.bank, images=len(items), **counts)
+
+
+def item_info(item: Item) -> ItemInfo:
+    """Return an item as the service answers it."""
+    return ItemInfo(
+        id=item.id,
+        name=item.name,
+        group=item.group,
+        height=item.height,
+        width=item.width,
+        labels=item.versions[-1] if item.versions else 0,
+        can_undo=len(item.versions) > 1,
+        decision=item.decision,
+        doubt=item.doubt,
+        edited=item.edited,
+        in_bank=item.in_bank,
+        templates=item.templates,
+        scores=item.scores,
+    )
