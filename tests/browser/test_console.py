@@ -54,6 +54,7 @@ def worklist(page: Any, name: str, bank: str) -> None:
 
 def stage_at(page: Any, x: float, y: float) -> tuple[float, float]:
     """The place on the screen of a share (x, y) of the canvas."""
+    page.locator("canvas.stage").scroll_into_view_if_needed()
     box = page.locator("canvas.stage").bounding_box()
     return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
