@@ -1,4 +1,4 @@
-"""What travels as JSON between the service and whoever reviews worklists."""
+"""Define the JSON bodies of the worklist routes."""
 
 from typing import Any, Literal
 
