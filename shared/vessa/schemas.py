@@ -175,6 +175,7 @@ class Erasure(_Frozen):
     banks: list[str]
     templates: int
     jobs: int
+    worklist_items: int = 0
     annotations: int
     unreadable_banks: list[str] = []
 

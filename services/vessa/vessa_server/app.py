@@ -16,7 +16,6 @@ from vessa_server import __version__
 from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
 from vessa_server.api.client_address import client_address
-from vessa_server.api.console import pages, sessions_api
 from vessa_server.api.console import operator_api, pages, sessions_api
 from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.groups import groups
@@ -103,7 +102,16 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     app.state.reading = CapacityLimiter(bounds.max_reads)
     app.state.sessions = Sessions(app.state.access)
     app.state.worklists = WorklistStore(folder_of(settings), settings.console.worklist_bytes)
-    routers = [banks_api, segmentation, worklists_api, jobs_api, suggestions, groups, operator_api, operations]
+    routers = [
+        banks_api,
+        segmentation,
+        worklists_api,
+        jobs_api,
+        suggestions,
+        groups,
+        operator_api,
+        operations,
+    ]
     if settings.console.serve_console:
         routers.append(sessions_api)
         app.include_router(pages)

@@ -257,3 +257,10 @@ def test_keys_are_listed_without_secrets(server: Any, key_of: Any) -> None:
     assert "listed" in [key["name"] for key in answer.json()]
     assert secret not in answer.text
     assert "digest" not in answer.text
+
+
+def test_erasing_a_patient_removes_its_images_from_worklists(server: Any, filled: Any, bank: str) -> None:
+    path, _ = filled()
+    assert server.http.delete("/groups/q").json()["worklist_items"] >= 1
+    assert server.http.get(f"{path}/image.png").json()["error"]["code"] == "unknown_worklist"
+    assert server.http.get(f"/worklists/{bank}").json()["items"] == []

@@ -9,13 +9,15 @@ from fastapi import APIRouter, Cookie, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
-from vessa.errors import InvalidRequest, NotFound
+from vessa.errors import InvalidRequest, NotFound, Unauthorized
 from vessa_server.api.authentication import CallerDep, require_admin, require_key
+from vessa_server.api.dependencies import READ, limits_of
 from vessa_server.api.openapi import answering
 from vessa_server.auth.api_key import Access
 from vessa_server.auth.audit_log import AuditLog
 from vessa_server.auth.sessions import COOKIE, IDLE_S, Session, Sessions
 from vessa_server.console.files import CONTENT_SECURITY_POLICY, StaticFile, static_file
+from vessa_server.observability.request_context import current_request
 from vessa_server.settings import Settings
 
 pages = APIRouter(include_in_schema=False)
@@ -71,10 +73,14 @@ async def sign_in(body: SignIn, request: Request, response: Response) -> Session
     if bool(body.key) == bool(body.link):
         raise InvalidRequest("give either key or link")
     sessions = sessions_of(request)
-    if body.link:
-        cookie, session = sessions.open_by_link(body.link)
-    else:
-        cookie, session = await run_in_threadpool(sessions.open_by_key, body.key.strip())
+    try:
+        if body.link:
+            cookie, session = sessions.open_by_link(body.link)
+        else:
+            cookie, session = await run_in_threadpool(sessions.open_by_key, body.key.strip())
+    except Unauthorized:
+        limits_of(request).failed(current_request().source)
+        raise
     secure = request.url.scheme == "https"
     response.set_cookie(
         COOKIE, cookie, max_age=int(IDLE_S), httponly=True, samesite="strict", secure=secure, path="/"
@@ -120,7 +126,7 @@ def _answer(request: Request, file: StaticFile | None) -> Response:
     return Response(file.content, media_type=file.media_type, headers=headers)
 
 
-operator_api = APIRouter(dependencies=[Depends(require_key)])
+operator_api = APIRouter(dependencies=[Depends(require_key), *READ])
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LONGEST_METRICS = 8 << 20  # bytes of metrics.jsonl that are read, the newest

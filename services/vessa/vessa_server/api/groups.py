@@ -9,6 +9,7 @@ from vessa_server.active_learning import CandidateCache
 from vessa_server.api.authentication import require_admin, require_key
 from vessa_server.api.dependencies import ChangeDep, EngineDep
 from vessa_server.volume_jobs.jobs import Jobs
+from vessa_server.worklists.store import WorklistStore
 
 groups = APIRouter(dependencies=[Depends(require_key)])
 
@@ -20,12 +21,13 @@ def erase_group(
     engine: EngineDep,
     change: ChangeDep,
 ) -> Erasure:
-    """Remove a patient from banks, jobs and this service's memory, and say how much was removed.
+    """Remove a patient from banks, jobs, worklists and this service's memory, and say how much was removed.
 
     All cached features are dropped, because images without a group may show the patient. Other replicas need
     this request too; `vessa-server erase` lists what stays elsewhere.
     """
     jobs: Jobs = request.app.state.jobs
+    worklists: WorklistStore = request.app.state.worklists
     with change("erase") as more:
         removed = {b.name: engine.banks.remove_group(b.name, group) for b in engine.banks.all()}
         banks = sorted(name for name, count in removed.items() if count)
@@ -33,11 +35,17 @@ def erase_group(
             banks=banks,
             templates=sum(removed.values()),
             jobs=jobs.erase_group(group),
+            worklist_items=worklists.erase_group(group),
             annotations=engine.annotations.erase(group, banks),
             unreadable_banks=sorted(engine.banks.damaged),
         )
         candidates: CandidateCache = request.app.state.candidates
         candidates.clear()
         engine.queue.release_memory()
-        more |= {"templates": result.templates, "jobs": result.jobs, "annotations": result.annotations}
+        more |= {
+            "templates": result.templates,
+            "jobs": result.jobs,
+            "worklist_items": result.worklist_items,
+            "annotations": result.annotations,
+        }
     return result

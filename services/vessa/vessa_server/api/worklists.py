@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vessa.errors import InvalidRequest, NoTemplate, ShapeMismatch, UnknownClass, VessaError
 from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import (
+    READ,
     BanksDep,
     ChangeDep,
     EngineDep,
@@ -61,7 +62,7 @@ def store_of(request: Request) -> WorklistStore:
 StoreDep = Annotated[WorklistStore, Depends(store_of)]
 
 
-@worklists_api.get("/worklists")
+@worklists_api.get("/worklists", dependencies=READ)
 def list_worklists(store: StoreDep, caller: CallerDep) -> list[WorklistInfo]:
     """The worklists of this key."""
     return [worklist_info(worklist, store.items(worklist)) for worklist in store.worklists(caller)]
@@ -75,7 +76,7 @@ def create_worklist(body: NewWorklist, store: StoreDep, caller: CallerDep, chang
     return worklist_info(worklist, store.items(worklist))
 
 
-@worklists_api.get("/worklists/{name}")
+@worklists_api.get("/worklists/{name}", dependencies=READ)
 def worklist_content(name: ListName, store: StoreDep, caller: CallerDep, banks: BanksDep) -> WorklistContent:
     """A worklist with all its items."""
     worklist = store.get(name, caller)
@@ -129,7 +130,10 @@ def remove_item(
 
 
 @worklists_api.get(
-    "/worklists/{name}/items/{identity}/image.png", response_class=Response, responses=answering(PNG)
+    "/worklists/{name}/items/{identity}/image.png",
+    response_class=Response,
+    responses=answering(PNG),
+    dependencies=READ,
 )
 def item_image(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> Response:
     """The pixels of an item as PNG."""
@@ -139,7 +143,10 @@ def item_image(name: ListName, identity: ItemId, store: StoreDep, caller: Caller
 
 
 @worklists_api.get(
-    "/worklists/{name}/items/{identity}/labels.png", response_class=Response, responses=answering(PNG)
+    "/worklists/{name}/items/{identity}/labels.png",
+    response_class=Response,
+    responses=answering(PNG),
+    dependencies=READ,
 )
 def item_labels(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> Response:
     """The newest label map of an item, 8-bit gray class ids; all background before there is one."""
@@ -267,7 +274,9 @@ def undo_decision(
         return item_info(store.change(worklist, item, decision=item.history[-1], history=item.history[:-1]))
 
 
-@worklists_api.get("/worklists/{name}/export", response_class=Response, responses=answering(_ZIP))
+@worklists_api.get(
+    "/worklists/{name}/export", response_class=Response, responses=answering(_ZIP), dependencies=READ
+)
 def export(
     name: ListName,
     store: StoreDep,

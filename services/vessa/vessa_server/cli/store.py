@@ -19,6 +19,8 @@ from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.repair import Fault, check_banks
 from vessa_server.template_bank.store import check_store, open_store
 from vessa_server.volume_jobs.store import JobStore, folder_of
+from vessa_server.worklists.store import WorklistStore
+from vessa_server.worklists.store import folder_of as worklists_folder
 
 store = typer.Typer(no_args_is_help=True, help=__doc__)
 Address = Annotated[str | None, typer.Option("--store", help="The annotator's store, as `serve` has it.")]
@@ -84,7 +86,7 @@ def erase(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove a patient from template banks and jobs, and say what this command cannot reach.
+    """Remove a patient from template banks, jobs and worklists, and say what this command cannot reach.
 
     Running annotators hold answers in memory: DELETE /groups/{group} of each one removes them there.
     """
@@ -112,11 +114,13 @@ def _erase(settings: Settings, group: str, labels: str | None) -> dict[str, Any]
     mine = [job for job in jobs.all() if job.group == group]
     for job in mine:
         jobs.remove(job.id)
+    worklists = WorklistStore(worklists_folder(settings), settings.console.worklist_bytes)
     rewritten = is_redis(settings.storage.store) and _rewrite_log(settings.storage.store)
     return {
         "banks": names,
         "templates": templates,
         "jobs": len(mine),
+        "worklist_items": worklists.erase_group(group),
         "labels": 0 if labels is None else _erase_labels(labels),
         "redis_log_rewritten": bool(rewritten),
         "unreadable_banks": sorted(banks.damaged),

@@ -26,7 +26,7 @@ from PIL import Image
 from vessa.atomic_write import write_bytes
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest, TooLarge, UnknownWorklist
-from vessa_server.auth.keys import Caller, Role
+from vessa_server.auth.keys import Caller
 from vessa_server.settings import Settings, default_store
 from vessa_server.storage.files import disk
 
@@ -221,6 +221,19 @@ class WorklistStore:
             for file in path.glob(f"{item.id}.*"):
                 file.unlink(missing_ok=True)
 
+    def erase_group(self, group: str) -> int:
+        """Remove every item of a patient from the worklists of all keys; returns how many."""
+        erased = 0
+        for path in self.folder.glob("*/*/worklist.json"):
+            worklist = self._read(path)
+            if worklist is None:
+                continue
+            for item in self.items(worklist):
+                if item.group == group:
+                    self.remove(worklist, item)
+                    erased += 1
+        return erased
+
     def bytes_of(self, owner: str) -> int:
         """Return the bytes of all files of a key's worklists."""
         held = 0
@@ -265,11 +278,6 @@ class WorklistStore:
             yield
         finally:
             os.close(handle)
-
-
-def may_review(caller: Caller) -> bool:
-    """Whether a key may put accepted images into a bank."""
-    return caller.role >= Role.curate
 
 
 def read_item(path: Path) -> Item | None:
