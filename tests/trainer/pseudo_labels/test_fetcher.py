@@ -205,7 +205,7 @@ def test_a_bank_that_was_deleted_raises(client, wired, dataset, cache, tiny, unl
 
 
 def test_a_label_is_kept_for_the_bank_that_made_it(client, wired, dataset, cache, tiny, unlabeled):
-    config = tiny("annotator.bank=growing")
+    config = tiny("annotator.bank=growing", "annotator.allow_change=true")
     before = seed_labeled(client, dataset, config)
     fetcher = LabelFetcher(wired, dataset, before, cache, config.annotator, 0)
     extra = unlabeled[-2]

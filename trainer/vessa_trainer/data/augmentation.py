@@ -1,8 +1,7 @@
-"""Weak and strong views of a batch, and the same geometry for whatever belongs to an image.
+"""Draw weak and strong views of a batch, and apply one geometry to images, masks and labels alike.
 
-A prepared image is a square; a view is a crop of it at a random scale, perhaps mirrored. The
-geometry is drawn once and then applied to the image, its mask, VESSA's label and its confidence
-alike, so that they stay aligned to the pixel.
+A prepared image is a square; a view is a crop of it at a random scale, angle and side. The geometry is drawn
+once and applied to the image, its mask, VESSA's label and its confidence, so that they stay aligned.
 """
 
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ class Geometry:
         return F.grid_sample(confidence[:, None], self.grid, mode="nearest", align_corners=False)[:, 0]
 
     def of(self, places: Sequence[int]) -> "Geometry":
-        """Those of some images of the batch."""
+        """Return the geometry of some images of the batch."""
         return Geometry(self.grid[list(places)])
 
     def on(self, windows: Tensor) -> "Geometry":
@@ -94,7 +93,7 @@ def draw_seeds(count: int, generator: torch.Generator) -> list[int]:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a strong view does to one image; the defaults change nothing.
+    """The intensity changes of one strong view; the defaults change nothing.
 
     gamma is an exponent, brightness, contrast and saturation are factors, hue is a turn in [-0.5, 0.5];
     sigma: of the blur, px; noise: its standard deviation, drawn from noise_seed

@@ -30,7 +30,7 @@ class Problem:
 
 @dataclass
 class Patient:
-    """What the files of one group hold.
+    """The contents of one group's files.
 
     images: how many; masks: how many of them are annotated; classes: ids that some mask shows; ignored: masks
     with IGNORE pixels; unannotated: names of the slices without a mask; image_digest, mask_digest: of all
@@ -47,13 +47,13 @@ class Patient:
 
     @property
     def annotated(self) -> bool:
-        """Whether a mask shows a class: such a patient can be learned from and scored."""
+        """Tell whether a mask shows a class: such a patient can be learned from and scored."""
         return bool(self.classes)
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What is known of a data set after all its files were opened, by patient."""
+    """The contents of a data set's files, by patient, after all of them were opened."""
 
     patients: dict[str, Patient]
     problems: tuple[Problem, ...]

@@ -22,7 +22,7 @@ _RULES = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """How training images came out of their files.
+    """The way in which training images were read from their files.
 
     layout: class of the data set
     axis: array axis along which volumes were cut, None for pictures
@@ -43,7 +43,7 @@ class Geometry:
 
     @property
     def volumes(self) -> bool:
-        """Whether a case is a volume whose slices lie on each other, also when it is predicted."""
+        """Tell whether a case is a volume whose slices lie on each other, also when it is predicted."""
         return self.layout in (NnUnet.__name__, Ssl4mis.__name__)
 
     def to_dict(self) -> dict[str, Any]:

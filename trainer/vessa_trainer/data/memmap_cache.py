@@ -1,4 +1,4 @@
-"""Prepared squares in files mapped into memory: decoded once for all runs, read when they are needed."""
+"""Store prepared squares in memory-mapped files, decoded once for all runs."""
 
 import fcntl
 import hashlib

@@ -15,7 +15,7 @@ _FEW = 3  # images from which on the grouping of images into patients is judged
 
 @dataclass(frozen=True)
 class Overview:
-    """What is printed about a data set.
+    """The printed description of a data set.
 
     lines: facts; warnings: what may be meant, with the way to change it
     """

@@ -1,4 +1,4 @@
-"""Splits, and images prepared once: decoded, put on squares of one size, kept in memory or in files."""
+"""Decode images once and put them on squares of one size, in memory or in files."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from vessa_trainer.data.windows import Window, union_box, window_around
 
 @dataclass(frozen=True)
 class Frame:
-    """How an image of `height` x `width` px lies on its square of `size` px: resized, centered."""
+    """The place of an image of `height` x `width` px on its square of `size` px: resized and centered."""
 
     height: int
     width: int

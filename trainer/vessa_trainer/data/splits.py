@@ -154,12 +154,12 @@ def write_splits(folder: Path, splits: Splits) -> None:
 
 
 def slices_of(dataset: Dataset, groups: Sequence[str]) -> list[Slice]:
-    """All slices of some groups, in order."""
+    """Return all slices of some groups, in order."""
     wanted = set(groups)
     return [s for s in dataset.slices() if s.group in wanted]
 
 
 def cases_of(dataset: Dataset, groups: Sequence[str]) -> list[Case]:
-    """All cases of some groups, in order."""
+    """Return all cases of some groups, in order."""
     wanted = set(groups)
     return [c for c in dataset.cases() if c.group in wanted]

@@ -1,7 +1,7 @@
-"""VESSA's labels kept by what they depend on, in Redis or in a local folder.
+"""Cache the annotator's labels in Redis or in a local folder.
 
-A key covers everything that could change the answer, so nothing is ever invalidated: what
-changed is another key. Values carry a checksum; a damaged one is a miss and is computed again.
+A key is a digest of everything that a label depends on, so that no entry is ever invalidated. Values carry a
+checksum; a damaged value counts as a cache miss.
 """
 
 import hashlib

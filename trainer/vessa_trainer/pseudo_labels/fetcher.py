@@ -1,4 +1,4 @@
-"""One batch of labels: from the cache what is there, from the annotator the rest."""
+"""Fetch a batch of labels: cached ones from the cache, the others from the annotator."""
 
 import logging
 from collections import Counter
@@ -38,7 +38,7 @@ class Wanted:
 
 @dataclass
 class Fetched:
-    """What came of a batch.
+    """The outcome of fetching a batch.
 
     late: to be asked for again, because of `reason`; elsewhere: another process is asking for them; asked:
     somebody answered.
@@ -156,7 +156,7 @@ class LabelFetcher:
         self._bank = self._bank.model_copy(update={"version": answer.bank_version})
 
     def _passes(self, wanted: Wanted, error: VessaError | None) -> bool:
-        """Whether to ask for an item again; one bad image must not hold up a run for ever."""
+        """Tell whether to request an item again; limited, so that one bad image cannot stop a run."""
         if isinstance(error, ServiceError):
             self._faults[wanted.item.name] += 1
             return self._faults[wanted.item.name] < _TRIES
@@ -208,7 +208,7 @@ class LabelFetcher:
         return PseudoLabel(empty, empty)
 
     def _prompted(self, wanted: Wanted) -> np.ndarray:
-        """Which of the K classes have a prompt, bool (K,)."""
+        """Find the classes that have a prompt, bool (K,)."""
         found, prompts = np.zeros(len(self.class_ids), bool), wanted.prompts
         if prompts is None:
             return found

@@ -1,6 +1,6 @@
 """Score VESSA's labels where the truth is known, and measure how much they echo their prompts.
 
-Both are looked at and never learned from.
+Both are reported and never used for training.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,10 @@ class PooledDice:
 
 
 class EchoCheck:
-    """How well labels agree with the mask prompts they answer, beside the labels they replace.
+    """Compare labels with the mask prompts they answer, and with the labels they replace.
 
-    after far above before, without better labels where the truth is known: VESSA repeats its source.
+    `after` far above `before`, without better labels where the truth is known, means that VESSA repeats the
+    source of the prompts.
     """
 
     def __init__(self, class_ids: Sequence[int]) -> None:

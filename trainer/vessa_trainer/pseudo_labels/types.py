@@ -36,7 +36,7 @@ class LabelBatch:
 
 
 class LabelService(Protocol):
-    """What labels are requested from: a client of the annotator, or a folder of its labels."""
+    """A provider of labels: a client of the annotator, or a folder of its labels."""
 
     @property
     def url(self) -> str:
@@ -54,7 +54,7 @@ class LabelService(Protocol):
 
 
 class LabelSource(Protocol):
-    """Where a step gets VESSA's labels from; see `vessa_trainer.pseudo_labels.prefetcher`."""
+    """The source of a step's labels; see `vessa_trainer.pseudo_labels.prefetcher`."""
 
     def take(self, names: list[str]) -> LabelBatch:
         """Return the labels of some slices by name."""

@@ -1,4 +1,4 @@
-"""The processes of one run that torchrun started: each takes its rows of every batch.
+"""Split a run's batches over the processes that torchrun started.
 
 Every process draws the whole batch's views and keeps its rows; logits, labels and confidences are then
 gathered, so that each computes the loss of the whole batch, of which its own logits have a gradient. The sum
@@ -30,7 +30,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes, validates and reports."""
+        """Tell whether this is the process that writes, validates and reports."""
         return self.rank == 0
 
     def places(self, batch: int) -> list[int]:
@@ -81,7 +81,7 @@ class Processes:
         return dict(zip(counts, values.tolist(), strict=True))
 
     def any(self, here: bool) -> bool:
-        """Whether something is so in any process."""
+        """Tell whether a condition holds in any process."""
         return self.total({"": float(here)})[""] > 0
 
     def wait(self) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def eta(step: int, total: int) -> float:
-    """The teacher's weight alpha_t, a cosine ramp from 0 to 1 over the run (below Eq. 8)."""
+    """Return the teacher's weight eta, a cosine ramp from 0 to 1 over the run (below Eq. 8)."""
     return (1 - math.cos(math.pi * min(max(step / total, 0.0), 1.0))) / 2
 
 

@@ -1,31 +1,27 @@
-"""A mean teacher with a promptable SAM beside it, after SemiSAM and SemiSAM+ (Zhang et al.).
+"""Train with a mean teacher and a promptable SAM, after SemiSAM and SemiSAM+ (Zhang et al.).
 
 The student's predictions become prompts, a SAM draws masks from them, and on unlabeled images the student
-agrees with its mean teacher and with SAM. The weight of the one grows over the run, that of the other falls.
+is matched to its mean teacher and to SAM. The teacher's weight rises over the run, SAM's weight falls.
 
 Published code that we do not follow: it divides the SAM term by itself, which leaves no gradient; it draws
 prompts from the background channel, and in its first version from the truth.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
+from vessa_trainer.semi_supervised.batches import UnlabeledViews
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
 from vessa_trainer.semi_supervised.schedule import ramp
 from vessa_trainer.students.networks import logits_of
-
-if TYPE_CHECKING:
-    from vessa_trainer.semi_supervised.batches import UnlabeledViews
 
 
 def unlabeled_term(
     student: nn.Module,
     teacher: nn.Module,
-    unlabeled: "UnlabeledViews",
+    unlabeled: UnlabeledViews,
     config: Config,
     step: int,
     processes: Processes = ALONE,
@@ -59,8 +55,8 @@ def drawn_dice(probability: Tensor, labels: Tensor, keep: Tensor, epsilon: float
     """One minus Dice, averaged over the structures that were drawn; 0 when none was.
 
     probability: (B, C, H, W); labels: (B, H, W) int64 class ids; keep: (B, H, W) bool
-    SAM was asked for what the student saw, so a class that it did not draw was perhaps not asked for and
-    teaches nothing. A mean over pixels, as for the teacher, would hardly notice a small structure.
+    SAM is prompted with the student's predictions: a class without a mask may not have been prompted, so it
+    has no loss. A mean over pixels, as for the teacher, would neglect small structures.
     """
     classes = torch.arange(1, probability.shape[1], device=labels.device)
     mask = ((labels[:, None] == classes[:, None, None]) & keep[:, None]).float()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a step is taken wholly or not at all, and by all processes or by none."""
+"""Delay Ctrl-C and SIGTERM to the end of a training step, in all processes alike."""
 
 import signal
 import threading

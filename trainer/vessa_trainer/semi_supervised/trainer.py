@@ -114,6 +114,8 @@ class Run:
         self.unlabeled_order = (
             Order(len(self.unlabeled), config.batch_unlabeled, config.seed + 1) if self.unlabeled else None
         )
+        # the region of interest of images whose structures are not known
+        self.usual_window = self.labeled.usual_window(config.student.window)
         self.feedback: FeedbackRounds | None = None
         if feed is not None and config.feedback.enabled and self.unlabeled is not None:
             self.feedback = FeedbackRounds(
@@ -273,7 +275,7 @@ class Run:
                 self.generator,
                 self.processes,
                 self.device,
-                self.labeled.usual_window(config.student.window),
+                self.usual_window,
             )
         rows = self.order.rows(self.step)
         labeled = labeled_batch(self.labeled, rows, config, self.generator, self.processes, self.device)

@@ -1,4 +1,4 @@
-"""Checkpoints: everything an exact resume needs, written whole or not at all."""
+"""Write and read checkpoints atomically, with everything that an exact resume needs."""
 
 import errno
 import json
