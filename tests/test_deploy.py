@@ -14,7 +14,7 @@ import pytest
 import redis
 import yaml
 
-from vessa.redis_url import with_password
+from vessa.redaction.redis_url import with_password
 from vessa_server.auth.keys import RedisKeys, Role, create_key
 from vessa_server.observability.metrics import Metrics
 from vessa_server.settings import Settings

@@ -7,15 +7,14 @@ import logging
 
 import pytest
 
-from vessa import redaction
-from vessa.redaction import RedactingFormatter, redact, redacted, remember_secret, remember_url
+from vessa.redaction import RedactingFormatter, redact, redacted, remember_secret, remember_url, secrets
 
 KEY = "vessa_" + "Ab1-_" * 9
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_known", set())
+    monkeypatch.setattr(secrets, "_known", set())
 
 
 @pytest.mark.parametrize(

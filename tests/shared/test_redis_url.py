@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from vessa import redaction
 from vessa.errors import InvalidConfig
-from vessa.redis_url import with_password
+from vessa.redaction import secrets
+from vessa.redaction.redis_url import with_password
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_known", set())
+    monkeypatch.setattr(secrets, "_known", set())
 
 
 def test_the_password_is_read_from_its_file_and_redacted(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_the_password_is_read_from_its_file_and_redacted(tmp_path: Path) -> None
     url = with_password(f"redis://trainer@redis:6379/1?password_file={file}&socket_timeout=2")
     assert url == "redis://trainer:s3c%2Fret@redis:6379/1?socket_timeout=2"
     assert with_password(f"redis://redis/0?password_file={file}") == "redis://:s3c%2Fret@redis/0"
-    assert redaction.redact("denied: s3c/ret") == "denied: ***"
+    assert secrets.redact("denied: s3c/ret") == "denied: ***"
 
 
 @pytest.mark.parametrize("url", ["redis://h:1/0", "redis://u:p@h/0", "unix:///run/redis.sock?db=1"])

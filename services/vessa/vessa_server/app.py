@@ -15,7 +15,6 @@ from fastapi.concurrency import run_in_threadpool
 from vessa_server import __version__
 from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
-from vessa_server.api.client_address import client_address
 from vessa_server.api.console import operator_api, pages, sessions_api
 from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.groups import groups
@@ -28,6 +27,7 @@ from vessa_server.api.suggest import suggestions
 from vessa_server.api.worklists import worklists_api
 from vessa_server.auth.api_key import resolve_access
 from vessa_server.auth.audit_log import open_audit
+from vessa_server.auth.client_address import client_address
 from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.auth.sessions import Sessions
 from vessa_server.observability.logs import log_to_stderr

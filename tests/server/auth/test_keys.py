@@ -22,6 +22,7 @@ OPEN = {("GET", "/livez"), ("GET", "/readyz")}
 # What each route needs. A route that is missing here fails the test: say whom it is for.
 NEEDS = {
     Role.monitor: {("GET", "/metrics")},
+    Role.admin: {("DELETE", "/groups/{group}")},
     Role.curate: {
         ("POST", "/templates"), ("DELETE", "/templates/{identity}"), ("DELETE", "/banks/{bank}"),
         ("POST", "/banks/{bank}/adapt"), ("DELETE", "/banks/{bank}/adapt"),

@@ -15,9 +15,9 @@ from fastapi.routing import iter_route_contexts
 from vessa.client import AnnotatorClient, default_key_file
 from vessa.errors import InvalidConfig
 from vessa_server.api.authentication import require_key, require_monitor
-from vessa_server.api.client_address import client_address, is_served_host
 from vessa_server.app import create_app
 from vessa_server.auth.api_key import resolve_access
+from vessa_server.auth.client_address import client_address, is_served_host
 from vessa_server.auth.rate_limits import Allowance
 from vessa_server.settings import Settings
 

@@ -23,7 +23,7 @@ from redis.retry import Retry
 from vessa import atomic_write
 from vessa.client import Prompts
 from vessa.errors import InvalidConfig
-from vessa.redis_url import with_password
+from vessa.redaction.redis_url import with_password
 from vessa_trainer.config import CacheConfig
 from vessa_trainer.outages import CACHE, Incidents
 from vessa_trainer.pseudo_labels.types import PseudoLabel

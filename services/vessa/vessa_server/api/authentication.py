@@ -9,9 +9,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from vessa.errors import Forbidden, Unauthorized
-from vessa_server.api.client_address import is_served_host
 from vessa_server.auth.api_key import Access
 from vessa_server.auth.audit_log import Actor
+from vessa_server.auth.client_address import is_served_host
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.auth.sessions import COOKIE, CSRF_HEADER, Sessions, check_csrf

@@ -5,7 +5,6 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Request
 
 from vessa.schemas import Erasure
-from vessa_server.active_learning import CandidateCache
 from vessa_server.api.authentication import require_admin, require_key
 from vessa_server.api.dependencies import ChangeDep, EngineDep
 from vessa_server.volume_jobs.jobs import Jobs
@@ -39,8 +38,7 @@ def erase_group(
             annotations=engine.annotations.erase(group, banks),
             unreadable_banks=sorted(engine.banks.damaged),
         )
-        candidates: CandidateCache = request.app.state.candidates
-        candidates.clear()
+        request.app.state.candidates.clear()
         engine.queue.release_memory()
         more |= {
             "templates": result.templates,

@@ -1,18 +1,23 @@
 """Routes about the service itself: probes, metrics, documentation, information."""
 
+import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
+from vessa.errors import NotReady
 from vessa.schemas import ServiceInfo
 from vessa_server import __version__
 from vessa_server.api.authentication import CallerDep, require_key, require_monitor
 from vessa_server.api.dependencies import READ, BanksDep, EngineDep, service_of
 from vessa_server.api.openapi import FAILURES, answering, docs_page
-from vessa_server.api.readiness import check_ready
 from vessa_server.auth.keys import Role
 from vessa_server.observability.metrics import METRICS_TYPE
 
+CHECK_S = 3.0
+_CHECKS = 4  # threads of their own: a thread pool full of requests must not delay a probe
 probes = APIRouter()  # the only routes without a key
 operations = APIRouter(dependencies=[Depends(require_key)])
 monitoring = APIRouter(dependencies=[Depends(require_monitor)])
@@ -30,7 +35,7 @@ async def readyz(request: Request) -> dict[str, str]:
 
     It checks the weights, the worker, the store and the thread of volume jobs, within a bounded time.
     """
-    await check_ready(request.app)
+    await _check_ready(request.app)
     return {"status": "ready"}
 
 
@@ -78,3 +83,22 @@ def info(request: Request, engine: EngineDep, banks: BanksDep, caller: CallerDep
         warnings=service_of(request).warnings if admin else [],
         trained_on=None if about.trained_on is None else list(about.trained_on),
     )
+
+
+async def _check_ready(app: FastAPI) -> None:
+    """Raise NotReady, StoreUnavailable or LanguageUnavailable unless weights, worker, store and jobs work."""
+    if not hasattr(app.state, "checks"):
+        app.state.checks = CapacityLimiter(_CHECKS)
+    try:
+        async with asyncio.timeout(CHECK_S):
+            await run_sync(_check, app, limiter=app.state.checks, abandon_on_cancel=True)
+    except TimeoutError:
+        raise NotReady(
+            f"The service did not answer its own check within {CHECK_S:g} s. Retry later; see the log.",
+            retry_after=5.0,
+        ) from None
+
+
+def _check(app: FastAPI) -> None:
+    app.state.service.check_ready()
+    app.state.jobs.check()

@@ -9,7 +9,7 @@ import redis
 
 from vessa.errors import InvalidConfig, StoreUnavailable
 from vessa.redaction import remember_url
-from vessa.redis_url import with_password
+from vessa.redaction.redis_url import with_password
 from vessa_server.storage.files import RETRY_AFTER_S
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from vessa.errors import InvalidConfig
-from vessa.redaction import remember_secret
+from vessa.redaction.secrets import remember_secret
 
 PARAMETER = "password_file"
 
