@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from vessa.bulk.seed_bank import seed_bank
@@ -64,7 +65,8 @@ def banks(url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
     table = Table("bank", "templates", "groups", "classes", "version")
     for info in found:
         names = ", ".join(info.classes.values())
-        table.add_row(info.name, str(info.templates), str(len(info.groups)), names, str(info.version))
+        row = (info.name, str(info.templates), str(len(info.groups)), names, str(info.version))
+        table.add_row(*map(escape, row))  # names come from outside, and may look like markup
     console.print(table)
     finish({"banks": [info.model_dump() for info in found]}, as_json)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,6 +162,7 @@ def test_log_lines_and_tracebacks_hold_no_password(
     form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     log_to_stderr(Settings(log_format=form))
     try:
         raise OSError("cannot connect to redis://vessa:s3cret@redis:6379/0")
@@ -169,3 +171,17 @@ def test_log_lines_and_tracebacks_hold_no_password(
     written = capsys.readouterr().err
     assert "s3cret" not in written
     assert written.count("redis://***@redis:6379/0") >= 2
+
+
+def test_messages_and_warnings_of_file_readers_are_withheld(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    log_to_stderr(Settings())
+    logging.getLogger("pydicom.values").warning("Invalid PN value %r", "DOE^JANE")
+    warnings.showwarning(UserWarning("DOE^JANE"), UserWarning, "/lib/pydicom/valuerep.py", 12)
+    written = capsys.readouterr().err
+    assert "DOE" not in written
+    assert "a message of pydicom is withheld" in written
+    assert "UserWarning raised at valuerep.py:12" in written

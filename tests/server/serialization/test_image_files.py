@@ -245,7 +245,7 @@ def test_one_long_row_of_points_does_not_make_all_classes_long() -> None:
     classes = {i: f"c{i}" for i in range(1, 255)}
     tracemalloc.start()
     try:
-        with pytest.raises(VessaError, match="at most 64 points a class, got 20000"):
+        with pytest.raises(VessaError, match="at most 64 points, got 20000"):
             read_per_class({"c7": [[1, 2]] * 20_000}, classes, "points", np.float32, (None, 2), 64)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20  # padded, they would take 40 MB
     finally:

@@ -1,4 +1,4 @@
-"""`vessa-server serve|ray|keys|pretrain|evaluate|weights|data|phantoms`: the annotator's command line."""
+"""Serve the annotator, manage its keys, stores and weights, pretrain and evaluate it."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
     for key, value in result.items():
-        Console(stderr=as_json).print(f"{key}: {value}", highlight=False)
+        Console(stderr=as_json).print(f"{key}: {value}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(result))
 

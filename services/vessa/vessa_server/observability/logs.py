@@ -2,12 +2,17 @@
 
 import json
 import logging
+import warnings
 from datetime import UTC, datetime
+from pathlib import Path
 
 from vessa.redaction import RedactingFormatter, redacted
 from vessa_server.observability.request_context import current_request
 from vessa_server.settings import Settings
 
+log = logging.getLogger(__name__)
+
+_FILE_READERS = {"pydicom", "highdicom", "nibabel", "PIL", "nrrd", "tifffile"}
 _TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s %(key)s]: %(message)s"
 
 
@@ -33,9 +38,27 @@ def log_to_stderr(settings: Settings) -> None:
     """Send all logging of this process to stderr, redacted."""
     handler = logging.StreamHandler()
     handler.addFilter(_name_request)
+    handler.addFilter(_withhold_file_contents)
+    warnings.showwarning = _show_warning
     text = RedactingFormatter(logging.Formatter(_TEXT))
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+
+
+def _withhold_file_contents(record: logging.LogRecord) -> bool:
+    """Replace the message of a library that reads image files: it may quote a patient's name."""
+    library = record.name.partition(".")[0]
+    if library in _FILE_READERS:
+        record.msg, record.args = f"a message of {library} is withheld, it may quote the file", ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """Log where a warning was raised, without its text, which may quote a file."""
+    log.warning("%s raised at %s:%d; its text is withheld", category.__name__, Path(filename).name, lineno)
 
 
 def _name_request(record: logging.LogRecord) -> bool:

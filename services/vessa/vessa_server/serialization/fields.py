@@ -1,4 +1,4 @@
-"""Small fields of a request: names, lists, class maps, options and the prompts of a form."""
+"""Read fields of a request: names, lists, class maps, options and the prompts of a form."""
 
 import hashlib
 import math
@@ -29,7 +29,7 @@ def read_classes(value: Any) -> dict[int, str]:
             raise InvalidRequest(f"{wrong}; got the id {key[:20]!r}")
         classes[int(key)] = read_name(name, "a class name")
     if len(set(classes.values())) != len(classes) or len(classes) != len(value):
-        raise InvalidRequest("each class needs an id and a name of its own")
+        raise InvalidRequest("Each class needs an id and a name of its own.")
     return dict(sorted(classes.items()))
 
 
@@ -41,25 +41,25 @@ def read_name(value: Any, what: str) -> str:
 
 
 def read_group(value: Any, what: str) -> str:
-    """Check the group of a template, which may not be left out."""
+    """Check the group of a template, which is required."""
     if value in (None, ""):
-        raise InvalidRequest("a template needs its group: whose image it is, such as a patient's id")
+        raise InvalidRequest("A template needs the field group: whose image it is, such as a patient's id.")
     return read_name(value, what)
 
 
 def check_known(metadata: Mapping[str, str], known: set[str]) -> None:
-    """Refuse metadata under other names, so that a misspelt one is not silently without effect."""
+    """Refuse unknown metadata: a misspelt name would silently have no effect."""
     unknown = sorted(metadata.keys() - known - {"format"})
     if unknown:
         raise InvalidRequest(
-            f"unknown metadata {unknown[0][:80]!r}; expected only {', '.join(sorted(known))}"
+            f"Unknown metadata {unknown[0][:80]!r}. Expected only {', '.join(sorted(known))}."
         )
 
 
 def json_metadata(metadata: Mapping[str, str], name: str) -> Any:
     """Return a required metadata entry that holds JSON."""
     if name not in metadata:
-        raise InvalidRequest(f"the header's metadata needs {name!r}")
+        raise InvalidRequest(f"The header's metadata needs {name!r}. Add it.")
     return read_json(metadata[name], f"metadata {name!r}")
 
 
@@ -83,7 +83,7 @@ def read_options(options: Mapping[str, str]) -> tuple[str, int, bool]:
 
 
 def item_seed(seed: int, image_id: str) -> int:
-    """Return the seed of one image: by its id and not its place, so that any batch draws alike."""
+    """Return the random seed of one image, by its id and not its place: any batch draws the same."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:8], "big")
 
 
@@ -106,7 +106,9 @@ def read_per_class(
     if isinstance(value, dict):
         unknown = sorted(set(value) - set(names))
         if unknown:
-            raise UnknownClass(f"{what} names the class {unknown[0][:80]!r}, which is not asked for: {names}")
+            raise UnknownClass(
+                f"{what} names the class {unknown[0][:80]!r}, which is not requested: {names}."
+            )
         value = [value.get(name) for name in names]
     shape = f"({', '.join('n' if side is None else str(side) for side in row)})"
     wrong = InvalidRequest(f"{what} must hold, for each of {names}, numbers of the shape {shape} or null")
@@ -126,7 +128,7 @@ def read_per_class(
             raise wrong
         # Checked here, before the padding: one long row would make all classes' rows as long.
         if any(side is None and size > longest for side, size in zip(row, array.shape, strict=True)):
-            raise InvalidPrompt(f"at most {longest} {what} a class, got {len(array)}")
+            raise InvalidPrompt(f"A class has at most {longest} {what}, got {len(array)}.")
         if dtype == np.int8 and not np.isin(array, (-1, 0, 1)).all():
             raise InvalidRequest(f"{what} must be 1 (inside), 0 (outside) or -1 (none)")
         rows.append(array)
@@ -140,20 +142,20 @@ def read_per_class(
 
 
 def check_size(size: tuple[int, ...], classes: int, max_pixels: int) -> None:
-    """Bound an image of (height, width) px and the classes that are asked for on it; InvalidImage, TooLarge.
+    """Bound an image of (height, width) px and its requested classes. Raises InvalidImage, TooLarge.
 
-    The device sees a square around the image, and draws each class on it.
+    The model sees a square around the image, and predicts each class on it.
     """
     (height, width), side = size, max(size)
     got = f"got height {height} x width {width}"
     if min(size) < MIN_SIDE:
-        raise InvalidImage(f"an image must have sides of {MIN_SIDE} pixels or more, {got}")
+        raise InvalidImage(f"An image must have sides of {MIN_SIDE} pixels or more, {got}.")
     if not 1 <= height * width <= max_pixels:
         error = TooLarge if height * width else InvalidImage
-        raise error(f"an image must have 1 to {max_pixels} pixels, {got}")
+        raise error(f"An image must have 1 to {max_pixels} pixels, {got}.")
     if side**2 > 4 * max_pixels:
         longest = math.isqrt(4 * max_pixels)
-        raise TooLarge(f"an image's longer side may have {longest} pixels, {got}; send it in parts")
+        raise TooLarge(f"An image's longer side has at most {longest} pixels, {got}. Send it in parts.")
     if side**2 * classes > 16 * max_pixels:
         most = 16 * max_pixels // side**2
-        raise TooLarge(f"{classes} classes are too many at once, {got}; ask for at most {most}")
+        raise TooLarge(f"{classes} classes are too many for one request, {got}. Request at most {most}.")

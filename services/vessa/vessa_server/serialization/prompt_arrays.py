@@ -1,4 +1,4 @@
-"""Checks of prompts: what a caller may draw, and the sentence that says what is wrong with it."""
+"""Check the prompts of a request: shapes, ranges and numbers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from vessa.errors import InvalidPrompt, ShapeMismatch
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Prompts of a request with B images and K classes; None where there are none of a kind.
+    """Hold the prompts of a request with B images and K classes; None where there are none of a kind.
 
     boxes: (B, K, 4) float32 XYXY px, four -1 = no box; points: (B, K, P, 2) float32 (x, y) px
     point_labels: (B, K, P) int8, 1 inside, 0 outside, -1 padding
@@ -25,26 +25,31 @@ class Prompts:
     mask_present: NDArray[Any] | None = None
 
     def check_shapes(self, items: int, classes: int, max_points: int) -> None:
-        """Compare all shapes with B = items and K = classes; ShapeMismatch, InvalidPrompt."""
+        """Compare all shapes with B = items and K = classes. Raises ShapeMismatch, InvalidPrompt."""
         for name, array in vars(self).items():
             if array is not None and array.shape[:2] != (items, classes):
                 raise ShapeMismatch(
-                    f"{name} must begin with (images, classes) = {(items, classes)}, got shape {array.shape}"
+                    f"{name} must begin with (images, classes) = {(items, classes)}, got shape {array.shape}."
                 )
         if (self.points is None) != (self.point_labels is None):
-            raise InvalidPrompt("points and point_labels come together; got only one of them")
+            raise InvalidPrompt("points and point_labels belong together. Send both, or none.")
         if self.points is not None and self.point_labels is not None:
             if self.points.shape[:3] != self.point_labels.shape:
                 raise ShapeMismatch(
-                    f"point_labels must have the shape {self.points.shape[:3]}, got {self.point_labels.shape}"
+                    f"point_labels must have the shape {self.points.shape[:3]}, got "
+                    f"{self.point_labels.shape}."
                 )
             if self.points.shape[2] > max_points:
-                raise InvalidPrompt(f"at most {max_points} points a class, got {self.points.shape[2]}")
+                raise InvalidPrompt(f"A class has at most {max_points} points, got {self.points.shape[2]}.")
         if self.mask_present is not None and self.mask_logits is None:
-            raise InvalidPrompt("mask_present without mask_logits")
+            raise InvalidPrompt("mask_present came without mask_logits. Send both, or none.")
+        if self.mask_logits is not None and 0 in self.mask_logits.shape[2:]:
+            raise ShapeMismatch(
+                f"mask_logits need a height and a width of 1 or more, got {self.mask_logits.shape[2:]}."
+            )
 
     def item(self, index: int, size: tuple[int, int], names: tuple[str, ...]) -> dict[str, Any]:
-        """Return the checked prompts of one image, arguments of `SegmentItem`; InvalidPrompt names it.
+        """Return the checked prompts of one image as arguments of `SegmentItem`. Raises InvalidPrompt.
 
         size: (H, W) of the image; names: the K classes. Coordinates of padding points come back as 0.
         """
