@@ -210,7 +210,12 @@ def test_over_http(server: Any, bank: str) -> None:
     assert started.json()["state"] == "running"
     busy = server.http.post(f"/banks/{bank}/adapt", params={"seconds": 4})
     assert (busy.status_code, busy.json()["error"]["code"]) == (429, "queue_full")
-    assert server.http.delete(f"/banks/{bank}/adapt").status_code == 429
+    assert server.http.delete(f"/banks/{bank}/adapt").status_code == 204  # cancels it
+    assert server.http.get(f"/banks/{bank}/adapt").json()["state"] == "none"
+    deadline = time.monotonic() + 60
+    while server.http.post(f"/banks/{bank}/adapt", params={"seconds": 4}).status_code != 202:
+        assert time.monotonic() < deadline  # until the cancelled one has ended its step
+        time.sleep(0.1)
     info = wait_until_done(server, bank)
     assert info["state"] == "done", info
     assert server.http.get(f"/banks/{bank}").json()["adapted"] is info["figures"]["kept"]
