@@ -5,6 +5,7 @@ import logging
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from vessa.redaction import RedactingFormatter, redacted
 from vessa_server.observability.request_context import current_request
@@ -55,7 +56,12 @@ def _withhold_file_contents(record: logging.LogRecord) -> bool:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """Log where a warning was raised, without its text, which may quote a file."""
     log.warning("%s raised at %s:%d; its text is withheld", category.__name__, Path(filename).name, lineno)
