@@ -42,7 +42,7 @@ from vessa.client import AnnotatorClient, AsyncAnnotatorClient
 from vessa.client.types import Annotation, Prompts
 from vessa.codec import image_digest
 from vessa.errors import QueueFull, VessaError
-from vessa.mask_geometry import box_and_point
+from vessa.masks.geometry import box_and_point
 from vessa_server.pretraining.data.synthetic import HEART, phantom_study
 
 ROOT = Path(__file__).resolve().parents[1]

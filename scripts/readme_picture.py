@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
+from vessa.masks.overlay import overlay
 from vessa.metrics import dice
-from vessa.overlay import overlay
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "overlay.jpg"
 SIDE, GAP, CAPTION = 224, 8, 24  # px

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessa.colors import OPACITY, class_color
 from vessa.errors import InvalidImage, TooLarge
 from vessa.images import read_image
 from vessa.intensities import to_bytes
-from vessa.overlay import overlay
+from vessa.masks.colors import OPACITY, class_color
+from vessa.masks.overlay import overlay
 
 GRAY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 COLOR = np.stack([GRAY, GRAY // 2, 255 - GRAY], axis=-1)

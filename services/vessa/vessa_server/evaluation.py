@@ -18,7 +18,7 @@ from vessa.codec import image_digest
 from vessa.datasets import Case, Dataset, Slice
 from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset, VessaError
-from vessa.mask_geometry import box_and_point
+from vessa.masks.geometry import box_and_point
 from vessa.report.cases import annotated, best_median_worst, score_labels
 from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, table

@@ -11,7 +11,7 @@ import PIL.Image
 
 from vessa import atomic_write
 from vessa.errors import BadResponse, InvalidRequest, ShapeMismatch, VessaError
-from vessa.overlay import overlay as draw_overlay
+from vessa.masks.overlay import overlay as draw_overlay
 from vessa.schemas import Provenance, TemplateUse
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]

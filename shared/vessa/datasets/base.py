@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vessa.errors import InvalidDataset
-from vessa.mask_files import IGNORE
+from vessa.masks.files import IGNORE
 
 __all__ = ["IGNORE", "Case", "Dataset", "Slice"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vessa.datasets.base import Case, Dataset, Slice
 from vessa.errors import InvalidDataset, UnknownClass, VessaError
-from vessa.mask_files import IGNORE, IGNORE_NAME, LARGEST_ID, class_ids, read_classes
+from vessa.masks.files import IGNORE, IGNORE_NAME, LARGEST_ID, class_ids, read_classes
 from vessa.volumes import Bounds, Volume
 from vessa.volumes.grid import slice_of
 from vessa.volumes.nifti import NiftiHeader, read_nifti, read_nifti_header

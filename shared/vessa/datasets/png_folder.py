@@ -12,7 +12,7 @@ from vessa.datasets.base import Case, Dataset, Slice
 from vessa.datasets.file_pattern import CSV, Entry, Listing, list_files
 from vessa.errors import InvalidDataset, VessaError
 from vessa.images import MAX_PIXELS, read_image
-from vessa.mask_files import class_ids, decode_mask, read_classes, read_value_map
+from vessa.masks.files import class_ids, decode_mask, read_classes, read_value_map
 
 META = "meta.json"
 ORPHAN = "orphan_mask"
@@ -25,7 +25,7 @@ class PngFolder(Dataset):
 
     meta.json: {"classes": {"0": "background", "1": ...}, "modality", "licence"}, and optionally "files"
     (patterns of names) and "values": {"255": "lesion", "1-20": "background"}, the meaning of stored mask
-    values. With one class, masks of the values 0 and 255 show it. See `vessa.mask_files`.
+    values. With one class, masks of the values 0 and 255 show it. See `vessa.masks.files`.
     """
 
     def __init__(self, root: Path) -> None:

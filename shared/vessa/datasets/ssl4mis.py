@@ -13,7 +13,7 @@ import numpy as np
 
 from vessa.datasets.base import IGNORE, Case, Dataset, Slice
 from vessa.errors import InvalidDataset, VessaError
-from vessa.mask_files import class_ids
+from vessa.masks.files import class_ids
 
 _SLICE = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)_slice_(?P<index>\d+)")
 _VOLUME = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)")

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from vessa import atomic_write
-from vessa.colors import class_hex
-from vessa.overlay import overlay
+from vessa.masks.colors import class_hex
+from vessa.masks.overlay import overlay
 from vessa.report.cases import Overlay, Pixels
 
 _HEIGHT = 200  # px of a picture on the page; the image has twice as many for sharp prints

@@ -6,7 +6,7 @@ from typing import Any
 import nrrd
 import numpy as np
 
-from vessa.colors import class_color
+from vessa.masks.colors import class_color
 from vessa.volumes.grid import Volume
 from vessa.volumes.segment_codes import SegmentCode, code_of
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vessa.codec import image_digest
-from vessa.mask_geometry import box_of
+from vessa.masks.geometry import box_of
 from vessa_server.inference import first_pass
 from vessa_server.inference.annotator import Annotator
 from vessa_server.inference.first_pass import read_first_pass

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vessa.codec import image_digest
-from vessa.colors import class_color
 from vessa.errors import InvalidImage, ShapeMismatch, TooLarge, UnknownClass, VessaError
 from vessa.images import read_image
+from vessa.masks.colors import class_color
 from vessa_server.serialization.fields import read_per_class
 from vessa_server.serialization.image_files import decode_image, decode_mask, label_png
 from vessa_server.serialization.overlays import overlay_png

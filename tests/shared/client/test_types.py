@@ -14,8 +14,8 @@ from PIL import Image
 from vessa.client import endpoints
 from vessa.client.types import Annotation, Prompts, SegmentOptions
 from vessa.errors import InvalidImage, InvalidRequest, NoTemplate, ShapeMismatch
-from vessa.mask_geometry import box_and_point
-from vessa.overlay import overlay
+from vessa.masks.geometry import box_and_point
+from vessa.masks.overlay import overlay
 
 
 def test_an_annotation_without_arrays_and_empty_prompts_are_valid():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vessa.datasets import open_dataset, verify
 from vessa.errors import InvalidDataset, VessaError
-from vessa.mask_files import class_ids, decode_mask
+from vessa.masks.files import class_ids, decode_mask
 
 IDS = np.tile(np.array([[0, 1, 2, 3]], np.uint8), (8, 2))
 RNG = np.random.default_rng(0)

@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from vessa.datasets import Dataset
-from vessa.label_cleaning import clean_volume, single_component_classes, stack_slices
+from vessa.masks.cleaning import clean_volume, single_component_classes, stack_slices
 from vessa_trainer.pseudo_labels.types import PseudoLabel
 
 _log = logging.getLogger(__name__)
 
 
 class VolumeCleaner:
-    """Smooths a volume's labels along z and removes islands; see `vessa.label_cleaning`.
+    """Smooths a volume's labels along z and removes islands; see `vessa.masks.cleaning`.
 
     The classes that lose islands are those that form one component in every labeled volume. Not
     thread-safe: one thread cleans.

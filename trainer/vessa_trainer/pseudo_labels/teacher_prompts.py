@@ -7,7 +7,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from vessa.client import Prompts
-from vessa.mask_geometry import box_and_point
+from vessa.masks.geometry import box_and_point
 from vessa_trainer.config import FeedbackConfig
 
 _SIDE = 64  # px, longest side of the mask logits sent: the annotator resizes them to its own grid

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vessa import atomic_write
-from vessa.colors import CHART_COLORS, class_hex
+from vessa.masks.colors import CHART_COLORS, class_hex
 
 mpl.use("Agg")
 

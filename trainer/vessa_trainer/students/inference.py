@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig
-from vessa.label_cleaning import structure_box
+from vessa.masks.cleaning import structure_box
 from vessa_trainer.config import Config
 from vessa_trainer.data.prepared import Frame
 from vessa_trainer.data.windows import WHOLE, Window, put_back, show, window_around

@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from vessa.mask_geometry import box_of
+from vessa.masks.geometry import box_of
 from vessa_server.inference.image_views import FirstPass
 from vessa_server.inference.mask_prediction import MaskPredictor
 from vessa_server.inference.query import ClassQuery, Query

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vessa.mask_geometry import box_of
+from vessa.masks.geometry import box_of
 from vessa_server.inference.image_views import Box, ImageView, ViewEncoder
 from vessa_server.inference.query import Query
 from vessa_server.model.geometry import Window

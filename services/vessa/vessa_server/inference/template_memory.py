@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vessa.errors import InvalidImage
-from vessa.mask_geometry import box_of
+from vessa.masks.geometry import box_of
 from vessa_server.byte_cache import ByteCache
 from vessa_server.inference.image_views import ViewEncoder
 from vessa_server.inference.query import ClassQuery

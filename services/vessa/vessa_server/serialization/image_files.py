@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vessa import images, mask_files
+from vessa import images
 from vessa.errors import InvalidImage
 from vessa.file_kinds import HEAD, is_dicom, is_tiff
+from vessa.masks import files as mask_files
 from vessa.volumes import Bounds, Volume, isolated
 
 # A header that claims absurd sizes is an error and never a mere warning.
@@ -44,7 +45,7 @@ def decode_dicom(data: bytes, max_pixels: int) -> Volume:
 def decode_mask(
     data: bytes, size: tuple[int, int], max_pixels: int, classes: Mapping[int, str] | None = None
 ) -> NDArray[np.uint8]:
-    """Return the class ids of a PNG mask, (H, W) uint8; the rules are those of `vessa.mask_files`.
+    """Return the class ids of a PNG mask, (H, W) uint8; the rules are those of `vessa.masks.files`.
 
     size: (H, W) of its image; classes: id to name, without which the stored values are the ids. Errors:
     InvalidImage (no PNG, has color), ShapeMismatch, UnknownClass (a value that is no id).

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vessa.colors import class_color
-from vessa.overlay import overlay
+from vessa.masks.colors import class_color
+from vessa.masks.overlay import overlay
 from vessa_server.serialization.image_files import png_bytes
 
 OVERLAY_SIDE = 512  # px, the shortest longer side of a picture

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from vessa.colors import OPACITY, class_color
+from vessa.masks.colors import OPACITY, class_color
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from vessa.datasets.base import IGNORE
-from vessa.mask_geometry import box_of
+from vessa.masks.geometry import box_of
 
 VERSION = 1  # of the procedure, for caches and provenance
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]

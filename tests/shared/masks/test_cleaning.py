@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vessa.datasets.base import IGNORE
-from vessa.label_cleaning import clean_volume, single_component_classes, stack_slices, structure_box
+from vessa.masks.cleaning import clean_volume, single_component_classes, stack_slices, structure_box
 
 
 def volume(depth=3, side=8):

@@ -1,0 +1,1 @@
+"""Masks of classes: files, geometry, cleaning, colors and overlays."""
