@@ -23,7 +23,7 @@ BASES = (
 PATH = re.compile(r"`([\w./-]+(?:/|\.(?:py|yaml|yml|sh|md|toml|cff|lock)))`")
 # Files of a reader, of a run or of another program.
 OTHERS = re.compile(
-    r"^(splits|images|masks|language|data|tensorboard|docs|runs|\.audit|vessa\.json|meta\.json|config\.yaml|results\.md"
+    r"^(splits|images|masks|language|data|tensorboard|docs|runs|\.audit|\.worklists|vessa\.json|meta\.json|config\.yaml|results\.md"
     r"|table\d\.md|/.*)(/.*|\.md)?$"
 )
 

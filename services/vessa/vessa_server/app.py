@@ -15,7 +15,8 @@ from fastapi.concurrency import run_in_threadpool
 from vessa_server import __version__
 from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
-from vessa_server.api.console import operator_api, pages, sessions_api
+from vessa_server.api.console.routes import operator_api, pages, sessions_api
+from vessa_server.api.console.worklists import worklists_api
 from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.groups import groups
 from vessa_server.api.h11_limits import bounded_http
@@ -24,7 +25,6 @@ from vessa_server.api.openapi import FAILURES
 from vessa_server.api.segment import segmentation
 from vessa_server.api.status import monitoring, operations, probes
 from vessa_server.api.suggest import suggestions
-from vessa_server.api.worklists import worklists_api
 from vessa_server.auth.api_key import resolve_access
 from vessa_server.auth.audit_log import open_audit
 from vessa_server.auth.client_address import client_address

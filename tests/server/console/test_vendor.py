@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import vessa_server.console
-from vessa.colors import CLASS_COLORS, OPACITY
+from vessa.masks.colors import CLASS_COLORS, OPACITY
 
 VENDOR = Path(vessa_server.console.__file__).with_name("static") / "vendor"
 

@@ -1,0 +1,1 @@
+"""Routes of the console: its pages, sessions and worklists."""
