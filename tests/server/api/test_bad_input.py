@@ -81,7 +81,7 @@ def refused(answer: Any, status: int, code: str, *words: str) -> None:
     ("changes", "status", "code", "word"),
     [
         ({"image": NOT_AN_IMAGE}, 422, "invalid_image", "the image is no PNG, JPEG or TIFF file"),
-        ({"mask": NOT_AN_IMAGE}, 422, "invalid_image", "the mask is no PNG"),
+        ({"mask": NOT_AN_IMAGE}, 422, "invalid_image", "the mask must be a PNG file"),
         ({"image": b""}, 422, "invalid_request", "needs the file 'image'"),
         ({"mask": None}, 422, "invalid_request", "needs the file 'mask'"),
         ({"classes": None}, 422, "invalid_request", 'such as {"1": "right ventricle"}'),
@@ -114,7 +114,7 @@ def test_a_mask_must_fit_its_image_and_hold_class_ids(add: Any, example: Any, fi
     refused(add(mask=file_of(mask * 0)), 422, "invalid_image", "at least one pixel of a class")
     refused(add(mask=file_of(np.dstack([mask] * 3))), 422, "invalid_image", "one channel", "class ids")
     refused(add(mask=file_of(mask.astype(np.uint16) * 300)), 422, "unknown_class", "no class ids (1 to 254)")
-    refused(add(mask=file_of(mask, "TIFF")), 422, "invalid_image", "the mask is no PNG")
+    refused(add(mask=file_of(mask, "TIFF")), 422, "invalid_image", "the mask must be a PNG file")
 
 
 @pytest.mark.usefixtures("kept")
@@ -156,7 +156,7 @@ def test_a_batch_of_templates_is_added_whole_or_not(server: Any, bank: str, exam
         ({"classes": '["atrium"]'}, 422, "unknown_class", "it has ['ventricle', 'wall']"),
         ({"classes": "[]"}, 422, "invalid_request", "one or more different names"),
         ({"classes": '"wall"'}, 422, "invalid_request", "a JSON list of strings"),
-        ({"boxes": '{"atrium": [1, 2, 3, 4]}'}, 422, "unknown_class", "not asked for: ['ventricle', 'wall']"),
+        ({"boxes": '{"atrium": [1, 2, 3, 4]}'}, 422, "unknown_class", "not requested: ['ventricle', 'wall']"),
         ({"boxes": '{"wall": [0, 0, 65, 10]}'}, 422, "invalid_prompt", "x2 <= 64 and 0 <= y1 < y2 <= 48"),
         ({"boxes": '{"wall": [5, 5, 5, 9]}'}, 422, "invalid_prompt", "got (5, 5, 5, 9)"),
         ({"boxes": '{"wall": [NaN, 0, 9, 9]}'}, 422, "invalid_prompt", "box of 'wall'"),

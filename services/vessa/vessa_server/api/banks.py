@@ -34,13 +34,13 @@ CURATE = [Depends(require_curator)]
 
 @banks_api.get("/banks", dependencies=READ)
 def list_banks(banks: BanksDep) -> list[BankInfo]:
-    """The template banks of this key, and the shared ones."""
+    """List the template banks of this key, and the shared ones."""
     return banks.list()
 
 
 @banks_api.get("/banks/{bank}", dependencies=READ)
 def bank_info(bank: BankPath, banks: BanksDep) -> BankInfo:
-    """One template bank."""
+    """Describe one template bank."""
     return banks.get(bank).info()
 
 
@@ -60,7 +60,7 @@ def share_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo:
 
 @banks_api.delete("/banks/{bank}/share", dependencies=CURATE)
 def unshare_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo:
-    """Keep the bank to its owner again."""
+    """Let only the owner use the bank again."""
     with change("bank.unshare", bank=bank):
         return banks.share(bank, False)
 
@@ -73,14 +73,14 @@ def adapt_bank(
     change: ChangeDep,
     seconds: Annotated[float, Query(gt=0, description="longest time to learn, s")] = 120.0,
 ) -> AdaptationInfo:
-    """Let the mask decoder learn from the bank's templates, in the background; GET tells how it goes.
+    """Adapt the mask decoder to the bank's templates in the background; GET returns the state.
 
     Each template is predicted from others. What does not help with held-out templates is dropped. While it
     runs it shares the device with requests. A bank has one adaptation; a new one that helps replaces it.
     """
     longest = engine.settings.limits.adapt_s
     if seconds > longest:
-        raise InvalidRequest(f"seconds is at most {longest:g} here, got {seconds:g}")
+        raise InvalidRequest(f"seconds is at most {longest:g} (VESSA_ADAPT_S), got {seconds:g}.")
     with change("bank.adapt", bank=bank, seconds=seconds):
         banks.get(bank)
         return engine.worker.adapt(bank, seconds)
@@ -88,14 +88,14 @@ def adapt_bank(
 
 @banks_api.get("/banks/{bank}/adapt", dependencies=READ)
 def adaptation_info(bank: BankPath, engine: EngineDep, banks: BanksDep) -> AdaptationInfo:
-    """How the bank's adaptation goes, or went."""
+    """Return the state of the bank's adaptation."""
     banks.get(bank)
     return engine.worker.adaptation(bank)
 
 
 @banks_api.delete("/banks/{bank}/adapt", status_code=204, dependencies=CURATE)
 def forget_adaptation(bank: BankPath, engine: EngineDep, banks: BanksDep, change: ChangeDep) -> None:
-    """Serve the bank by the common weights again."""
+    """Serve the bank by the common weights again, and cancel a running adaptation."""
     with change("bank.adapt.forget", bank=bank):
         banks.get(bank)
         engine.worker.forget_adaptation(bank)
@@ -103,13 +103,13 @@ def forget_adaptation(bank: BankPath, engine: EngineDep, banks: BanksDep, change
 
 @banks_api.get("/templates", dependencies=READ)
 def list_templates(banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> list[TemplateInfo]:
-    """The templates of a bank."""
+    """List the templates of a bank."""
     return [template.info(bank) for template in banks.get(bank).templates]
 
 
 @banks_api.get("/templates/{identity}", dependencies=READ)
 def template_info(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> TemplateInfo:
-    """One template."""
+    """Describe one template."""
     return banks.get(bank).template(identity).info(bank)
 
 
@@ -120,7 +120,7 @@ def template_info(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK
     dependencies=READ,
 )
 def template_overlay(identity: str, banks: BanksDep, bank: BankQuery = DEFAULT_BANK) -> Response:
-    """A template for the eye: its image with tinted classes, contours and a legend."""
+    """Draw a template as PNG: its image with tinted classes, contours and a legend."""
     template = banks.get(bank).template(identity)
     return Response(overlay_png(template.image, template.mask, template.classes), media_type=PNG)
 

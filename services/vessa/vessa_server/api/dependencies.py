@@ -43,7 +43,7 @@ def service_of(request: Request) -> Service:
 
 
 async def engine_of(request: Request) -> Engine:
-    """Return the engine; NotReady until it is loaded."""
+    """Return the engine. Raises NotReady until it is loaded."""
     return service_of(request).engine()
 
 
@@ -97,11 +97,11 @@ READ = [Depends(read_place, scope="function")]
 
 
 def media_type(request: Request) -> str:
-    """Return the body's type: a form or safetensors; UnsupportedMedia for another."""
+    """Return the body's type: a form or safetensors. Raises UnsupportedMedia for another."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind not in {FORM, SAFETENSORS}:
         raise UnsupportedMedia(
-            f"the body must be {FORM} or {SAFETENSORS}, got {kind[:80] or 'no Content-Type'}"
+            f"The body must be {FORM} or {SAFETENSORS}, got {kind[:80] or 'no Content-Type'}."
         )
     return kind
 

@@ -1,4 +1,4 @@
-"""`vessa-server data list|show|verify`: the collections that are known, and what is wrong with a folder."""
+"""List and show known data sets, and verify a folder."""
 
 import json
 from dataclasses import asdict
@@ -43,7 +43,7 @@ def list_collections(as_json: Json = False) -> None:
 
 @data.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a collection.")], as_json: Json = False) -> None:
-    """Say what a collection holds, where to ask for it, on which terms, and how its folder must look."""
+    """Show what a collection holds, where to get it, on which terms, and the layout of its folder."""
     entry = collection(_known(name))
     if as_json:
         print(json.dumps(asdict(entry)))

@@ -1,4 +1,4 @@
-"""`vessa-server weights build|fetch|export|show|verify|vllm`: weights directories, and what becomes one."""
+"""Build, download, export, show and verify weights directories."""
 
 import shlex
 import sys
@@ -26,7 +26,7 @@ def build(
     image_size: Annotated[int, typer.Option(help="Side of the segmenter's input, px.")] = 1024,
     license: Annotated[str, typer.Option(help="Licence to note down.")] = "Apache-2.0",
 ) -> None:
-    """Make a weights directory of official files. Without --qwen it works at once, from templates alone."""
+    """Build a weights directory from official files. Without --qwen it works from templates alone."""
     from vessa_server.model.weights.convert_official import build as run
 
     command = "vessa-server " + shlex.join(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])
@@ -39,7 +39,7 @@ def fetch(
     name: Annotated[str, typer.Argument(help="sam2.1-tiny, sam2.1-small, sam2.1-base-plus or sam2.1-large.")],
     folder: Annotated[Path, typer.Argument(help="Where to put the file.")],
 ) -> None:
-    """Download an official file and check it; one that is there already is only checked."""
+    """Download an official file and verify it; an existing file is only verified."""
     from vessa_server.model.weights.download import fetch as run
 
     _say(f"{run(name, folder)}: checked")
@@ -59,7 +59,7 @@ def export(
         str | None, typer.Option(help="The weights that the run started from, where they have moved.")
     ] = None,
 ) -> None:
-    """Write a run's best weights as a weights directory; language/ is one that transformers and vLLM take."""
+    """Write a run's best weights as a weights directory; transformers and vLLM read its language/."""
     from vessa_server.pretraining.export_weights import export as run
 
     _say(f"{out}: {run(source, out, dtype=dtype, start=start)}")
@@ -67,7 +67,7 @@ def export(
 
 @weights.command()
 def show(folder: Weights) -> None:
-    """Say what a weights directory holds, its checksums, where it is from and its licence."""
+    """Show what a weights directory holds, its checksums, origin and licence."""
     from vessa_server.model.weights import directory
 
     place = directory.find(folder)

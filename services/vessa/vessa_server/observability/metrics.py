@@ -1,4 +1,4 @@
-"""Prometheus metrics, request ids and the last catch of errors, as plain ASGI middleware."""
+"""Count and log requests, give them ids, and expose Prometheus metrics, as plain ASGI middleware."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Metrics:
-    """What /metrics shows. Each service has a registry of its own."""
+    """Hold the metrics of /metrics. Each service has a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -63,7 +63,7 @@ class Metrics:
     def show_annotator(
         self, seconds: Callable[[], Mapping[str, float]], bytes_held: Callable[[], Mapping[str, int]]
     ) -> None:
-        """Show what a loaded annotator counts itself: seconds by stage, and bytes by where they are held."""
+        """Expose what a loaded annotator counts itself: seconds by stage, and bytes by place."""
         self.registry.register(_Annotator(seconds, bytes_held))
 
     def batch(self, size: int, seconds: float) -> None:
@@ -81,7 +81,7 @@ class Metrics:
 
 
 class _Annotator(Collector):
-    """Asks the annotator when the metrics are read."""
+    """Collect the annotator's own counts when the metrics are read."""
 
     def __init__(
         self, seconds: Callable[[], Mapping[str, float]], bytes_held: Callable[[], Mapping[str, int]]

@@ -1,11 +1,11 @@
-"""Sends traces to a collector, by OTLP over HTTP; the standard OTEL_EXPORTER_OTLP_... variables say where."""
+"""Export traces by OTLP over HTTP to the address in the standard OTEL_EXPORTER_OTLP_ variables."""
 
 from vessa.errors import InvalidConfig
 from vessa_server import __version__
 
 
 def export_traces() -> None:
-    """Set up the export of this process's spans; InvalidConfig where the extra `otel` is not installed."""
+    """Set up the export of this process's spans. Raises InvalidConfig without the extra `otel`."""
     try:
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -36,7 +36,7 @@ def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def decode_dicom(data: bytes, max_pixels: int) -> Volume:
-    """Return a DICOM file of one frame; InvalidImage for several and for no DICOM, TooLarge."""
+    """Return a DICOM file of one frame. Raises InvalidImage for several and for no DICOM, TooLarge."""
     if not is_dicom(data):
         raise InvalidImage("a DICOM SEG refers to a DICOM image; send one, or accept another answer")
     return isolated.read_volume([data], Bounds(max_pixels, max_pixels, 1), one_frame=True)

@@ -1,4 +1,4 @@
-"""Request bodies to checked items: what reaches the worker is what the annotator expects."""
+"""Read request bodies into checked items for the worker."""
 
 import threading
 from collections import OrderedDict
@@ -61,10 +61,10 @@ SEGMENT_FIELDS = {
 
 
 class SeenSizes:
-    """Remembers the (H, W) of images by id, so that prompts that come without pixels can be checked."""
+    """Remember the (H, W) of images by id, to check prompts that come without pixels."""
 
     def __init__(self, capacity: int = 16384) -> None:
-        """Keep the `capacity` latest; an older image must be sent anew, even if the device holds it."""
+        """Set the capacity. An older image must be sent again, even if the worker holds its features."""
         self._sizes: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._capacity = capacity
         self._lock = threading.Lock()
@@ -78,14 +78,14 @@ class SeenSizes:
                 self._sizes.popitem(last=False)
 
     def get(self, image_id: str) -> tuple[int, int] | None:
-        """Return a size, None when it was never seen or is forgotten."""
+        """Return a size, None when it is unknown or evicted."""
         with self._lock:
             return self._sizes.get(image_id)
 
 
 @dataclass(frozen=True)
 class TemplateRequest:
-    """Annotated examples for one bank."""
+    """Hold annotated examples for one bank."""
 
     bank: str
     items: list[TemplateItem]
@@ -93,7 +93,7 @@ class TemplateRequest:
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """Query images for one bank. An item that is wrong is its error; the others are not touched by it.
+    """Hold query images for one bank. A wrong item is its error, and does not affect the others.
 
     ids: of all images; classes: {id: name} in the order of the request; size: (H, W) of the images, None when
     there is no usable image; seed: as it was asked, each item has its own from it.
@@ -175,7 +175,7 @@ class Reader:
         return TemplateRequest(bank, items)
 
     def segment_form(self, content_type: str, body: bytes) -> SegmentRequest:
-        """Read multipart POST /segment: one image. What is wrong with it is raised."""
+        """Read multipart POST /segment: one image. Raises what is wrong with it."""
         form = Form(content_type, body, SEGMENT_FIELDS)
         options = {"template_choice": form.text("template_choice", "top1"), "seed": form.text("seed", "0")}
         image = decode_image(form.file("image"), self.settings.limits.max_pixels)
@@ -194,7 +194,7 @@ class Reader:
         drawn: Mapping[str, Any],
         options: Mapping[str, str],
     ) -> SegmentRequest:
-        """Make the request of one image. What is wrong with it is raised.
+        """Return the request of one image. Raises what is wrong with it.
 
         image: uint8 (H, W[, 3]); wanted: class names, None = all of the bank; drawn: boxes, points and
         point_labels by class name, as a form has them
@@ -240,7 +240,7 @@ class Reader:
     def segment_slices(
         self, bank_name: str, wanted: list[str] | None, images: NDArray[np.uint8], group: str | None
     ) -> SegmentRequest:
-        """Make the request of some slices of a volume. images: uint8 (B, H, W); wanted: class names."""
+        """Return the request of some slices of a volume. images: uint8 (B, H, W); wanted: class names."""
         self._check_images(images)
         bank, classes = self._classes(bank_name, wanted)
         return self._segment_request(bank, classes, images, None, [group] * len(images), Prompts(), {})
@@ -338,7 +338,7 @@ class Reader:
 
 
 def _check_labeled(prompts: Prompts) -> None:
-    """Refuse a form's point without a label: padding would make it a point that is not there."""
+    """Refuse a form's point without a label: padding would silently drop it."""
     points, labels = prompts.points, prompts.point_labels
     if points is None or labels is None or points.shape[:3] != labels.shape:
         return  # Prompts.check_shapes says so

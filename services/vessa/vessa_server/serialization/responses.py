@@ -1,4 +1,4 @@
-"""Results to bodies: safetensors for many images, JSON and PNG for one."""
+"""Write results as bodies: safetensors for many images, JSON and PNG for one."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ DICOM = "application/dicom"
 
 
 def choose_type(accept: str | None, offered: Sequence[str]) -> str:
-    """Return the offered media type that the Accept header likes best, the first of them for `*/*`.
+    """Return the offered media type that the Accept header prefers, the first of them for `*/*`.
 
     UnsupportedMedia when it wants something else.
     """
@@ -66,7 +66,7 @@ def tensor_answer(
 
 
 def kept_tensor_answer(answer: Answer) -> bytes:
-    """Return a kept annotation as safetensors: labels (1, H, W), the metadata of a batch, and provenance."""
+    """Return a cached annotation as safetensors: labels (1, H, W), metadata of a batch, and provenance."""
     made = answer.provenance
     bank = (made.bank_version, made.bank_digest)
     metadata = _metadata([_item(answer)], made.classes, made.model, bank, made.labels_version)
@@ -120,7 +120,7 @@ def json_answer(answer: Answer) -> bytes:
 
 
 def overlay_answer(request: SegmentRequest, answer: Answer) -> bytes:
-    """Return an overlay for the eye as PNG."""
+    """Return an overlay of the answer as PNG."""
     item = request.items[0]
     if isinstance(item, VessaError) or item.image is None:
         raise InvalidRequest("an overlay needs the image's pixels")
@@ -128,7 +128,7 @@ def overlay_answer(request: SegmentRequest, answer: Answer) -> bytes:
 
 
 def dicom_answer(answer: Answer, content_type: str, body: bytes, max_pixels: int) -> bytes:
-    """Return a DICOM SEG that refers to the DICOM image of a form; InvalidImage for another image."""
+    """Return a DICOM SEG that refers to the DICOM image of a form. Raises InvalidImage for another."""
     image = Form(content_type, body, SEGMENT_FIELDS).file("image")
     volume, made = decode_dicom(image, max_pixels), answer.provenance
     return write_labels(volume, answer.labels.T[..., None], made.classes, made.model[:16], "dicom-seg")

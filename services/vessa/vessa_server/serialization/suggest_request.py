@@ -1,4 +1,4 @@
-"""POST /banks/{bank}/suggest: candidates come as pixels, or as the ids of what the service has looked at."""
+"""Read POST /banks/{bank}/suggest: candidates as pixels, or as ids of images sent before."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ MAX_HEADER_BYTES = 4 << 20  # the ids and patients of all candidates are in it
 
 @dataclass(frozen=True)
 class Candidates:
-    """Unlabeled images. images: uint8 (B, H, W[, 3]), None where only ids came; count: of suggestions."""
+    """Hold unlabeled images. images: uint8 (B, H, W[, 3]), None when only ids came; count: of suggestions."""
 
     ids: tuple[str, ...]
     images: NDArray[Any] | None
@@ -26,7 +26,7 @@ class Candidates:
 
     @property
     def units(self) -> list[str]:
-        """What is annotated together: the patient, or the image where no patient is known."""
+        """Return what is annotated together: the patient, or the image when no patient is known."""
         return [group or identity for group, identity in zip(self.groups, self.ids, strict=True)]
 
 

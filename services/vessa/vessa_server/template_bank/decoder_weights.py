@@ -1,4 +1,4 @@
-"""A bank's own mask decoder, trained by `adaptation.finetune`.
+"""Store a bank's own mask decoder, trained by `adaptation.finetune`.
 
 Kept beside the bank's templates in the store, so that every annotator on it serves the same.
 """
@@ -21,7 +21,7 @@ from vessa_server.template_bank.index import blob_digest
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
-    """Weights that replace the mask decoder's own for one bank.
+    """Hold weights that replace the mask decoder's own for one bank.
 
     tensors: by name within the decoder, float32; model: digest of the weights they were trained from, for
     which alone they hold; figures: what they were worth on templates held out
@@ -33,7 +33,7 @@ class Adaptation:
 
     @cached_property
     def digest(self) -> str:
-        """Name of these weights: the sha256 of their bytes, hex."""
+        """Return the SHA-256 of these weights' bytes, hex."""
         return blob_digest(self.to_blob())
 
     def to_blob(self) -> bytes:
@@ -44,7 +44,7 @@ class Adaptation:
 
     @classmethod
     def from_blob(cls, data: bytes) -> "Adaptation":
-        """Read what `to_blob` wrote; ValueError when it is something else."""
+        """Read what `to_blob` wrote. Raises ValueError when it is something else."""
         try:
             header, _ = read_header(data)
             about = json.loads(header["__metadata__"]["adaptation"])

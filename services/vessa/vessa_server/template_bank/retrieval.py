@@ -92,7 +92,7 @@ class Bank:
         return {key: _ClassTemplates.of(found, list(self.classes)) for key, found in chosen.items() if found}
 
     def template(self, identity: str) -> Template:
-        """Return one template; UnknownTemplate when there is none of this id."""
+        """Return one template. Raises UnknownTemplate when none has this id."""
         try:
             return self._by_id[identity]
         except KeyError:
@@ -163,7 +163,7 @@ def sample_template(
 
 
 def merge_classes(known: Mapping[int, str], added: Mapping[int, str]) -> dict[int, str]:
-    """Return both, by id; ClassConflict when an id would get a second name or a name a second id."""
+    """Return both, by id. Raises ClassConflict when an id gets a second name or a name a second id."""
     ids = {name: key for key, name in known.items()}
     for key, name in added.items():
         if known.get(key, name) != name:
@@ -182,7 +182,7 @@ def union_classes(parts: Iterable[Mapping[int, str]]) -> dict[int, str]:
 
 
 def check_name(bank: str) -> str:
-    """Return the bank's name; InvalidRequest unless it is safe as a file name and a key."""
+    """Return the bank's name. Raises InvalidRequest unless it is safe as a file name and a key."""
     if not BANK_NAME.fullmatch(bank):
         raise InvalidRequest(
             "A bank name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit. "

@@ -1,4 +1,4 @@
-"""One annotated example, as the bank keeps it: pixels, mask, and what the networks say of both."""
+"""Store one annotated example: pixels, mask, and the features and memories of both."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from vessa_server.template_bank.index import Entry, blob_digest
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What the networks say of a template in one square of it.
+    """Hold the networks' encoding of one square of a template.
 
     feature: (D,) float32 of unit norm; memories: class id -> (M, C) float16; window: (top, left, side)
     in px of the image, None for the square around all of it
@@ -33,7 +33,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """One annotated example with everything retrieval and the segmenter need of it.
+    """Hold one annotated example with everything that retrieval and the segmenter need.
 
     image: (H, W) or (H, W, 3) uint8; mask: (H, W) uint8 class ids, 0 background
     classes: {id: name} of the classes in the mask; group: whose image it is (a patient)
@@ -52,7 +52,7 @@ class Template:
 
     @cached_property
     def layout(self) -> dict[int, float]:
-        """Root of each class's share of the closest look at it."""
+        """Return the square root of each class's share of the closest view, by class id."""
         side = max(self.mask.shape)
         if self.close is not None and self.close.window is not None:
             side = self.close.window[2]
@@ -71,7 +71,7 @@ class Template:
 
     @classmethod
     def from_blob(cls, identity: str, entry: Entry, data: bytes) -> "Template":
-        """Read what `to_blob` wrote; ValueError when it is something else."""
+        """Read what `to_blob` wrote. Raises ValueError when it is something else."""
         try:
             tensors = load_tensors(data)
             close = _view(tensors, "close.") if "close.feature" in tensors else None
@@ -89,7 +89,7 @@ class Template:
             raise ValueError(f"blob of template {identity} is not a template") from error
 
     def entry(self, blob: bytes) -> Entry:
-        """Return what the index says about this template."""
+        """Return the index entry of this template."""
         height, width = self.mask.shape
         return Entry(blob_digest(blob), self.group, self.classes, height, width, self.model, len(blob))
 
@@ -110,7 +110,7 @@ class Template:
 def template_id(
     image: NDArray[np.uint8], mask: NDArray[np.uint8], classes: Mapping[int, str], group: str
 ) -> str:
-    """Return the id of an annotated example: a digest of its content, so that adding it twice adds it once.
+    """Return the id of an annotated example, a digest of its content: adding it twice adds it once.
 
     image: (H, W) or (H, W, 3) uint8; mask: (H, W) uint8. Only the classes that the mask holds count.
     """
