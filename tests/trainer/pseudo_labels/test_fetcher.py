@@ -10,6 +10,7 @@ from vessa.datasets import open_dataset
 from vessa.errors import NoTemplate, Unauthorized, UnknownBank, VessaError
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.data.splits import read_splits, slices_of
+from vessa_trainer.pseudo_labels.annotator_check import AnnotatorChanged
 from vessa_trainer.pseudo_labels.cache import FolderCache
 from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
 from vessa_trainer.pseudo_labels.template_bank import seed_labeled
@@ -204,20 +205,27 @@ def test_a_bank_that_was_deleted_raises(client, wired, dataset, cache, tiny, unl
         fetcher.fetch([Wanted(unlabeled[0])])
 
 
-def test_a_label_is_kept_for_the_bank_that_made_it(client, wired, dataset, cache, tiny, unlabeled):
-    config = tiny("annotator.bank=growing", "annotator.allow_change=true")
+def test_a_bank_that_changes_stops_the_run_unless_that_is_allowed(
+    client, wired, dataset, cache, tiny, unlabeled
+):
+    config = tiny("annotator.bank=growing")
     before = seed_labeled(client, dataset, config)
     fetcher = LabelFetcher(wired, dataset, before, cache, config.annotator, 0)
     extra = unlabeled[-2]
     client.add_templates(
         "growing", [dataset.image(extra)], [dataset.mask(extra)], dataset.classes, [extra.group]
     )
-    fetcher.fetch([Wanted(unlabeled[0])])
+    with pytest.raises(AnnotatorChanged, match="bank version was 1 and is 2.*annotator.allow_change=true"):
+        fetcher.fetch([Wanted(unlabeled[0])])
     after = client.bank("growing")
     assert after.version > before.version
+    allowed = tiny("annotator.allow_change=true").annotator
+    fetcher = LabelFetcher(wired, dataset, before, cache, allowed, 0)
+    assert fetcher.fetch([Wanted(unlabeled[0])]).asked
+    assert fetcher.annotator_changes == ["bank version was 1 and is 2"]
+    # The label is in the cache under the version that made it.
     newer = LabelFetcher(wired, dataset, after, cache, config.annotator, 0)
     assert not newer.fetch([Wanted(unlabeled[0])]).asked
-    assert fetcher.fetch([Wanted(unlabeled[0])]).asked  # of the bank as it was there is none
 
 
 def test_every_error_that_waiting_does_not_cure_is_raised(fetcher, wire, unlabeled, answer_of):
