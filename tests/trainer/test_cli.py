@@ -235,6 +235,19 @@ def test_what_is_wrong_is_said_in_one_line_with_exit_code_1(call, tmp_path, argu
     assert line.startswith(("vessa-trainer: invalid_dataset: ", "vessa-trainer: invalid_config: "))
 
 
+def test_text_in_brackets_is_printed_as_it_is(call, phantoms, tmp_path):
+    code, _, said = call("verify", tmp_path / "scans [old]")
+    assert code == 1
+    assert said.strip().endswith("scans [old]")
+    folder = shutil.copytree(phantoms, tmp_path / "[bold]hearts")
+    with (folder / "splits" / "train.txt").open("a") as file:
+        file.write("[/anon]\n")
+    code, _, said = call("verify", folder)
+    assert code == 1
+    assert "[bold]hearts: PngFolder" in said
+    assert "[/anon]" in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "docker stop"])
 def test_a_process_that_is_stopped_saves_and_prints_the_line_that_resumes_it(phantoms, tmp_path, number):
     out = tmp_path / "stopped"

@@ -1,16 +1,20 @@
 """The template bank of a run: its labeled slices and nothing else."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
-from vessa.errors import InvalidDataset, UnknownBank
+from vessa.errors import InvalidConfig, InvalidDataset, UnknownBank
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.pseudo_labels.template_bank import bank_name, seed_groups, seed_labeled
+from vessa_trainer.pseudo_labels.template_bank import bank_name, find_bank, seed_groups, seed_labeled
 
 LABELED = "splits/labeled_1.txt"
 
@@ -110,3 +114,36 @@ def test_a_config_may_name_its_bank(client, dataset, tiny):
     assert seed_labeled(client, dataset, tiny("annotator.bank=by-hand")).name == "by-hand"
     info = seed_labeled(client, dataset, tiny())
     assert info.name == bank_name(dataset, LABELED, labeled_of(dataset, tiny))
+
+
+@pytest.fixture
+def key_of(annotator):
+    """Create a curator's key of the running annotator by its name: `key_of("anna")`."""
+
+    def make(name):
+        places = {"XDG_CONFIG_HOME": str(annotator.folder), "XDG_DATA_HOME": str(annotator.folder)}
+        store = {"VESSA_STORE": f"folder:{annotator.folder / 'banks'}"}
+        command = [sys.executable, "-m", "vessa_server", "keys", "create", name, "--role", "curate"]
+        done = subprocess.run(
+            command, env=os.environ | places | store, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip().splitlines()[-1]
+
+    return make
+
+
+def test_a_second_key_gets_a_bank_of_its_own(annotator, dataset, tiny, key_of, caplog):
+    names = {}
+    for person in ("anna", "bob"):
+        key = key_of(person)
+        config = tiny(f"annotator.api_key={key}", "data.split_seed=9")
+        with AnnotatorClient(annotator.url, key) as client:
+            names[person] = seed_labeled(client, dataset, config).name
+            assert find_bank(client, dataset, config).name == names[person]
+    assert len(set(names.values())) == 2
+    assert "belongs to another key: this run fills" in caplog.text
+    with (
+        AnnotatorClient(annotator.url, key) as client,
+        pytest.raises(InvalidConfig, match="belongs to another key. Choose another annotator.bank"),
+    ):
+        seed_labeled(client, dataset, tiny(f"annotator.bank={names['anna']}", f"annotator.api_key={key}"))
