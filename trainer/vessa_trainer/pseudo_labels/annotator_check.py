@@ -116,7 +116,7 @@ def record_changes(run: Path, record: dict[str, Any], changes: Sequence[str]) ->
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     pairs = [(key, before[key], now[key]) for key in _SAME]
-    pairs += [(f"bank {key}", before["bank"][key], now["bank"][key]) for key in ("name", "version")]
+    pairs += [(f"bank {key}", before["bank"][key], now["bank"][key]) for key in ("name", "digest")]
     return [f"{key} was {old} and is {new}" for key, old, new in pairs if old != new]
 
 

@@ -143,7 +143,7 @@ class LabelFetcher:
         pairs = (
             ("model", self._model, answer.model),
             ("labels_version", self._labels_version, answer.labels_version),
-            ("bank version", self._bank.version, answer.bank_version),
+            ("bank digest", self._bank.digest, answer.bank_digest),
         )
         changes = [f"{key} was {old} and is {new}" for key, old, new in pairs if old != new]
         if not changes:
@@ -153,7 +153,9 @@ class LabelFetcher:
         _log.warning("the annotator changed (%s); the report says so", "; ".join(changes))
         self.annotator_changes += changes
         self._model, self._labels_version = answer.model, answer.labels_version
-        self._bank = self._bank.model_copy(update={"version": answer.bank_version})
+        self._bank = self._bank.model_copy(
+            update={"version": answer.bank_version, "digest": answer.bank_digest}
+        )
 
     def _passes(self, wanted: Wanted, error: VessaError | None) -> bool:
         """Tell whether to request an item again; limited, so that one bad image cannot stop a run."""
