@@ -20,6 +20,7 @@
 #   proving          the proving ground with PROVING_EFFORT=20 times the inputs (docs/explanation/reliability.md)
 #   soak             20 minutes of mixed load and the slope of memory: ARGS="--minutes N"; ends in JSON
 #   test-browser     the console in chromium, with its unit tests and types; ends in JSON
+#   test-files       test files of pydicom, nibabel, Pillow and highdicom beside reference readers; ends in JSON
 #   test-compose     the compose stack: offline, and with each container killed; needs docker and root
 #   test-ray         replicas under Ray Serve; installs Ray into .venv and changes no locked package
 #   test-vllm        our language model in a real vLLM on the CPU; ends in JSON
@@ -31,8 +32,7 @@ SHELL := /bin/sh
 PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
            tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
            tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
-.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
-.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-scale test-browser test-compose test-vllm test-ray nginx docs docs-serve dist layout check-prose
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-browser test-compose test-files test-vllm test-ray nginx docs docs-serve dist layout check-prose
 
 BIN := .venv/bin
 # The stamp is named by a checksum of its inputs: a changed lock is noticed, and the file times of a fresh
@@ -122,6 +122,9 @@ bench-scale: setup redis nginx
 test-browser: setup
 	@command -v chromium >/dev/null || sh scripts/apt-install.sh chromium
 	@$(BIN)/python scripts/test_browser.py $(ARGS)
+
+test-files: setup
+	$(BIN)/python tests/files/run.py $(ARGS)
 
 test-compose: setup
 	@$(BIN)/python tests/compose/run.py $(ARGS)

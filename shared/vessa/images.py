@@ -36,6 +36,8 @@ _MPO_FRAMES = (
     "Multi-Frame Image: (Multi-Angle)",
 )
 _PHOTOMETRIC = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
+_PHOTOMETRIC_TAG = 262
+_ASSOCIATED = 1  # alpha that the colors are multiplied by
 _JPEG_IN_TIFF = (6, 7, 33007, 34892)
 
 # tifffile reports odd tags of a file on the log; its words may quote the file.
@@ -204,7 +206,12 @@ def _check_layout(file: tifffile.TiffFile, page: Any, max_pixels: int, what: str
     samples, dtype = int(page.samplesperpixel), page.dtype
     colors = {"RGB": 3, "YCbCr": 3, "CMYK": 4}.get(kind or "", 1)
     alpha = samples == colors + 1 and len(page.extrasamples) == 1 and int(page.extrasamples[0]) in (1, 2)
-    if kind is None or dtype is None or np.dtype(dtype).kind not in "uif" or not (samples == colors or alpha):
+    if (
+        kind is None
+        or dtype is None
+        or np.dtype(dtype).kind not in "buif"
+        or not (samples == colors or alpha)
+    ):
         photometric = getattr(page.photometric, "name", str(page.photometric))
         raise InvalidImage(
             f"{what} is a TIFF of {samples} channels ({photometric}, {dtype or 'unknown'} pixels), "
@@ -222,12 +229,16 @@ def _shown_tiff(pixels: np.ndarray[Any, Any], page: Any, what: str) -> Pixels:
     if kind == "palette":
         colors = np.asarray(page.colormap)
         colors = colors >> 8 if colors.max() > 255 else colors
-        return np.ascontiguousarray(np.moveaxis(colors, 0, -1).astype(np.uint8)[pixels])
+        return np.ascontiguousarray(np.moveaxis(colors, 0, -1).astype(np.uint8)[pixels.astype(np.uint16)])
     if kind == "CMYK":
         if pixels.dtype != np.uint8:
             raise InvalidImage(f"{what} is a CMYK TIFF of {bits} bits a sample; save it as RGB")
         return np.array(Image.fromarray(pixels[..., :4], "CMYK").convert("RGB"), dtype=np.uint8)
     if kind in ("RGB", "YCbCr"):
+        if pixels.shape[-1] == 4 and int(page.extrasamples[0]) == _ASSOCIATED and pixels.dtype.kind == "u":
+            alpha = np.maximum(pixels[..., 3:].astype(np.float64), 1)
+            most = np.iinfo(pixels.dtype).max
+            pixels = np.minimum(pixels[..., :3] * (most / alpha), most).astype(pixels.dtype)
         pixels = pixels[..., :3]
     elif pixels.ndim == 3:
         pixels = pixels[..., 0]  # the rest is alpha
@@ -237,4 +248,6 @@ def _shown_tiff(pixels: np.ndarray[Any, Any], page: Any, what: str) -> Pixels:
         shown = np.ascontiguousarray(pixels)
     else:
         shown = scaled(pixels.astype(np.float32 if pixels.dtype.itemsize < 8 else np.float64), what)
-    return 255 - shown if int(page.photometric) == 0 else shown
+    white_is_low = int(page.photometric) == 0 and _PHOTOMETRIC_TAG in page.tags
+    result: Pixels = 255 - shown if white_is_low else shown
+    return result

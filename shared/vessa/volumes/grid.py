@@ -183,7 +183,8 @@ def slice_of(array: np.ndarray[Any, Any], axis: int, index: int) -> np.ndarray[A
     """
     selection: list[Any] = [slice(None)] * 3
     selection[axis] = index
-    return array[tuple(selection)].swapaxes(0, 1)
+    view: np.ndarray[Any, Any] = array[tuple(selection)].swapaxes(0, 1)
+    return view
 
 
 def check_affine(affine: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:

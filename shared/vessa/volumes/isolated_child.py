@@ -60,17 +60,20 @@ def main(channel: socket.socket) -> None:
             _limit(request["memory"], request["seconds"])
             reply, parts = _work(request, blobs, shared)
         except VessaError as error:
-            reply, parts = {"error": [error.code, error.message]}, []
-            shared.close()
+            reply, parts = _failed(shared, error.code, error.message), []
         except MemoryError:
-            error = TooLarge("the file needs more memory than is allowed for one file")
-            reply, parts = {"error": [error.code, error.message]}, []
-            shared.close()
+            why = "the file needs more memory than is allowed for one file"
+            reply, parts = _failed(shared, TooLarge.code, why), []
         except Exception:
-            reply, parts = {"error": [InternalError.code, "reading the file failed in an unexpected way"]}, []
-            shared.close()
+            why = "reading the file failed in an unexpected way"
+            reply, parts = _failed(shared, InternalError.code, why), []
         send(channel, reply, parts, [shared.handle] if shared.handle >= 0 else [])
         shared.close()
+
+
+def _failed(shared: _Shared, code: str, message: str) -> dict[str, Any]:
+    shared.close()
+    return {"error": [code, message]}
 
 
 def _limit(memory: int, seconds: float) -> None:

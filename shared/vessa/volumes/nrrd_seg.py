@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-import nrrd
+import nrrd  # type: ignore[import-untyped]
 import numpy as np
 
 from vessa.masks.colors import class_color

@@ -7,7 +7,7 @@ dropped.
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydicom import Dataset, uid
 from pydicom.valuerep import DSfloat
@@ -127,5 +127,5 @@ def _place(kept: Dataset, header: Dataset, frames: Sequence[Frame]) -> None:
     kept.PerFrameFunctionalGroupsSequence = groups
 
 
-def _decimals(values: Sequence[float]) -> list[DSfloat]:
+def _decimals(values: Iterable[float]) -> list[DSfloat]:
     return [DSfloat(float(value), auto_format=True) for value in values]

@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
@@ -127,7 +127,7 @@ def _named(name: str, work: Any, *arguments: Any) -> Any:
         raise
 
 
-def open_dicom(source: Source) -> IO[bytes]:
+def open_dicom(source: Source) -> BinaryIO:
     """Open a DICOM file; one that is gzipped as a whole is inflated within a limit."""
     try:
         file: Any = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
@@ -146,7 +146,7 @@ def open_dicom(source: Source) -> IO[bytes]:
     return file  # type: ignore[no-any-return]
 
 
-def _syntax(file: IO[bytes]) -> uid.UID:
+def _syntax(file: BinaryIO) -> uid.UID:
     """Return the transfer syntax stated in a file's meta information, "" where none is; rewinds the file."""
     try:
         read_preamble(file, force=True)
