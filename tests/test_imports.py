@@ -13,7 +13,6 @@ from layout import HTTP_PARTS, PACKAGES, TORCH, TORCH_PARTS, WEB, breaches, impo
 # Features beside the main path, and the modules that may use each.
 SIDE_FEATURES = {
     "vessa_server.active_learning": {
-        "vessa_server.api.groups",
         "vessa_server.api.suggest",
         "vessa_server.app",
     },

@@ -137,7 +137,9 @@ def test_compose_services_are_hardened_and_probed() -> None:
     assert services["redis"]["networks"] == ["internal"]
     assert "ports" not in services["redis"]
     assert all(port.startswith("127.0.0.1:") for port in services["annotator"]["ports"])
-    assert {"--requirepass", "--maxmemory"} <= set(services["redis"]["command"])
+    assert services["redis"]["command"] == ["sh", "/start.sh"]
+    start = (ROOT / "deploy" / "redis" / "start.sh").read_text(encoding="utf-8")
+    assert all(words in start for words in ("user default off", "--aclfile", "--maxmemory "))
 
 
 def test_gpu_override_adds_devices_and_nothing_else_to_the_trainer_command() -> None:
