@@ -67,7 +67,8 @@ def test_every_method_has_a_title_of_its_own():
 
 def test_a_config_that_does_not_ship_is_refused_with_those_that_do():
     with pytest.raises(
-        InvalidConfig, match=r"no config is called 'vesa'; there are .*vessa, .*vessa_no_memory"
+        InvalidConfig,
+        match=r"no shipped config is called 'vesa'. Shipped configs: .*vessa, .*vessa_no_memory",
     ):
         shipped("vesa")
 

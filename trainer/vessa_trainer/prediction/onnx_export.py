@@ -1,6 +1,7 @@
 """Export the teacher that a run delivered as one ONNX file that describes the preparation of images."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from vessa import atomic_write
 from vessa.errors import InvalidConfig, InvalidWeights
 from vessa_trainer.config import load_config
+from vessa_trainer.prediction.predict import read_geometry
 from vessa_trainer.students.inference import load_best
 
 TOLERANCE = 1e-3  # of logits: ONNX Runtime adds float32 values in another order
@@ -48,8 +50,10 @@ def export(run: Path, out: Path) -> dict[str, Any]:
         verbose=False,
     )
     assert program is not None
+    geometry = read_geometry(run)
+    stored_ids = range(max(classes) + 1) if geometry is None else geometry.stored_ids
     proto = program.model_proto
-    for key, value in _metadata(config.student.size, size, channels, classes).items():
+    for key, value in _metadata(config.student.size, size, channels, classes, stored_ids).items():
         proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=json.dumps(value)))
     onnx.checker.check_model(proto)
     data = proto.SerializeToString()
@@ -64,10 +68,13 @@ def export(run: Path, out: Path) -> dict[str, Any]:
     return {"out": str(out), "bytes": len(data), "difference": difference}
 
 
-def _metadata(size: int, padded: int, channels: int, classes: dict[int, str]) -> dict[str, Any]:
+def _metadata(
+    size: int, padded: int, channels: int, classes: dict[int, str], stored_ids: Sequence[int]
+) -> dict[str, Any]:
     """Describe what `predict_slices` does before and after the network."""
     return {
         "classes": {str(i): name for i, name in classes.items()},
+        "stored_ids": list(stored_ids),  # of each output in the masks that the run learned from
         "preprocessing": {
             "channels": channels,
             "range": [0, 1],
