@@ -146,10 +146,10 @@ class Pretraining:
         The best weights by validation Dice are in `out`: a weights directory of nano, or only the trained
         tensors of an official graph, for `vessa-server weights export`.
         """
+        self._describe()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not self.processes.first) as bar:
             task = bar.add_task("Stage 1", total=1.0)
-            self._describe()
             while self.progress < 1:
                 figures = self._step()
                 line = f"step {self.step} loss {figures['loss']:.2f} Dice {figures['dice']:.2f}"

@@ -7,6 +7,7 @@ number `i` is the same in every run with the same seed, which makes a resumed ru
 from collections.abc import Callable
 
 import numpy as np
+from rich.progress import track
 
 from vessa_server.pretraining.data.pools import Episode, Pool, pool_of_study
 from vessa_server.pretraining.data.regions import region_episode
@@ -96,9 +97,19 @@ class Tasks:
         self.real, self.source, self.studies = real, source, studies
         self.share, self.region_share = synthetic_share if real else 1.0, region_share
         self._redraw, self._renew = redraw, renew
-        self.synthetic: list[Pool] = []
         self.drawn = 0
-        self.restore(0)
+        self._synthetic: list[Pool] | None = None
+
+    @property
+    def synthetic(self) -> list[Pool]:
+        """The synthetic studies of the present state; made at the first use, which takes minutes."""
+        if self._synthetic is None:
+            renewed = self.drawn // self._renew
+            newest = [self._newest(slot, renewed) for slot in range(self.studies)]
+            shown = track(newest, "synthetic studies", transient=True)
+            self._synthetic = [self.source.pool(index) for index in shown]
+            self._redraw_banks()
+        return self._synthetic
 
     @property
     def pools(self) -> list[Pool]:
@@ -107,11 +118,7 @@ class Tasks:
 
     def restore(self, drawn: int) -> None:
         """Go to the state after `drawn` batches: the studies of then and their banks."""
-        self.drawn = drawn
-        renewed = drawn // self._renew
-        newest = [self._newest(slot, renewed) for slot in range(self.studies)]
-        self.synthetic = [self.source.pool(index) for index in newest]
-        self._redraw_banks()
+        self.drawn, self._synthetic = drawn, None
 
     def _newest(self, slot: int, renewed: int) -> int:
         """Number of the study in a slot after `renewed` replacements, which go round the slots."""
@@ -138,6 +145,7 @@ class Tasks:
 
     def batch(self, rng: np.random.Generator, size: int) -> list[Episode]:
         """Draw `size` episodes, all with the same number of templates."""
+        synthetic_pools = self.synthetic  # of the state before this batch
         self.drawn += 1
         if self.drawn % self._redraw == 0:
             self._redraw_banks()
@@ -147,7 +155,7 @@ class Tasks:
         episodes: list[Episode] = []
         while len(episodes) < size:
             synthetic = rng.random() < self.share
-            pools = self.synthetic if synthetic else self.real
+            pools = synthetic_pools if synthetic else self.real
             pool = pools[int(rng.integers(len(pools)))]
             if not synthetic and rng.random() < self.region_share:
                 image = pool.images[int(rng.integers(len(pool.images)))]
