@@ -23,6 +23,7 @@ from vessa.datasets import Dataset, open_dataset
 from vessa.schemas import BankInfo
 from vessa_server.pretraining.data.phantoms import write_phantoms
 from vessa_trainer.config import Config, load_config
+from vessa_trainer.experiments.run import fit
 from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 
 SIZE = 32  # px, of the phantoms and of the tiny students' squares
@@ -206,3 +207,23 @@ def wired(annotator, wire: Wire) -> Iterator[AnnotatorClient]:
 def bank(client: AnnotatorClient, dataset: Dataset, tiny: Callable[..., Config]) -> BankInfo:
     """The bank of the phantoms' labeled patient."""
     return seed_labeled(client, dataset, tiny())
+
+
+@pytest.fixture
+def hearts(phantoms, tmp_path):
+    """A copy of the phantoms that a test may change."""
+    return shutil.copytree(phantoms, tmp_path / "hearts")
+
+
+@pytest.fixture
+def train(tiny, hearts):
+    """Train a tiny student on the changed phantoms: `train(*overrides)`."""
+
+    quick = ("semi.method=supervised", "steps=2", "eval_every=1")
+
+    def run(*overrides, data=hearts):
+        return fit(
+            tiny(*quick, f"data.root={data}", *overrides), resume_line="vessa-trainer fit --out here --resume"
+        )
+
+    return run

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import resource
 import shutil
-import unicodedata
 
 import h5py
 import nibabel as nib
@@ -23,7 +22,6 @@ from vessa.errors import InvalidConfig, InvalidDataset
 from vessa_trainer.config import DataConfig
 from vessa_trainer.data.splits import plan_splits
 from vessa_trainer.data.training_data import open_training_data
-from vessa_trainer.experiments.run import fit
 from vessa_trainer.experiments.run_lock import locked
 from vessa_trainer.experiments.verify_data import verify_data
 from vessa_trainer.prediction.predict import predict
@@ -32,23 +30,6 @@ from vessa_trainer.semi_supervised.trainer import Interrupted
 from vessa_trainer.students.inference import load_best
 
 RESUME = "vessa-trainer fit --out here --resume"
-QUICK = ("semi.method=supervised", "steps=2", "eval_every=1")
-
-
-@pytest.fixture
-def hearts(phantoms, tmp_path):
-    """A copy of the phantoms that a test may change."""
-    return shutil.copytree(phantoms, tmp_path / "hearts")
-
-
-@pytest.fixture
-def train(tiny, hearts):
-    """Train a tiny student on the changed phantoms: `train(*overrides)`."""
-
-    def run(*overrides, data=hearts):
-        return fit(tiny(*QUICK, f"data.root={data}", *overrides), resume_line=RESUME)
-
-    return run
 
 
 def split(folder, name):
@@ -415,43 +396,3 @@ def test_masks_of_0_and_255_show_one_class(hearts, train, tmp_path):
         write(path, ((read(path) > 0) * 255).astype(np.uint8))
     train()
     assert load_best(tmp_path / "run", open_config(tmp_path / "run"))[0].head.out_channels == 2
-
-
-def with_bom(folder):
-    path = folder / "meta.json"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-
-
-def with_apple_files(folder):
-    for path in list((folder / "images").iterdir()):
-        (folder / "images" / f"._{path.name}").write_bytes(bytes.fromhex("0005160700020000") + bytes(100))
-
-
-def with_upper_suffixes(folder):
-    for path in list((folder / "images").iterdir()):
-        path.rename(path.with_suffix(".PNG"))
-
-
-def with_one_bit(folder):
-    for path in (folder / "masks").iterdir():
-        Image.fromarray(read(path) > 0).save(path)
-    (folder / "meta.json").write_text('{"classes": {"0": "background", "1": "heart"}}')
-
-
-def with_another_unicode_form(folder):
-    for part in ("images", "masks"):
-        for path in list((folder / part).glob("heart000*")):
-            path.rename(
-                path.with_name(unicodedata.normalize("NFD", "Müller") + path.name.removeprefix("heart000"))
-            )
-    for path in (folder / "splits").iterdir():
-        path.write_text(path.read_text().replace("heart000", "Müller"))
-
-
-@pytest.mark.parametrize(
-    "change", [with_bom, with_apple_files, with_upper_suffixes, with_one_bit, with_another_unicode_form]
-)
-def test_harmless_habits_of_files_are_read(hearts, change):
-    change(hearts)
-    found = verify_data(hearts, [])
-    assert (found.images, found.errors) == (18, 0), found.findings

@@ -19,7 +19,7 @@ from vessa.volumes import read_volume
 from vessa_server.serialization.image_files import decode_mask
 from vessa_server.settings import Settings
 from vessa_server.volume_jobs.slices import read_provenance, write_images, write_slice
-from vessa_server.volume_jobs.store import JobStore, alone_on
+from vessa_server.volume_jobs.store import JobStore
 
 AFFINE = np.array([[-1.2, 0, 0.1, 3], [0, 1.5, 0, 4], [0.1, 0, 6.0, 5], [0, 0, 0, 1]], np.float32)
 SHAPE = (40, 30, 5)
@@ -227,13 +227,6 @@ def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_
     assert modes == {0o700, 0o600}
 
 
-def test_of_the_services_that_share_a_folder_one_works(tmp_path: Path) -> None:
-    with alone_on(tmp_path) as first, alone_on(tmp_path) as second:
-        assert (first, second) == (True, False)
-    with alone_on(tmp_path) as again:
-        assert again
-
-
 def test_slices_are_counted_along_the_axis_that_is_asked_for(server):
     server.seed("jobs")
     long = nifti(np.zeros((3000, 4, 4), np.float32), np.eye(4))
@@ -273,19 +266,6 @@ def test_a_job_whose_banks_classes_were_changed_fails_and_mixes_nothing(server_o
         "class_conflict",
         "unknown_class",
     )
-
-
-def test_a_job_is_gone_at_once_whoever_still_writes_to_it(tmp_path):
-    folder = tmp_path / "job"
-    folder.mkdir()
-    (folder / "job.json").write_text("{}")
-    store = JobStore(tmp_path)
-    store.remove("job")
-    store.remove("job")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FileNotFoundError):
-        (folder / "result").write_bytes(b"late")
-    assert store.bytes_by_owner() == {}
 
 
 def test_a_job_whose_files_are_gone_fails_and_holds_nobody_up(server_of, nano_weights, tmp_path):

@@ -33,6 +33,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def append_metrics(run: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to a run's metrics.jsonl."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def truncate_metrics(run: Path, step: int) -> None:
     """Drop the rows after a step, and a line that a kill cut: the resumed run writes them again."""
     rows = [row for row in read_metrics(run) if row["step"] <= step]

@@ -11,6 +11,10 @@ from vessa.errors import VessaError
 from vessa.metrics import Scores
 from vessa.report.cases import annotated, score_labels
 from vessa_trainer.config import Config
+from vessa_trainer.data.examination import examine
+from vessa_trainer.data.overview import shows_class
+from vessa_trainer.data.splits import cases_of
+from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.students.inference import predict_labels
 
 
@@ -44,6 +48,32 @@ def evaluate(
     """Score a model on volumes; slices without a mask are left out."""
     cases = annotated(dataset, cases)
     return score_labels(dataset, cases, predict_labels(model, dataset, cases, config, channels))
+
+
+def score_annotator(dataset: Dataset, cases: Sequence[Case], feed: AnnotationFeed) -> Scores:
+    """Score the annotator's newest labels of some annotated cases."""
+    labels = {
+        case.name: [p.labels for p in feed.get([s.name for s in case.slices], newest=True)] for case in cases
+    }
+    return score_labels(dataset, cases, labels)
+
+
+def final_scores(
+    model: nn.Module,
+    dataset: Dataset,
+    val_cases: Sequence[Case],
+    test_groups: Sequence[str],
+    config: Config,
+    channels: int,
+) -> tuple[Scores, Scores]:
+    """Score the delivered model on validation cases and on the test patients.
+
+    Patients whose masks show no class have no score: any prediction there would count as 0.
+    """
+    val = evaluate(model, dataset, val_cases, config, channels)
+    scored = shows_class(test_groups, examine(dataset))
+    test_cases = cases_of(dataset, test_groups) if scored else []
+    return val, evaluate(model, dataset, test_cases, config, channels)
 
 
 def describe(

@@ -1,6 +1,5 @@
 """A training run from start to report, wherever it was stopped."""
 
-import json
 import logging
 import os
 import time
@@ -19,9 +18,9 @@ from torch import Tensor
 from vessa import atomic_write
 from vessa.client import Prompts
 from vessa.datasets import Dataset, Slice
-from vessa.errors import InvalidConfig, InvalidWeights, VessaError
+from vessa.errors import InvalidConfig, VessaError
 from vessa.metrics import Scores
-from vessa.report.cases import annotated, score_labels
+from vessa.report.cases import annotated
 from vessa_trainer.config import Config, save_config
 from vessa_trainer.data.examination import examine
 from vessa_trainer.data.geometry import geometry_of
@@ -31,7 +30,7 @@ from vessa_trainer.data.splits import cases_of, read_splits, slices_of
 from vessa_trainer.outages import TRAINER, Incidents
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
 from vessa_trainer.reporting.diagnostics import Advice, advise, never_labeled
-from vessa_trainer.reporting.plots import read_metrics, truncate_metrics
+from vessa_trainer.reporting.plots import append_metrics, read_metrics, truncate_metrics
 from vessa_trainer.reporting.trackers import Tracking
 from vessa_trainer.semi_supervised.batches import UnlabeledViews, labeled_batch, unlabeled_views
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
@@ -42,7 +41,15 @@ from vessa_trainer.semi_supervised.divergence import (
 )
 from vessa_trainer.semi_supervised.feedback import FeedbackRounds, predict_prompts
 from vessa_trainer.semi_supervised.objective import compute_loss
-from vessa_trainer.semi_supervised.results import Interrupted, RunResult, describe, evaluate
+from vessa_trainer.semi_supervised.results import (
+    Interrupted,
+    RunResult,
+    describe,
+    evaluate,
+    final_scores,
+    score_annotator,
+)
+from vessa_trainer.semi_supervised.run_checkpoint import RunCheckpoint
 from vessa_trainer.semi_supervised.schedule import ema_decay, poly, source_weights, update_teacher
 from vessa_trainer.semi_supervised.signals import noted, undisturbed
 from vessa_trainer.students import checkpoint
@@ -108,6 +115,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.student, config.optim), fused=True)
         self.rates = [g["lr"] for g in self.optimizer.param_groups]
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.checkpoint = RunCheckpoint(
+            self.out / checkpoint.LAST, self.student, self.teacher, self.optimizer, self.generator
+        )
         self._signals: list[int] = []  # that came, where there are several processes
         self._drawn_from: Tensor | None = None  # the generator's state before the step under way
         self.order = Order(len(self.labeled), config.batch_labeled, config.seed)
@@ -136,20 +146,10 @@ class Run:
         """Take up the last checkpoint; False when there is none."""
         if self.processes.first:
             atomic_write.remove_leftovers(self.out)
-        path = self.out / checkpoint.LAST
-        found = path.is_file()
+        found = self.checkpoint.path.is_file()
         if found:
-            saved_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-            tensors, metadata = checkpoint.read(path)
-            try:
-                state, generator, torch_rng = metadata["state"], tensors["generator"], tensors["torch_rng"]
-            except KeyError as error:
-                raise InvalidWeights(f"{path} is not the checkpoint of a run: it holds no {error}") from None
-            checkpoint.load_module(self.student, tensors, "student")
-            checkpoint.load_module(self.teacher, tensors, "teacher")
-            checkpoint.load_optimizer(self.optimizer, tensors)
-            self.generator.set_state(generator)
-            torch.set_rng_state(torch_rng)
+            saved_at = datetime.fromtimestamp(self.checkpoint.path.stat().st_mtime, UTC)
+            state = self.checkpoint.restore()
             self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
             self.seconds, self.waited = state["seconds"], state["waited"]
             self.validated = state.get("validated", self.step)
@@ -176,13 +176,9 @@ class Run:
         if not self.processes.first:
             return
         self._require_finite_weights()
-        tensors = checkpoint.module_state(self.student, "student")
-        tensors |= checkpoint.module_state(self.teacher, "teacher")
-        tensors |= checkpoint.optimizer_state(self.optimizer)
-        tensors |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
         state = {"step": self.step, "best": self.best, "best_step": self.best_step}
         state |= {"seconds": self.seconds, "waited": self.waited, "validated": self.validated}
-        checkpoint.write(self.out / checkpoint.LAST, tensors, {"state": state})
+        self.checkpoint.save(state)
         if self.feedback is not None:
             self.feedback.forget_older(self.step)
 
@@ -221,7 +217,7 @@ class Run:
         except OSError as error:
             raise Interrupted(
                 f"cannot write to {self.out}: {error.strerror or error}; the last checkpoint is of step "
-                f"{self._saved_step()}. Mend that, then resume with: {self.resume_line}"
+                f"{self.checkpoint.step()}. Mend that, then resume with: {self.resume_line}"
             ) from error
         except (VessaError, KeyboardInterrupt) as error:
             if self._drawn_from is not None:  # in the middle of a step: it will be drawn again
@@ -295,7 +291,7 @@ class Run:
             self.generator,
             self.processes,
         )
-        require_finite_loss(figures, self.config, self.step + 1, self._saved_step)
+        require_finite_loss(figures, self.config, self.step + 1, self.checkpoint.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.processes.add_gradients(self.student)
@@ -307,11 +303,7 @@ class Run:
 
     def _require_finite_weights(self) -> None:
         models = {"student": self.student, "teacher": self.teacher}
-        require_finite_weights(models, self.config, self.step, self._saved_step)
-
-    def _saved_step(self) -> int | None:
-        path = self.out / checkpoint.LAST
-        return int(checkpoint.read(path)[1]["state"]["step"]) if path.is_file() else None
+        require_finite_weights(models, self.config, self.step, self.checkpoint.step)
 
     def names_ahead(self, steps: int) -> list[str]:
         """Return the names of the images of this process's part of the coming steps, in their order."""
@@ -349,8 +341,7 @@ class Run:
             row["feed"] = stats | self.processes.total({k: stats[k] for k in COUNTS})
         if not self.processes.first:
             return
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_metrics(self.out, row)
         board.add("train", figures, self.step)
 
     def _validate_if_due(self, board: Tracking) -> None:
@@ -372,8 +363,7 @@ class Run:
         if (vessa := self._score_vessa()) is not None:
             row["alpha_v"] = source_weights(self.step, self.config.steps, self.config.semi.alpha_v_floor)[1]
             self._add_scores(row, "vessa", vessa, board)
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_metrics(self.out, row)
         self._say(advise(read_metrics(self.out), self.dataset.classes))
         dice = row["val_teacher"]["mean"]["dice"]
         if dice is not None and (self.best is None or dice > self.best):
@@ -411,11 +401,7 @@ class Run:
             self.feed.refresh([s.name for s in items], self._prompts(items))
         else:
             self.feed.prefetch([s.name for s in items])
-        labels = {
-            case.name: [p.labels for p in self.feed.get([s.name for s in case.slices], newest=True)]
-            for case in cases
-        }
-        return score_labels(self.dataset, cases, labels)
+        return score_annotator(self.dataset, cases, self.feed)
 
     def _say(self, advice: Sequence[Advice]) -> None:
         """Warn of what was not warned of yet."""
@@ -428,10 +414,6 @@ class Run:
         tensors, _ = checkpoint.read(self.out / checkpoint.BEST)
         model = deepcopy(self.teacher)
         checkpoint.load_module(model, tensors, "teacher")
-        # Patients whose masks show no class have no score: whatever a model draws there would count as 0.
         val_cases = self.val_cases if self.selects else []
-        val = evaluate(model, self.dataset, val_cases, self.config, self.channels)
-        scored = shows_class(self.splits.test, examine(self.dataset))
-        test_cases = cases_of(self.dataset, self.splits.test) if scored else []
-        test = evaluate(model, self.dataset, test_cases, self.config, self.channels)
+        val, test = final_scores(model, self.dataset, val_cases, self.splits.test, self.config, self.channels)
         return RunResult(self.out, self.step, self.best_step, self.selects, val, test, self.seconds)
