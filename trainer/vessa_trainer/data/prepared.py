@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from vessa.datasets import Dataset, Slice
 from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset
+from vessa_trainer.config import Config
 from vessa_trainer.data.memmap_cache import MappedSquares, Square, key_of
+from vessa_trainer.data.splits import Splits, slices_of
 from vessa_trainer.data.windows import Window, union_box, window_around
 
 
@@ -200,3 +203,26 @@ class Order:
     def ahead(self, step: int, batches: int) -> Iterator[list[int]]:
         """Rows of the batches from `step` on."""
         return (self.rows(s) for s in range(step, step + batches))
+
+
+def prepare_splits(
+    dataset: Dataset, splits: Splits, config: Config, out: Path
+) -> tuple[Prepared, Prepared | None]:
+    """Prepare the labeled and, unless the method is supervised, the unlabeled images of a run.
+
+    Both have the same number of channels. out: folder of the run, which may lie among the images.
+    """
+    options: dict[str, Any] = {
+        "folder": None if config.data.prepared is None else Path(config.data.prepared),
+        "limit_bytes": config.data.prepared_gb * 1e9,
+        "out": out,
+    }
+    size = config.student.size
+    labeled = Prepared(dataset, slices_of(dataset, splits.labeled), size, need_masks=True, **options)
+    if config.semi.method == "supervised":
+        return labeled, None
+    unlabeled = Prepared(dataset, slices_of(dataset, splits.unlabeled), size, need_masks=False, **options)
+    channels = max(labeled.channels, unlabeled.channels)
+    for part in (labeled, unlabeled):
+        part.show_as(channels)
+    return labeled, unlabeled

@@ -25,8 +25,8 @@ from vessa_trainer.config import Config, save_config
 from vessa_trainer.data.examination import examine
 from vessa_trainer.data.geometry import geometry_of
 from vessa_trainer.data.overview import shows_class
-from vessa_trainer.data.prepared import Order, Prepared
-from vessa_trainer.data.splits import cases_of, read_splits, slices_of
+from vessa_trainer.data.prepared import Order, prepare_splits
+from vessa_trainer.data.splits import cases_of, read_splits
 from vessa_trainer.outages import TRAINER, Incidents
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
 from vessa_trainer.reporting.diagnostics import Advice, advise, never_labeled
@@ -93,20 +93,8 @@ class Run:
         if processes.first:
             save_config(config, self.out / "config.yaml")
         self.splits = read_splits(dataset, config.data)
-        size = config.student.size
-        prepared = None if config.data.prepared is None else Path(config.data.prepared)
-        limit = config.data.prepared_gb * 1e9
-        options: dict[str, Any] = {"folder": prepared, "limit_bytes": limit, "out": self.out}
-        rows = slices_of(dataset, self.splits.labeled)
-        self.labeled = Prepared(dataset, rows, size, need_masks=True, **options)
-        self.unlabeled: Prepared | None = None
-        if config.semi.method != "supervised":
-            rows = slices_of(dataset, self.splits.unlabeled)
-            self.unlabeled = Prepared(dataset, rows, size, need_masks=False, **options)
-        parts = [p for p in (self.labeled, self.unlabeled) if p is not None]
-        self.channels = max(p.channels for p in parts)
-        for part in parts:
-            part.show_as(self.channels)
+        self.labeled, self.unlabeled = prepare_splits(dataset, self.splits, config, self.out)
+        self.channels = self.labeled.channels
         student = build_student(config.student, self.channels, max(dataset.classes) + 1).to(self.device)
         self.student = processes.share_statistics(student)
         if config.student.init is not None:
@@ -263,16 +251,8 @@ class Run:
         if self.unlabeled is not None and self.unlabeled_order is not None:
             rows = self.unlabeled_order.rows(self.step)
             self._look_ahead()
-            unlabeled = unlabeled_views(
-                self.unlabeled,
-                rows,
-                config,
-                self.feed,
-                self.generator,
-                self.processes,
-                self.device,
-                self.usual_window,
-            )
+            parts = (self.feed, self.generator, self.processes, self.device, self.usual_window)
+            unlabeled = unlabeled_views(self.unlabeled, rows, config, *parts)
         rows = self.order.rows(self.step)
         labeled = labeled_batch(self.labeled, rows, config, self.generator, self.processes, self.device)
         return labeled, unlabeled
@@ -281,15 +261,9 @@ class Run:
         self, labeled: tuple[Tensor, Tensor, Tensor], unlabeled: UnlabeledViews | None
     ) -> dict[str, float]:
         """Move student, teacher and the count of steps, all of them."""
+        teacher, config = self.teacher.eval(), self.config
         loss, figures = compute_loss(
-            self.student,
-            self.teacher.eval(),
-            labeled,
-            unlabeled,
-            self.config,
-            self.step,
-            self.generator,
-            self.processes,
+            self.student, teacher, labeled, unlabeled, config, self.step, self.generator, self.processes
         )
         require_finite_loss(figures, self.config, self.step + 1, self.checkpoint.step)
         self.optimizer.zero_grad(set_to_none=True)
