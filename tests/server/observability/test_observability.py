@@ -185,3 +185,16 @@ def test_messages_and_warnings_of_file_readers_are_withheld(
     assert "DOE" not in written
     assert "a message of pydicom is withheld" in written
     assert "UserWarning raised at valuerep.py:12" in written
+
+
+def test_the_access_log_names_key_bank_and_address(
+    server: Any, bank: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.seed(bank)
+    with caplog.at_level(logging.INFO, "vessa_server.access"):
+        server.http.get(f"/banks/{bank}")
+        server.http.get("/banks/none", headers={"Authorization": "Bearer wrong"})
+    lines = [record.getMessage() for record in caplog.records if record.name == "vessa_server.access"]
+    assert "testclient GET /banks/{bank} 200 in " in lines[0]
+    assert lines[0].endswith(f"bank {bank}")
+    assert " 401 in " in lines[1]

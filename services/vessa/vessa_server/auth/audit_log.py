@@ -7,6 +7,7 @@ rotated by size; an old file is removed only when it is beyond the number and th
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -113,9 +114,7 @@ class AuditLog:
 
                 def write() -> None:
                     self._rotate(len(data))
-                    self._write(data)
-                    head = json.dumps({"sequence": number + 1, "hash": _hash(data.rstrip(b"\n"))})
-                    write_bytes(self._head_path, head.encode(), 0o600, sync=False)
+                    self._write(data, json.dumps({"sequence": number + 1, "hash": _hash(data[:-1])}))
 
                 if line["action"] in _DELETIONS:
                     reserve.spend(write)
@@ -123,14 +122,16 @@ class AuditLog:
                     write()
                     reserve.fill()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, head: str) -> None:
+        """Append a line and record it in the head file: both, or none."""
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as file:
             start = os.fstat(handle).st_size
             try:
                 if file.write(data) != len(data):
-                    raise OSError(28, "a line of the audit log was cut off")
+                    raise OSError(errno.ENOSPC, "a line of the audit log was cut off")
                 os.fsync(handle)
+                write_bytes(self._head_path, head.encode(), 0o600, sync=False)
             except OSError:
                 file.truncate(start)  # half a line would make the next one unreadable
                 raise

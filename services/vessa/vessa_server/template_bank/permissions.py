@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from vessa.errors import DamagedBank, Forbidden, UnknownBank
 from vessa.schemas import BankInfo
 from vessa_server.auth.keys import Caller, Role
+from vessa_server.observability.request_context import current_request
 from vessa_server.template_bank.bank import Quota, TemplateBanks, TemplateInfos
-from vessa_server.template_bank.retrieval import Bank
+from vessa_server.template_bank.retrieval import Bank, check_name
 from vessa_server.template_bank.template import Template
 
 
@@ -28,6 +29,7 @@ class CallersBanks:
 
     def get(self, name: str) -> Bank:
         """Return a bank. Raises UnknownBank, DamagedBank, StoreUnavailable."""
+        current_request().bank = check_name(name)
         bank = self.banks.get(name)
         if not self._sees(bank.owner, bank.shared):
             raise UnknownBank(f"There is no template bank {name!r}. GET /banks lists them.")
@@ -39,6 +41,7 @@ class CallersBanks:
 
     def add(self, name: str, templates: Sequence[Template]) -> TemplateInfos:
         """Add templates; a bank that this makes is the caller's. Raises TooLarge for a full quota."""
+        current_request().bank = check_name(name)
         quota = None if self._admin else self.quota
         return self.banks.add(name, templates, owner=self.caller.name, access=self._sees, quota=quota)
 
