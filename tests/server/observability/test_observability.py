@@ -179,11 +179,11 @@ def test_messages_and_warnings_of_file_readers_are_withheld(
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     log_to_stderr(Settings())
-    logging.getLogger("pydicom.values").warning("Invalid PN value %r", "DOE^JANE")
+    logging.getLogger("highdicom.base").error("Invalid PN value %r", "DOE^JANE")
     warnings.showwarning(UserWarning("DOE^JANE"), UserWarning, "/lib/pydicom/valuerep.py", 12)
     written = capsys.readouterr().err
     assert "DOE" not in written
-    assert "a message of pydicom is withheld" in written
+    assert "a message of highdicom is withheld" in written
     assert "UserWarning raised at valuerep.py:12" in written
 
 
