@@ -18,11 +18,15 @@ from vessa_server.auth.keys import FileKeys, Keys, RedisKeys, Role, create_key, 
 from vessa_server.cli.main import app as cli
 from vessa_server.settings import Settings
 
-OPEN = {("GET", "/livez"), ("GET", "/readyz")}
+# The probes, the console's page and its files without data, and signing in, which takes the key itself.
+OPEN = {
+    ("GET", "/livez"), ("GET", "/readyz"), ("GET", "/"), ("GET", "/console/{path:path}"),
+    ("POST", "/session"),
+}  # fmt: skip
 # What each route needs. A route that is missing here fails the test: say whom it is for.
 NEEDS = {
     Role.monitor: {("GET", "/metrics")},
-    Role.admin: {("DELETE", "/groups/{group}")},
+    Role.admin: {("DELETE", "/groups/{group}"), ("GET", "/keys"), ("GET", "/audit")},
     Role.curate: {
         ("POST", "/templates"), ("DELETE", "/templates/{identity}"), ("DELETE", "/banks/{bank}"),
         ("POST", "/banks/{bank}/adapt"), ("DELETE", "/banks/{bank}/adapt"),
@@ -36,6 +40,18 @@ NEEDS = {
         ("POST", "/banks/{bank}/suggest"),
         ("POST", "/jobs"), ("GET", "/jobs"), ("GET", "/jobs/{identity}"), ("DELETE", "/jobs/{identity}"),
         ("GET", "/jobs/{identity}/result"), ("GET", "/jobs/{identity}/provenance"),
+        ("GET", "/worklists"), ("POST", "/worklists"), ("GET", "/worklists/{name}"),
+        ("DELETE", "/worklists/{name}"), ("POST", "/worklists/{name}/items"),
+        ("GET", "/worklists/{name}/export"), ("DELETE", "/worklists/{name}/items/{identity}"),
+        ("GET", "/worklists/{name}/items/{identity}/image.png"),
+        ("GET", "/worklists/{name}/items/{identity}/labels.png"),
+        ("PUT", "/worklists/{name}/items/{identity}/labels"),
+        ("POST", "/worklists/{name}/items/{identity}/segment"),
+        ("POST", "/worklists/{name}/items/{identity}/undo"),
+        ("POST", "/worklists/{name}/items/{identity}/decision"),
+        ("DELETE", "/worklists/{name}/items/{identity}/decision"),
+        ("GET", "/runs"), ("GET", "/runs/{name}/metrics"), ("GET", "/runs/{name}/report.html"),
+        ("GET", "/session"), ("DELETE", "/session"),
     },
 }  # fmt: skip
 

@@ -124,7 +124,7 @@ def test_a_service_waits_at_its_start_for_a_redis_that_is_late(
     server = server_of(settings, wait=False)
     answer = server.http.get("/readyz")
     deadline = time.monotonic() + 20
-    while "the template store (Redis) does not answer" not in answer.text:
+    while "The template store (Redis) does not answer" not in answer.text:
         assert answer.status_code == 503
         assert time.monotonic() < deadline, answer.text
         time.sleep(0.1)
