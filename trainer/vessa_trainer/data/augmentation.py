@@ -189,12 +189,16 @@ def _blur(images: Tensor, changes: Sequence[Changes]) -> Tensor:
     rows = [row for row, change in enumerate(changes) if round(2 * change.sigma)]
     if not rows:
         return images
-    sigma = images.new_tensor([changes[row].sigma for row in rows])[:, None]
+    # float64: the sum of the taps runs to the widest kernel of the batch, and in float32 it would round
+    # differently in each part of a batch that several processes share.
+    sigma = torch.tensor([changes[row].sigma for row in rows], device=images.device, dtype=torch.float64)[
+        :, None
+    ]
     radius = (2 * sigma).round()
     reach = int(radius.max())
-    steps = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    steps = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float64)
     taps = torch.exp(-((steps / sigma) ** 2) / 2) * (steps.abs() <= radius)
-    taps = (taps / taps.sum(1, keepdim=True)).T[:, :, None, None, None]
+    taps = (taps / taps.sum(1, keepdim=True)).T.to(images.dtype)[:, :, None, None, None]
     blurred = F.pad(images[rows], [reach] * 4, mode="reflect")
     for dim, length in ((2, images.shape[2]), (3, images.shape[3])):
         # a convolution with a kernel for each image is many times slower on a CPU than this sum
