@@ -35,8 +35,10 @@ class Archive:
             ) from error
         if (user is None) != (password is None) or (token and user):
             raise InvalidConfig("the archive's credentials are a token, or a user with a password")
-        signed_in = user is not None and password is not None
-        session = create_session_from_user_pass(user, password or "") if signed_in else create_session()
+        if user is not None and password is not None:
+            session = create_session_from_user_pass(user, password)
+        else:
+            session = create_session()
         headers = {"Authorization": f"Bearer {token}"} if token else None
         self._url = url
         self._client = DICOMwebClient(url, session=session, headers=headers, timeout=_TIMEOUT_S)

@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from vessa.errors import InvalidRequest, NotFound, Unauthorized
-from vessa_server.api.authentication import CallerDep, require_admin, require_key
+from vessa_server.api.authentication import CallerDep, require_admin, require_curator, require_key
 from vessa_server.api.dependencies import READ, limits_of
 from vessa_server.api.openapi import answering
 from vessa_server.auth.api_key import Access
@@ -127,6 +127,8 @@ def _answer(request: Request, file: StaticFile | None) -> Response:
 
 
 operator_api = APIRouter(dependencies=[Depends(require_key), *READ])
+# A run's report shows cases of patients, so that looking at runs needs more than the right to segment.
+CURATE = [Depends(require_curator)]
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LONGEST_METRICS = 8 << 20  # bytes of metrics.jsonl that are read, the newest
@@ -196,7 +198,7 @@ def audit_lines(request: Request, count: Annotated[int, Query(ge=1, le=1000)] = 
     return found
 
 
-@operator_api.get("/runs")
+@operator_api.get("/runs", dependencies=CURATE)
 def list_runs(request: Request) -> list[RunInfo]:
     """The training runs in the folder that VESSA_RUNS_FOLDER names; none where it names none."""
     folder = _runs_folder(request)
@@ -210,7 +212,7 @@ def list_runs(request: Request) -> list[RunInfo]:
     return [_run(path) for path in sorted(found)]
 
 
-@operator_api.get("/runs/{name}/metrics")
+@operator_api.get("/runs/{name}/metrics", dependencies=CURATE)
 def run_metrics(name: str, request: Request) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     path = _run_folder(name, request) / "metrics.jsonl"
@@ -223,7 +225,12 @@ def run_metrics(name: str, request: Request) -> list[dict[str, Any]]:
     return rows
 
 
-@operator_api.get("/runs/{name}/report.html", response_class=Response, responses=answering("text/html"))
+@operator_api.get(
+    "/runs/{name}/report.html",
+    response_class=Response,
+    responses=answering("text/html"),
+    dependencies=CURATE,
+)
 def run_report(name: str, request: Request) -> Response:
     """A run's report; the page is sandboxed, so that it cannot use the session."""
     path = _run_folder(name, request) / "report.html"

@@ -14,9 +14,11 @@ const PAGES = [
   ["bank", "Bank", BankPage, "annotate"],
   ["annotate", "Annotate", AnnotatePage, "annotate"],
   ["review", "Review", ReviewPage, "annotate"],
-  ["training", "Training", TrainingPage, "annotate"],
+  ["training", "Training", TrainingPage, "curate"],
   ["admin", "Admin", AdminPage, "admin"],
 ];
+
+const RANKS = ["annotate", "curate", "admin"]; // each may do what those before it may
 
 /** @returns {string} the page that the address names */
 function pageOf() {
@@ -50,7 +52,7 @@ function App() {
 
   if (!ready) return html`<main><p>Loading the console.</p></main>`;
   if (!session) return html`<${SignIn} problem=${problem} onDone=${setSession} />`;
-  const shown = PAGES.filter(([, , , role]) => role !== "admin" || session.role === "admin");
+  const shown = PAGES.filter(([, , , role]) => RANKS.indexOf(session.role) >= RANKS.indexOf(role));
   const current = shown.find(([path]) => path === page) ?? shown[0];
   return html`
     <header class="bar">
