@@ -91,8 +91,9 @@ LARGE, FEW = bytes(64 << 20), zlib.compress(bytes(20))
 BOMBS = {
     "PNG of 30000 x 30000": (png(30000, 30000), "too_large"),
     "PNG of 2 thousand million a side": (png(2**31 - 1, 2**31 - 1), "too_large"),
-    "PNG of 1 x 16777216": (png(1, 1 << 24, pixels=zlib.compress(bytes((1 << 24) + 1))), "too_large"),
-    "PNG of 12000 x 1": (picture(np.zeros((12000, 1), np.uint8)), "too_large"),
+    "PNG of 3 x 16777216": (png(3, 1 << 24, pixels=zlib.compress(bytes(3 * ((1 << 24) + 1)))), "too_large"),
+    "PNG of 12000 x 3": (picture(np.zeros((12000, 3), np.uint8)), "too_large"),
+    "PNG of 12000 x 1": (picture(np.zeros((12000, 1), np.uint8)), "invalid_image"),
     "PNG with 64 MiB of pixels for 4 x 4": (png(4, 4, pixels=zlib.compress(LARGE)), None),
     "PNG with 64 MiB of text": (
         png(4, 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(LARGE)), pixels=FEW), "invalid_image"

@@ -316,7 +316,9 @@ def test_template_ids_are_looked_up_and_never_opened(server: Any, bank: str, ide
     server.seed(bank, 1)
     for method, path in (("GET", ""), ("GET", "/overlay.png"), ("DELETE", "")):
         answer = server.http.request(method, f"/templates/{identity}{path}", params={"bank": bank})
-        assert answer.status_code in {404, 405}, answer.text
+        # "/templates/.." is "/" to the client: the console's page, which holds no data
+        page = method == "GET" and answer.text.startswith("<!doctype html>")
+        assert page or answer.status_code in {404, 405}, answer.text
     assert server.http.get(f"/banks/{bank}").json()["templates"] == 1
 
 
