@@ -5,6 +5,7 @@ A test fails when the generated file is not up to date.
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 CLIENT = Path(__file__).resolve().parents[1] / "shared/vessa/client"
@@ -40,7 +41,7 @@ def sync_client(source: str) -> str:
             raise SystemExit(f"{SOURCE.name} has nothing that matches {pattern!r}: drop the replacement")
     # Shorter calls may fit on one line, and renamed imports may change their order.
     for command in (["check", "--select=I", "--fix", "--quiet"], ["format"]):
-        ruff = ["ruff", *command, "--stdin-filename", str(TARGET), "-"]
+        ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(TARGET), "-"]
         text = subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout
     return text
 

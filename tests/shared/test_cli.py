@@ -213,7 +213,7 @@ def test_verify_fails_on_a_patient_in_two_splits_and_says_what_to_do(run: Any, f
     ("arguments", "line"),
     [
         (["banks", "--url", NO_SERVICE], "vessa: unreachable: no response from the annotator at http://127.0.0.1:9"),
-        (["banks", "--api-key", "wrong"], "vessa: unauthorized: the key is wrong"),
+        (["banks", "--api-key", "wrong"], "vessa: unauthorized: The key is wrong or revoked."),
         (["segment", "text.png"], "vessa: invalid_image: text.png is no PNG, JPEG or TIFF file"),
         (["segment", "none.png"], "vessa: invalid_image: no such file: none.png"),
         (["segment", "disks/images/p1_00.png", "--bank", "no-such"], "vessa: unknown_bank: "),

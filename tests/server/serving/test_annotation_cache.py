@@ -162,11 +162,10 @@ def test_only_keys_that_received_an_annotation_see_it(
     identity = read(alice.segment({"images": image}, bank=bank))[1]["items"][0]["annotation_id"]
     assert fetch(alice, identity).status_code == 200
     assert fetch(server, identity).status_code == 200  # an admin
-    for unknown in (identity, "0" * 64, "..", "x" * 300):
+    for unknown in (identity, "0" * 64, "x" * 300):
         refused = fetch(bob, unknown)
         assert refused.status_code == 404
-        if unknown != "..":
-            assert refused.json()["error"]["code"] == "unknown_annotation"
+        assert refused.json()["error"]["code"] == "unknown_annotation"
     assert (
         fetch(bob, identity).json()["error"]["message"].replace(identity, "0" * 64)
         == (fetch(bob, "0" * 64).json()["error"]["message"])

@@ -126,7 +126,7 @@ def test_adaptations_run_beside_batches(remote: WorkerProcess, example: Any) -> 
         remote.adapt("nothing", 1.0)
     assert remote.adapt("b", 4.0).state == "running"
     with pytest.raises(QueueFull) as caught:
-        remote.forget_adaptation("b")
+        remote.adapt("b", 4.0)
     assert caught.value.retry_after == 30.0
     assert isinstance(remote.compute([query(example, 30)])[0], SegmentResult)
     wait_until(lambda: remote.adaptation("b").state != "running")

@@ -1,5 +1,7 @@
 """Reports: tables over random seeds, best and worst cases, and the page."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,6 +99,9 @@ def test_ignored_pixels_count_neither_for_nor_against(dataset):
     mask[2:6, 2:5] = 1
     for index in (1, 2):
         Image.fromarray(mask).save(dataset.root / "masks" / f"p0_{index:02d}.png")
+    meta = {"classes": {"1": "wall"}, "values": {"1": "wall", "255": "ignore"}}
+    (dataset.root / "meta.json").write_text(json.dumps(meta))
+    dataset = open_dataset(dataset.root)
     (case,) = [c for c in dataset.cases() if c.name == "p0"]
     ours = np.where(mask == IGNORE, 1, mask).astype(np.uint8)
     assert score_labels(dataset, [case], {"p0": [ours, ours]}).mean["dice"] == 1.0

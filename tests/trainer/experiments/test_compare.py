@@ -95,7 +95,9 @@ def test_runs_trained_with_other_weights_of_the_annotator_are_refused(config_of,
     summary = json.loads(path.read_text())
     summary["annotator"]["model"] = "sha256:other"
     path.write_text(json.dumps(summary))
-    with pytest.raises(InvalidConfig, match="are of different weights of the annotator .*sha256:other with"):
+    with pytest.raises(
+        InvalidConfig, match="have labels of different weights of the annotator .*sha256:other with"
+    ):
         compare(config_of(steps=2), seeds=1, resume_line=RESUME, console=quiet)
 
 
@@ -166,7 +168,10 @@ def test_a_killed_attempt_blocks_nothing(config_of, quiet, tmp_path):
 
 
 def test_methods_need_names_of_their_own(config_of, quiet):
-    for methods, said in ((["vessa", "vessa"], "different names"), (["vesa"], "no config is called 'vesa'")):
+    for methods, said in (
+        (["vessa", "vessa"], "different names"),
+        (["vesa"], "no shipped config is called 'vesa'"),
+    ):
         with pytest.raises(InvalidConfig, match=said):
             compare(config_of(), seeds=1, resume_line=RESUME, console=quiet, methods=methods)
     with pytest.raises(InvalidConfig, match="label splits of different names"):

@@ -78,7 +78,7 @@ def test_an_out_folder_holds_one_split(tiny, quiet, phantoms, tmp_path):
     drawn = (f"data.root={tmp_path / 'heart'}", "steps=2")
     run_table("table1", tiny(*drawn), **here)
     assert "drawn by seed 0" in (tmp_path / "run" / "table1.md").read_text()
-    with pytest.raises(InvalidConfig, match=r"txt names other patients: choose another --out"):
+    with pytest.raises(InvalidConfig, match=r"txt names other patients. Choose another --out"):
         run_table("table1", tiny(*drawn, "data.split_seed=1"), **here)
 
 

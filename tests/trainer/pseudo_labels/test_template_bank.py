@@ -49,7 +49,7 @@ def test_the_bank_holds_the_labeled_slices_that_show_a_class(client, own, tiny, 
 def test_a_labeled_slice_without_mask_is_no_template(client, own, tiny, bank):
     groups = labeled_of(own, tiny)
     (own.root / "masks" / f"{slices_of(own, groups)[0].name}.png").unlink()
-    assert seed_groups(client, own, groups, bank).templates == 2
+    assert seed_groups(client, open_dataset(own.root), groups, bank).templates == 2
 
 
 def test_seeding_twice_changes_nothing(client, dataset, tiny, bank):
