@@ -28,6 +28,7 @@ NEEDS = {
     Role.monitor: {("GET", "/metrics")},
     Role.admin: {("DELETE", "/groups/{group}"), ("GET", "/keys"), ("GET", "/audit")},
     Role.curate: {
+        ("GET", "/runs"), ("GET", "/runs/{name}/metrics"), ("GET", "/runs/{name}/report.html"),
         ("POST", "/templates"), ("DELETE", "/templates/{identity}"), ("DELETE", "/banks/{bank}"),
         ("POST", "/banks/{bank}/adapt"), ("DELETE", "/banks/{bank}/adapt"),
         ("PUT", "/banks/{bank}/share"), ("DELETE", "/banks/{bank}/share"),
@@ -50,7 +51,6 @@ NEEDS = {
         ("POST", "/worklists/{name}/items/{identity}/undo"),
         ("POST", "/worklists/{name}/items/{identity}/decision"),
         ("DELETE", "/worklists/{name}/items/{identity}/decision"),
-        ("GET", "/runs"), ("GET", "/runs/{name}/metrics"), ("GET", "/runs/{name}/report.html"),
         ("GET", "/session"), ("DELETE", "/session"),
     },
 }  # fmt: skip
