@@ -1,6 +1,7 @@
 """Figures of a run: in TensorBoard always, elsewhere when a config says so."""
 
 import sys
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +19,7 @@ def test_tensorboard_forgets_what_a_run_that_is_taken_up_writes_again(tiny, tmp_
     config = tiny()
     for step, value in ((0, 3.0), (1, 2.0), (2, 1.5), (1, 2.5)):
         add(config, step, value)
+        time.sleep(1.1)  # files of one second are read in the order of a counter without leading zeros
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 3.0), (2, 2.5)]
 
