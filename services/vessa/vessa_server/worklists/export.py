@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as coco
 
 from vessa.errors import InvalidRequest
+from vessa_server.serialization.image_files import label_png
 from vessa_server.worklists.store import Item, Worklist, WorklistStore
 
 ExportFormat = Literal["folder", "nnunet", "coco"]
@@ -70,7 +70,7 @@ def _folder_files(
         yield f"images/{stem}.png", store.image_file(worklist, item)
         mask = _accepted(store, worklist, item)
         if mask is not None:
-            yield f"masks/{stem}.png", _png(mask)
+            yield f"masks/{stem}.png", label_png(mask)
     meta = {"classes": {"0": "background", **{str(k): v for k, v in classes.items()}}}
     yield "meta.json", json.dumps(meta, indent=1)
     yield "names.json", json.dumps({stems[item.id][1]: item.name for item in items}, indent=1)
@@ -93,7 +93,7 @@ def _nnunet_files(
             table = np.zeros(256, np.uint8)
             for old, new in order.items():
                 table[old] = new
-            yield f"labelsTr/{stem}.png", _png(table[mask])
+            yield f"labelsTr/{stem}.png", label_png(table[mask])
     colors = {store.image(worklist, item).ndim for item in items}
     names = {"0": "intensity"} if colors == {2} else {"0": "R", "1": "G", "2": "B"}
     description: dict[str, Any] = {
@@ -111,8 +111,8 @@ def _nnunet_files(
 
 def _channels(image: NDArray[np.uint8]) -> list[bytes]:
     if image.ndim == 2:
-        return [_png(image)]
-    return [_png(np.ascontiguousarray(image[..., c])) for c in range(3)]
+        return [label_png(image)]
+    return [label_png(np.ascontiguousarray(image[..., c])) for c in range(3)]
 
 
 def _coco_files(
@@ -147,9 +147,3 @@ def _coco_files(
     categories = [{"id": class_id, "name": name} for class_id, name in classes.items()]
     body = {"images": images, "annotations": annotations, "categories": categories}
     yield "annotations.json", json.dumps(body)
-
-
-def _png(array: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -8,7 +8,6 @@ the state last, so that a kill at any point leaves the item as it was before the
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from vessa.atomic_write import write_bytes
 from vessa.codec import image_digest
 from vessa.errors import InvalidRequest, TooLarge, UnknownWorklist
 from vessa_server.auth.keys import Caller
+from vessa_server.serialization.image_files import label_png, png_bytes
 from vessa_server.settings import Settings, default_store
 from vessa_server.storage.files import disk
 
@@ -147,7 +147,7 @@ class WorklistStore:
         digest = image_digest(image)
         identity = hashlib.sha256(f"{digest}\n{group}\n{name}".encode()).hexdigest()[:32]
         path = self._folder(worklist)
-        data = _png(image)
+        data = png_bytes(Image.fromarray(image))
         with self._changing(path):
             known = read_item(path / f"{identity}.json")
             if known is not None:
@@ -180,7 +180,7 @@ class WorklistStore:
 
     def set_labels(self, worklist: Worklist, item: Item, labels: NDArray[np.uint8], **changes: Any) -> Item:
         """Add a version of an item's labels, uint8 (H, W), and change further fields with it."""
-        path, data = self._folder(worklist), _png(labels)
+        path, data = self._folder(worklist), label_png(labels)
         with self._changing(path):
             now = self.item(worklist, item.id)
             number = (now.versions[-1] if now.versions else 0) + 1
@@ -292,12 +292,6 @@ def read_item(path: Path) -> Item | None:
 def _key_folder(key: str) -> str:
     # Names of keys are harmless (auth.keys.KEY_NAME), except that "." begins one; a digest is always a name.
     return hashlib.sha256(key.encode()).hexdigest()[:24]
-
-
-def _png(array: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _read_png(path: Path) -> NDArray[np.uint8]:
