@@ -137,6 +137,9 @@ class Console(_Group):
 
     serve_console: bool = Field(True, description="serve the browser console at /")
     runs_folder: Path | None = Field(None, description="folder of training runs that the console shows")
+    worklists_folder: Path | None = Field(
+        None, description="folder of the console's worklists; default: in the store's folder"
+    )
     worklist_bytes: Positive = Field(
         2048 * MEGABYTE, description="images and labels in the worklists of one key, on disk"
     )

@@ -75,10 +75,10 @@ class Worklist:
 
 
 def folder_of(settings: Settings) -> Path:
-    """Return where worklists are kept: beside a folder store's banks, else in the user's data."""
+    """Return `worklists_folder`, else a folder beside a folder store's banks, else in the user's data."""
     scheme, _, place = settings.storage.store.partition(":")
     folder = Path(place).expanduser() if scheme == "folder" else Path(default_store().partition(":")[2])
-    return folder / ".worklists"
+    return settings.console.worklists_folder or folder / ".worklists"
 
 
 class WorklistStore:
