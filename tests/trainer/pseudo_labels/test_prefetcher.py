@@ -140,7 +140,7 @@ def test_the_old_label_stays_in_use_until_the_new_one_comes(feed_of, wire, names
     assert feed.get(names[:1])[0] is old
     gate.opened.set()
     wait_for(lambda: feed.stats()["refreshed"] == 1)
-    (new,) = feed.get(names[:1])
+    (new,) = feed.get(names[:1], newest=True)
     assert new is not old
     assert not np.array_equal(new.confidence, old.confidence)
     assert wire.by_id == [False, True]
@@ -184,14 +184,14 @@ def test_of_two_sets_of_prompts_the_newer_counts(feed_of, wire, names):
     feed.refresh(names[:2], [prompts_of(16)] * 2)  # the second was never sent
     gate.opened.set()
     wait_for(lambda: feed.stats()["refreshed"] == 3)
-    last = feed.get(names[:2])
+    last = feed.get(names[:2], newest=True)
     assert len(wire.asked) == 3
     # the cache says which prompts the labels answer: the newest need no request
     other = feed_of()
     other.get(names[:2])
     other.refresh(names[:2], [prompts_of(16)] * 2)
     wait_for(lambda: other.stats()["refreshed"] == 2)
-    for ours, theirs in zip(other.get(names[:2]), last, strict=True):
+    for ours, theirs in zip(other.get(names[:2], newest=True), last, strict=True):
         assert np.array_equal(ours.confidence, theirs.confidence)
     assert other.stats()["requests"] == 0
 
