@@ -1,7 +1,7 @@
-"""Dice, IoU and HD95 of volumes, with the empty cases written out.
+"""Compute Dice, IoU and HD95 of volumes, with explicit rules for empty masks.
 
-Both masks empty: not scored, counted. One of them empty: Dice and IoU 0, HD95 the diagonal of the
-volume; counted. Nothing that was missed ever looks perfect.
+Both masks empty: not scored, but counted. One mask empty: Dice and IoU are 0 and HD95 is the diagonal of
+the volume, so that a missed structure never gets a perfect score.
 """
 
 import math
@@ -21,21 +21,21 @@ METRICS = ("dice", "iou", "iou_fgbg", "hd95")
 
 
 def dice(pred: Mask, truth: Mask) -> float | None:
-    """Dice of two bool arrays of one shape, in [0, 1]; None when both are empty."""
+    """Compute Dice of two bool arrays of one shape, in [0, 1]; None when both are empty."""
     _check(pred, truth)
     total = int(pred.sum()) + int(truth.sum())
     return None if total == 0 else 2 * int((pred & truth).sum()) / total
 
 
 def iou(pred: Mask, truth: Mask) -> float | None:
-    """Intersection over union of the foreground, in [0, 1]; None when both are empty."""
+    """Compute intersection over union of the foreground, in [0, 1]; None when both are empty."""
     _check(pred, truth)
     union = int((pred | truth).sum())
     return None if union == 0 else int((pred & truth).sum()) / union
 
 
 def iou_fgbg(pred: Mask, truth: Mask) -> float | None:
-    """Mean IoU of foreground and background, as the paper's tables have it; None when both are empty."""
+    """Compute the mean IoU of foreground and background (tables of the paper); None when both are empty."""
     _check(pred, truth)
     foreground, background = iou(pred, truth), iou(~pred, ~truth)
     if foreground is None:
@@ -44,12 +44,15 @@ def iou_fgbg(pred: Mask, truth: Mask) -> float | None:
 
 
 def hd95(pred: Mask, truth: Mask, spacing: Spacing | None = None) -> float | None:
-    """95th percentile of the symmetric surface distances of two bool volumes.
+    """Compute the 95th percentile of the symmetric surface distances of two bool volumes.
 
-    pred, truth: (D, H, W); spacing: (z, y, x) mm, None for voxels. Both empty: None. One empty:
-    the volume's diagonal in the same unit. A lone slice (D = 1) is measured in its plane. As in
-    MedPy, which the published ACDC tables use, the percentile is taken over both directions
-    together; MONAI takes the larger of the two directions' percentiles, which is never smaller.
+    As in MedPy, which the published ACDC tables use, the percentile is taken over both directions
+    together. MONAI takes the larger percentile of the two directions, which is never smaller. A single
+    slice (D = 1) is measured in its plane.
+
+    pred, truth: bool (D, H, W)
+    spacing: (z, y, x) mm, None for voxels
+    Returns None when both are empty, and the diagonal of the volume when one is empty.
     """
     _check(pred, truth)
     step = _step(pred, spacing)
@@ -63,14 +66,14 @@ def hd95(pred: Mask, truth: Mask, spacing: Spacing | None = None) -> float | Non
 
 
 def surface_distances(pred: Mask, truth: Mask, spacing: Spacing | None = None) -> tuple[Distances, Distances]:
-    """Distance of each surface voxel of one volume from the other's surface.
+    """Compute the distance of each surface voxel of one volume from the surface of the other.
 
     pred, truth: bool (D, H, W), neither empty; spacing: (z, y, x) mm, None for voxels.
     Returns the distances of pred's surface voxels and those of truth's, float64 (N,) each.
     """
     _check(pred, truth)
     if not pred.any() or not truth.any():
-        raise ValueError("an empty volume has no surface; expected two volumes that are not empty")
+        raise ValueError("An empty volume has no surface: expected two volumes with foreground.")
     return _distances(pred, truth, _step(pred, spacing))
 
 
@@ -91,7 +94,7 @@ def _check(pred: Mask, truth: Mask) -> None:
 
 
 def _step(volume: Mask, spacing: Spacing | None) -> tuple[float, ...]:
-    """Check the spacing against the volume; voxels are 1 apart where it is not known."""
+    """Check the spacing against the volume; an unknown spacing is 1 voxel."""
     step = (1.0,) * volume.ndim if spacing is None else tuple(spacing)
     if volume.ndim != 3 or len(step) != 3 or not all(math.isfinite(s) and s > 0 for s in step):
         raise ValueError(
@@ -101,27 +104,27 @@ def _step(volume: Mask, spacing: Spacing | None) -> tuple[float, ...]:
 
 
 def _cropped(pred: Mask, truth: Mask) -> tuple[Mask, Mask]:
-    """Cut both to the box that holds them, with a rim of background so that surfaces stay surfaces."""
+    """Crop both to their common bounding box, padded by one voxel of background to keep their surfaces."""
     where = np.argwhere(pred | truth)
     box = tuple(slice(low, high + 1) for low, high in zip(where.min(0), where.max(0), strict=True))
     return np.pad(pred[box], 1), np.pad(truth[box], 1)
 
 
 def _surface(mask: Mask) -> Mask:
-    """Foreground voxels with a background neighbor across a face."""
+    """Return the foreground voxels with a background neighbor across a face."""
     surface: Mask = mask & ~ndimage.binary_erosion(mask)
     return surface
 
 
 @dataclass
 class Scores:
-    """Scores of a set of volumes.
+    """Hold the scores of a set of volumes. A metric without any scored volume is None.
 
-    by_class: {class: {metric: mean over scored volumes}}; mean: {metric: mean over classes};
-    unit: of HD95, "mm" when every volume's spacing is known, else "voxel"; counts: {class:
-    {scored, both_empty, pred_empty, truth_empty}}: `scored` volumes make the mean, among them those
-    with only the prediction or only the truth empty; both_empty ones are left out. A metric without
-    any scored volume is None.
+    by_class: {class: {metric: mean over scored volumes}}
+    mean: {metric: mean over classes}
+    unit: of HD95, "mm" when the spacing of every volume is known, else "voxel"
+    counts: {class: {scored, both_empty, pred_empty, truth_empty}}. The mean is over `scored` volumes, which
+        include those with an empty prediction or an empty truth, but not those with both empty.
     """
 
     by_class: dict[str, dict[str, float | None]]

@@ -1,4 +1,4 @@
-"""One interface over every layout: cases of slices, classes, groups."""
+"""Define the interface of all data set readers: cases of slices, classes, groups."""
 
 import unicodedata
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ __all__ = ["IGNORE", "Case", "Dataset", "Slice"]
 
 @dataclass(frozen=True)
 class Slice:
-    """One image. name: unique in the data set; case: its volume; group: its patient; index: in the case."""
+    """Identify one image. name: unique in the data set; case: volume; group: patient; index: in the case."""
 
     name: str
     case: str
@@ -27,7 +27,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Case:
-    """One volume, or one image that belongs to none. spacing: (z, y, x) mm, None where unknown."""
+    """Identify a volume, or an image without a volume. spacing: (z, y, x) mm, None where unknown."""
 
     name: str
     group: str
@@ -36,10 +36,11 @@ class Case:
 
 
 class Dataset(ABC):
-    """A folder of images with masks for some or all of them.
+    """Read a folder of images with masks for some or all of them.
 
-    classes: id to name, without background 0; a group is a patient: never in two splits, never
-    template and query at once.
+    A group is a patient. It belongs to one split at most, and it is never template and query at once.
+
+    classes: id to name, without background 0
     """
 
     classes: dict[int, str]
@@ -52,7 +53,7 @@ class Dataset(ABC):
         self.name = self.root.resolve().name
 
     def leftovers(self) -> tuple[tuple[str, str], ...]:
-        """Return (file name, why) of files that take no part: masks of no image, and files of other kinds."""
+        """Return (file name, reason) of unused files: masks without an image and files of other kinds."""
         return ()
 
     @abstractmethod
@@ -80,7 +81,7 @@ class Dataset(ABC):
         return frozenset(self.groups())
 
     def split(self, name_or_path: str | Path) -> tuple[str, ...]:
-        """Read a split file: one group a line.
+        """Read a split file: one group per line.
 
         A relative path is looked up in the data folder first, then here; a bare name such as `test`
         also means `splits/test.txt` of the data folder. Raises InvalidDataset when there is no such
@@ -89,31 +90,31 @@ class Dataset(ABC):
         found = next((p for p in self._split_files(Path(name_or_path)) if p.is_file()), None)
         if found is None:
             raise InvalidDataset(
-                f"no split file '{name_or_path}' in {self.root} or here: expected one group a line"
+                f"No split file '{name_or_path}' in {self.root} or here. Write one with one group per line."
             )
         try:
             lines = [line.strip() for line in found.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidDataset(f"{found} is not a readable text file") from error
+            raise InvalidDataset(f"{found} is not a readable text file.") from error
         # macOS writes names in another Unicode form than editors do.
         known = {unicodedata.normalize("NFC", group): group for group in self._known_groups}
         entries = (self._split_entry(line) for line in lines if line)
         groups = tuple(dict.fromkeys(known.get(unicodedata.normalize("NFC", e), e) for e in entries))
         unknown = [g for g in groups if g not in self._known_groups]
         if unknown:
-            raise InvalidDataset(f"{found.name} names groups that '{self.name}' does not hold: {unknown[:5]}")
+            raise InvalidDataset(f"{found.name} names groups that '{self.name}' does not have: {unknown[:5]}")
         return groups
 
     def has_split(self, name_or_path: str | Path) -> bool:
-        """Tell whether `split` would find a file."""
+        """Return whether `split` would find a file."""
         return any(p.is_file() for p in self._split_files(Path(name_or_path)))
 
     def _split_files(self, path: Path) -> list[Path]:
-        """Where a split may be, best first."""
+        """Return the possible places of a split file, in the order of search."""
         if path.is_absolute():
             return [path]
         return [self.root / path, self.root / "splits" / path, self.root / "splits" / f"{path}.txt", path]
 
     def _split_entry(self, line: str) -> str:
-        """Return the group that a line of a split file means."""
+        """Return the group that a line of a split file names."""
         return line

@@ -1,9 +1,8 @@
-"""Collections that the paper trains and tests on, and those that the shipped weights know.
+"""Describe the collections that the paper trains and tests on, and those of the shipped weights.
 
-Nothing here is downloaded, and licences are what was known when this was written: whoever trains on a
-collection reads its source's terms and accepts them. The paper speaks of seven Stage-1 sets and lists six;
-one more entry in `COLLECTIONS` fills the seventh place. A folder that is no registered collection works as
-well: `open_dataset` reads it by its layout.
+Nothing here is downloaded. Licences are those known at the time of writing: read and accept the terms of the
+source before you train. The paper mentions seven Stage-1 sets and lists six; an additional entry in
+`COLLECTIONS` would be the seventh. Other folders work too: `open_dataset` reads them by their layout.
 """
 
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# What the classes of `vessa.datasets` read, by their names.
+# File names that each reader of `vessa.datasets` expects.
 LAYOUTS = {
     "BiomedParse": (
         "train/<id>_<modality>_<site>.png with train_mask/<same>_<target>.png, test/ with test_mask/ alike"
@@ -24,13 +23,18 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Collection:
-    """One data set, as its source describes it.
+    """Describe one data set by the statements of its source.
 
-    use: "stage1" and "stage2" of the paper, or "shipped" for what the shipped weights were trained on;
-    folders: what the folder is called; layout: a key of LAYOUTS; classes: as the layout names them;
-    patient: regular expression that a group's whole name matches; splits: who decided train and test;
-    licence: as the source states it; ships: whether weights trained on it may be given to anybody;
-    obtain: where to ask for it; note: what to know before use
+    use: "stage1" or "stage2" of the paper, or "shipped" for training data of the shipped weights
+    folders: usual names of the folder
+    layout: a key of LAYOUTS
+    classes: names of the classes in that layout
+    patient: regular expression of a whole group name
+    splits: origin of the training and test split
+    licence: statement of the source
+    ships: whether weights trained on it may be redistributed
+    obtain: where to request it
+    note: advice before use
     """
 
     name: str
@@ -115,7 +119,7 @@ COLLECTIONS: tuple[Collection, ...] = (
         ships=False,
         obtain=f"the challenge's page at the University of Barcelona, ub.edu/mnms; {_PREPARED}",
         folders=("MMs",),
-        note="Shares the heart with ACDC, which Stage 2 is tested on: say so beside its figures.",
+        note="Shares the heart with ACDC, a test set of Stage 2: say so beside its figures.",
     ),
     Collection(
         name="CAMUS",
@@ -131,7 +135,7 @@ COLLECTIONS: tuple[Collection, ...] = (
         ships=False,
         obtain=f"CREATIS, Human Heart Project (creatis.insa-lyon.fr/Challenge/camus); {_PREPARED}",
         folders=("CAMUS",),
-        note="The prepared copy was not at hand: its file names follow the rule of the others.",
+        note="The prepared copy was not available: the file names follow the rule of the other sets.",
     ),
     Collection(
         name="ChestXray",
@@ -147,7 +151,7 @@ COLLECTIONS: tuple[Collection, ...] = (
         ships=False,
         obtain=f"U.S. National Library of Medicine, tuberculosis chest X-ray sets; {_PREPARED}",
         folders=("CXR_Masks_and_Labels",),
-        note="The masks of one lung lie over those of both: 'lung' shows only what neither side covers.",
+        note="The masks of one lung cover those of both: 'lung' has the pixels that neither covers.",
     ),
     Collection(
         name="BUSI",
@@ -164,8 +168,8 @@ COLLECTIONS: tuple[Collection, ...] = (
         obtain=f"Cairo University, page of A. Fahmy, DOI 10.1016/j.dib.2019.104863; {_PREPARED}",
         folders=("BreastUS",),
         note=(
-            "Some images are there twice, and in both classes (Pawlowska et al. 2023): take out what `data "
-            "verify` names, or give both one patient in groups.json."
+            "Some images occur twice, even in both classes (Pawlowska et al. 2023). Remove those that `vessa "
+            "verify` lists, or assign both to one patient in groups.json."
         ),
     ),
     Collection(
@@ -257,16 +261,16 @@ COLLECTIONS: tuple[Collection, ...] = (
 
 
 def collection(name: str) -> Collection:
-    """Return the collection of a name, whatever its case. Raises ValueError that lists the known names."""
+    """Return the collection of a name, ignoring case. Raises ValueError that lists the known names."""
     for entry in COLLECTIONS:
         if entry.name.lower() == name.lower():
             return entry
     known = ", ".join(entry.name for entry in COLLECTIONS)
-    raise ValueError(f"no collection is called '{name}'; known are {known}")
+    raise ValueError(f"No collection is named '{name}'. Known collections: {known}.")
 
 
 def recognize(folder: str | Path) -> Collection | None:
-    """Return the collection whose folder name a data folder has, None for one's own data.
+    """Return the collection that a data folder is named after; None for other folders.
 
     `.../amos22/CT` is amos22 by its last two parts, `.../MMs` is MMs by its last one; case does not count.
     """
@@ -280,5 +284,5 @@ def recognize(folder: str | Path) -> Collection | None:
 
 
 def fits_patient(entry: Collection, group: str) -> bool:
-    """Tell whether a group is named as the patients of a collection are."""
+    """Return whether a group name matches the patient names of a collection."""
     return re.fullmatch(entry.patient, group) is not None

@@ -1,4 +1,4 @@
-"""Find what would spoil training before it starts."""
+"""Find errors of a data set before training."""
 
 import itertools
 import logging
@@ -17,31 +17,33 @@ from vessa.errors import InvalidDataset, VessaError
 _log = logging.getLogger(__name__)
 _MANY = 3  # images of one patient that look like a mistake in the names
 ADVICE = {  # what to do about each kind of finding
-    "unreadable": "export the file again, or take it out together with its mask",
-    "size_mismatch": "put the mask of this very image there, or resize it by nearest neighbor",
-    "unknown_class": "name the class in the data set's description, or set its pixels to 0",
-    "empty_mask": "delete the mask if nobody annotated the image; leave it if the structures are not in it",
-    "absent_class": "take the class out of the description, or look for masks that did not come along",
-    "duplicate_image": "take one of the two out, or give both the same patient's name",
-    "no_masks": "put at least one patient's masks there: they are the templates",
-    "unknown_group": "correct the name in the split file, or take it out",
-    "split_overlap": "leave each patient in one split only",
-    "orphan_mask": "give the mask its image's name, or state the names in `files` of meta.json",
-    "left_out": "move it out of the folder, or save it as a kind that is read",
-    "one_group": "state how patients are named: `files` of meta.json, such as images/{patient}.png",
-    "few_groups": "add patients, or leave this data set out",
-    "other_layout": "check classes and patients yourself: they are compared in the expected layout only",
-    "class_names": "see that this is the collection that its folder's name says, and all of it",
-    "patient_names": "see that patients are told apart; groups.json may state them (BiomedParse)",
+    "unreadable": "export the file again, or remove it together with its mask",
+    "size_mismatch": "replace it by the mask of this image, or resize it by nearest neighbor",
+    "unknown_class": "add the class to the description of the data set, or set its pixels to 0",
+    "empty_mask": "delete the mask if the image is not annotated; keep it if the structures are absent",
+    "absent_class": "remove the class from the description, or look for missing masks",
+    "duplicate_image": "remove one of the two, or assign both to one patient",
+    "no_masks": "add the masks of at least one patient: they are the templates",
+    "unknown_group": "correct the name in the split file, or remove it",
+    "split_overlap": "keep each patient in one split only",
+    "orphan_mask": "rename the mask like its image, or state the names in `files` of meta.json",
+    "left_out": "move it out of the folder, or convert it to a supported format",
+    "one_group": "state the pattern of patient names in `files` of meta.json, such as images/{patient}.png",
+    "few_groups": "add patients, or exclude this data set",
+    "other_layout": "check classes and patients yourself: only the expected layout is compared",
+    "class_names": "check that this is the complete collection that the folder is named after",
+    "patient_names": "check that patients are distinguished; groups.json may state them (BiomedParse)",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to look at.
+    """Describe one problem of a data set.
 
-    kind: a key of ADVICE; where: the slice, pair of slices, class, group, splits or data set; message: what
-    was found and what was expected; severity: "error" must be mended, "warning" may be meant
+    kind: a key of ADVICE
+    where: the slice, pair of slices, class, group, splits or data set
+    message: observed and expected state
+    severity: "error" must be corrected, "warning" may be intended
     """
 
     kind: str
@@ -51,15 +53,15 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        """What to do about it."""
+        """Return how to correct it."""
         return ADVICE[self.kind]
 
 
 def require_sound(dataset: Dataset, *, min_groups: int) -> None:
-    """Check a data set before something is trained on it; warnings go to the log, one line a kind.
+    """Check a data set before training. Log its warnings, one line per kind.
 
-    min_groups: patients that the training cannot do without. Raises InvalidDataset that names the first
-    errors and what to do about them.
+    min_groups: smallest number of patients for the training
+    Raises InvalidDataset that names the first errors and how to correct them.
     """
     findings = verify(dataset, entry=recognize(dataset.root))
     groups = len(dataset.groups())
@@ -76,7 +78,7 @@ def require_sound(dataset: Dataset, *, min_groups: int) -> None:
     if errors:
         shown = "; ".join(f"{f.where}: {f.message} ({f.kind}: {f.advice})" for f in errors[:3])
         rest = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise InvalidDataset(f"'{dataset.name}' would spoil the training: {shown}{rest}")
+        raise InvalidDataset(f"'{dataset.name}' has errors that would harm the training: {shown}{rest}")
 
 
 def verify(
@@ -132,7 +134,7 @@ def verify(
 
 def _file_findings(dataset: Dataset) -> list[Finding]:
     """Report files that take no part, and names that put all images into one patient."""
-    texts = {"orphan_mask": "a mask that belongs to no image", "left_out": "a file that is not read"}
+    texts = {"orphan_mask": "a mask without an image", "left_out": "an unused file"}
     findings = [
         Finding(kind, name, texts[kind], "error" if kind == "orphan_mask" else "warning")
         for name, kind in dataset.leftovers()
@@ -172,7 +174,7 @@ def _split_findings(dataset: Dataset, splits: Mapping[str, tuple[str, ...]]) -> 
     known = set(dataset.groups())
     for name, groups in splits.items():
         if missing := sorted(set(groups) - known):
-            findings.append(Finding("unknown_group", name, f"groups that are not there: {missing[:5]}"))
+            findings.append(Finding("unknown_group", name, f"unknown groups: {missing[:5]}"))
     for (one, groups), (other, others) in itertools.combinations(splits.items(), 2):
         shared = sorted(set(groups) & set(others))
         if shared:

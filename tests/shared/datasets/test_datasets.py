@@ -110,7 +110,7 @@ def test_splits_are_looked_up_in_the_data_folder_then_here(png_folder, tmp_path,
     (tmp_path / "wrong.txt").write_text("p1\np9\n")
     with pytest.raises(InvalidDataset, match=r"wrong\.txt names groups .* \['p9'\]"):
         dataset.split("wrong.txt")
-    with pytest.raises(InvalidDataset, match="no split file 'nowhere'"):
+    with pytest.raises(InvalidDataset, match="No split file 'nowhere'"):
         dataset.split("nowhere")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidDataset, match="not a readable text file"):

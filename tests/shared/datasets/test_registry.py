@@ -64,7 +64,9 @@ def test_an_entry_is_complete_and_its_example_is_of_one_of_its_patients(entry):
 
 def test_names_are_found_whatever_their_case():
     assert collection("busi").title.startswith("BUSI")
-    with pytest.raises(ValueError, match=r"no collection is called 'MSD'; known are amos22, LGG, MMs"):
+    with pytest.raises(
+        ValueError, match=r"No collection is named 'MSD'. Known collections: amos22, LGG, MMs"
+    ):
         collection("MSD")
 
 
@@ -117,8 +119,9 @@ def test_faulty_data_are_refused_with_what_to_do(mms):
         twin = mms / f"train/A2B2C3_sa_0_{index}_MRI_heart.png"
         (mms / f"train/A3B2C3_sa_0_{index}_MRI_heart.png").write_bytes(twin.read_bytes())
     expected = (
-        r"'MMs' would spoil the training: A1B2C3_sa_0_0_MRI_heart: image has size \(8, 8\), its mask "
-        r"\(4, 4\); expected one size \(size_mismatch: put the mask of .*duplicate_image: take one.*; "
+        r"'MMs' has errors that would harm the training: A1B2C3_sa_0_0_MRI_heart: image has size "
+        r"\(8, 8\), its mask \(4, 4\); expected one size \(size_mismatch: replace it by the mask of .*"
+        r"duplicate_image: remove one.*; "
         r"and 2 more"
     )
     with pytest.raises(InvalidDataset, match=expected):

@@ -15,7 +15,7 @@ from vessa_server.inference.query import ClassQuery
 from vessa_server.inference.template_memory import mask_square
 from vessa_server.model.geometry import Square, Window, to_tensor
 from vessa_server.model.language.instructions import DEFAULT_INSTRUCTION
-from vessa_server.model.language.prefix_cache import Held, StateReader
+from vessa_server.model.language.prefix_cache import CachedPrefix, StateReader
 from vessa_server.model.vessa import Vessa, overlay
 from vessa_server.template_bank.template import Template, View
 
@@ -44,7 +44,7 @@ class LanguagePrompter:
         h_seg: Tensor = projector(states)
         return h_seg
 
-    def _prefixes(self, reader: StateReader, queries: Sequence[ClassQuery]) -> list[Held]:
+    def _prefixes(self, reader: StateReader, queries: Sequence[ClassQuery]) -> list[CachedPrefix]:
         """Return the model's state after each query's template; read the templates that are not cached."""
         keys = [
             ("prefix", q.matches[0][0].id, q.template_views[0].window, q.class_id, q.class_name)

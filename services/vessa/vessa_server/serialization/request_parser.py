@@ -93,10 +93,12 @@ class TemplateRequest:
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """Hold query images for one bank. A wrong item is its error, and does not affect the others.
+    """Hold query images for one bank. An invalid item is represented by its error; the others are computed.
 
-    ids: of all images; classes: {id: name} in the order of the request; size: (H, W) of the images, None when
-    there is no usable image; seed: as it was asked, each item has its own from it.
+    ids: of all images
+    classes: {id: name} in the order of the request
+    size: (H, W) of the images, px; None without a usable image
+    seed: random seed of the request; each item derives its own from it
     """
 
     bank: Bank
@@ -110,10 +112,10 @@ class SegmentRequest:
 
 @dataclass(frozen=True)
 class Reader:
-    """Read bodies, in a thread of the pool.
+    """Parse request bodies. Runs in a thread of the pool.
 
-    holds: tells whether the worker still has the features of an image, by its scoped id; client: whose
-    requests are read, see `types.scoped_id`
+    holds: returns whether the worker still caches the features of an image, by its scoped id
+    client: name of the key that sends the requests, see `types.scoped_id`
     """
 
     settings: Settings
@@ -123,11 +125,11 @@ class Reader:
     client: str = ""
 
     def for_caller(self, banks: CallersBanks) -> "Reader":
-        """Return a reader of one caller's requests."""
+        """Return a reader for the requests of one caller."""
         return replace(self, banks=banks, client=banks.caller.name)
 
     def template_form(self, content_type: str, body: bytes) -> TemplateRequest:
-        """Read multipart POST /templates: one example."""
+        """Parse a multipart POST /templates: one annotated image."""
         form = Form(content_type, body, TEMPLATE_FIELDS)
         bank = check_name(form.text("bank", DEFAULT_BANK))
         classes = read_classes(form.json("classes"))
@@ -137,16 +139,16 @@ class Reader:
         return self._template_request(bank, image[None], mask[None], classes, [group])
 
     def template_tensors(self, body: bytes) -> TemplateRequest:
-        """Read safetensors POST /templates: many examples of one size."""
+        """Parse a safetensors POST /templates: many annotated images of one size."""
         tensors, metadata = decode(body, TEMPLATE_TENSORS, max_bytes=self.settings.limits.max_body_bytes)
         check_known(metadata, {"bank", "classes", "groups"})
         if tensors.keys() != TEMPLATE_TENSORS.keys():
-            raise MalformedBody(f"expected the tensors images and masks, got {sorted(tensors)}")
+            raise MalformedBody(f"The body needs the tensors images and masks, got {sorted(tensors)}.")
         images, masks = tensors["images"], tensors["masks"]
         self._check_images(images)
         if images.shape[:3] != masks.shape:
             raise ShapeMismatch(
-                f"masks must have the images' count and size {images.shape[:3]}, got {masks.shape}"
+                f"Masks need the count and size of the images, {images.shape[:3]}, got {masks.shape}."
             )
         bank = check_name(metadata.get("bank", DEFAULT_BANK))
         classes = read_classes(json_metadata(metadata, "classes"))
@@ -163,19 +165,19 @@ class Reader:
             unknown = [value for value in ids if value not in classes]
             if unknown:
                 raise UnknownClass(
-                    f"the mask of image {i} holds the class ids {ids}, `classes` names only "
-                    f"{sorted(classes)}: {unknown} are unknown",
+                    f"The mask of image {i} has the class ids {ids}, but `classes` names only "
+                    f"{sorted(classes)}. Add {unknown} to `classes`.",
                     item=i,
                 )
             if not ids:
                 raise InvalidImage(
-                    f"the mask of image {i} is empty: a template needs at least one pixel of a class", item=i
+                    f"The mask of image {i} is empty. A template needs at least one pixel of a class.", item=i
                 )
             items.append(TemplateItem(image, mask, {value: classes[value] for value in ids}, group))
         return TemplateRequest(bank, items)
 
     def segment_form(self, content_type: str, body: bytes) -> SegmentRequest:
-        """Read multipart POST /segment: one image. Raises what is wrong with it."""
+        """Parse a multipart POST /segment: one image. Raises VessaError for invalid input."""
         form = Form(content_type, body, SEGMENT_FIELDS)
         options = {"template_choice": form.text("template_choice", "top1"), "seed": form.text("seed", "0")}
         image = decode_image(form.file("image"), self.settings.limits.max_pixels)
@@ -194,10 +196,11 @@ class Reader:
         drawn: Mapping[str, Any],
         options: Mapping[str, str],
     ) -> SegmentRequest:
-        """Return the request of one image. Raises what is wrong with it.
+        """Return the request of one image. Raises VessaError for invalid input.
 
-        image: uint8 (H, W[, 3]); wanted: class names, None = all of the bank; drawn: boxes, points and
-        point_labels by class name, as a form has them
+        image: uint8 (H, W[, 3])
+        wanted: class names, None for all of the bank
+        drawn: boxes, points and point_labels by class name, as a form has them
         """
         bank, classes = self._classes(bank_name, wanted)
         most = self.settings.limits.max_points
@@ -214,7 +217,7 @@ class Reader:
         return request
 
     def segment_tensors(self, body: bytes) -> SegmentRequest:
-        """Read safetensors POST /segment: many images of one size, or their ids."""
+        """Parse a safetensors POST /segment: many images of one size, or their ids."""
         tensors, metadata = decode(body, SEGMENT_TENSORS, max_bytes=self.settings.limits.max_body_bytes)
         known = {"bank", "classes", "groups", "image_ids", "probabilities", "template_choice", "seed"}
         check_known(metadata, known)
@@ -222,7 +225,7 @@ class Reader:
         ids = json_metadata(metadata, "image_ids") if "image_ids" in metadata else None
         if (images is None) == (ids is None):
             raise MalformedBody(
-                "expected either the tensor images or the metadata image_ids, not both or none"
+                "The body needs either the tensor images or the metadata image_ids, and not both."
             )
         if images is not None:
             self._check_images(images)
@@ -240,7 +243,7 @@ class Reader:
     def segment_slices(
         self, bank_name: str, wanted: list[str] | None, images: NDArray[np.uint8], group: str | None
     ) -> SegmentRequest:
-        """Return the request of some slices of a volume. images: uint8 (B, H, W); wanted: class names."""
+        """Return the request of slices of a volume. images: uint8 (B, H, W); wanted: class names."""
         self._check_images(images)
         bank, classes = self._classes(bank_name, wanted)
         return self._segment_request(bank, classes, images, None, [group] * len(images), Prompts(), {})
@@ -302,16 +305,16 @@ class Reader:
         """Return the bank and the requested classes {id: name} in the request's order, None = all."""
         bank = self.banks.get(bank_name)
         if not bank.classes:
-            raise NoTemplate(f"bank {bank.name!r} holds no template yet")
+            raise NoTemplate(f"Bank {bank.name!r} has no template. Add one by POST /templates.")
         if wanted is None:
             return bank, bank.classes
         ids = {name: key for key, name in bank.classes.items()}
         names = read_strings(wanted, "classes", None)
         if not names or len(set(names)) != len(names):
-            raise InvalidRequest("classes must be a list of one or more different names")
+            raise InvalidRequest("`classes` must be a list of one or more different names.")
         for name in names:
             if name not in ids:
-                raise UnknownClass(f"bank {bank.name!r} has no class {name[:80]!r}; it has {sorted(ids)}")
+                raise UnknownClass(f"Bank {bank.name!r} has no class {name[:80]!r}. It has {sorted(ids)}.")
         return bank, {ids[name]: name for name in names}
 
     def _check_images(self, images: NDArray[Any]) -> None:
@@ -320,9 +323,9 @@ class Reader:
 
     def _check_count(self, count: int) -> None:
         if not count:
-            raise InvalidRequest("the request holds no image")
+            raise InvalidRequest("The request has no image. Send at least one.")
         if count > self.settings.limits.max_items:
-            raise TooLarge(f"a request holds at most {self.settings.limits.max_items} images, got {count}")
+            raise TooLarge(f"A request takes at most {self.settings.limits.max_items} images, got {count}.")
 
     def _check_answer(
         self, items: int, classes: int, size: tuple[int, int] | None, probabilities: bool
@@ -343,13 +346,11 @@ def _check_labeled(prompts: Prompts) -> None:
     if points is None or labels is None or points.shape[:3] != labels.shape:
         return  # Prompts.check_shapes says so
     if ((points != -1).any(axis=-1) & (labels == -1)).any():
-        raise InvalidPrompt("each of the points needs a point label of its class: 1 inside, 0 outside")
+        raise InvalidPrompt("Each point needs a point label: 1 inside its class, 0 outside.")
 
 
 def _common_size(sizes: list[tuple[int, int] | None]) -> tuple[int, int] | None:
     known = {size for size in sizes if size is not None}
     if len(known) > 1:
-        raise ShapeMismatch(
-            f"the images of one request have one size; these have {sorted(known)} (height, width)"
-        )
+        raise ShapeMismatch(f"All images of a request need one size, got {sorted(known)} (height, width).")
     return known.pop() if known else None

@@ -1,4 +1,4 @@
-"""Write results as bodies: safetensors for many images, JSON and PNG for one."""
+"""Encode results as response bodies: safetensors for many images, JSON and PNG for one."""
 
 import json
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ DICOM = "application/dicom"
 
 
 def choose_type(accept: str | None, offered: Sequence[str]) -> str:
-    """Return the offered media type that the Accept header prefers, the first of them for `*/*`.
+    """Return the offered media type that the Accept header prefers; the first one for `*/*`.
 
-    UnsupportedMedia when it wants something else.
+    Raises UnsupportedMedia when the header allows none of them.
     """
     wanted = []
     for part in (accept or "*/*").split(","):
@@ -37,15 +37,15 @@ def choose_type(accept: str | None, offered: Sequence[str]) -> str:
         for media in offered:
             if weight > 0 and kind in {media, f"{media.split('/')[0]}/*", "*/*"}:
                 return media
-    raise UnsupportedMedia(f"Accept must allow one of {', '.join(offered)}, got {(accept or '')[:80]!r}")
+    raise UnsupportedMedia(f"Accept must allow one of {', '.join(offered)}, got {(accept or '')[:80]!r}.")
 
 
 def tensor_answer(
     request: SegmentRequest, answers: Sequence[Answer | VessaError], model: str, labels_version: str
 ) -> bytes:
-    """Return the safetensors answer; a failed item has zero labels and its error in the metadata.
+    """Return the safetensors answer. A failed item has zero labels and its error in the metadata.
 
-    With no usable image at all the arrays have the size 1 x 1.
+    Without any usable image the arrays have the size 1 x 1.
     """
     shape = (len(answers), *(request.size or (1, 1)))
     tensors = {"labels": np.zeros(shape, np.uint8), "confidence": np.zeros(shape, np.uint8)}
@@ -123,12 +123,12 @@ def overlay_answer(request: SegmentRequest, answer: Answer) -> bytes:
     """Return an overlay of the answer as PNG."""
     item = request.items[0]
     if isinstance(item, VessaError) or item.image is None:
-        raise InvalidRequest("an overlay needs the image's pixels")
+        raise InvalidRequest("An overlay needs the pixels of the image. Send the image instead of its id.")
     return overlay_png(item.image, answer.labels, request.classes)
 
 
 def dicom_answer(answer: Answer, content_type: str, body: bytes, max_pixels: int) -> bytes:
-    """Return a DICOM SEG that refers to the DICOM image of a form. Raises InvalidImage for another."""
+    """Return a DICOM SEG that refers to the DICOM image of a form. Raises InvalidImage for another format."""
     image = Form(content_type, body, SEGMENT_FIELDS).file("image")
     volume, made = decode_dicom(image, max_pixels), answer.provenance
     return write_labels(volume, answer.labels.T[..., None], made.classes, made.model[:16], "dicom-seg")

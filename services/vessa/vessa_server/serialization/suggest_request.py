@@ -1,4 +1,4 @@
-"""Read POST /banks/{bank}/suggest: candidates as pixels, or as ids of images sent before."""
+"""Parse POST /banks/{bank}/suggest: candidates as pixels, or as ids of images sent before."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,11 @@ MAX_HEADER_BYTES = 4 << 20  # the ids and patients of all candidates are in it
 
 @dataclass(frozen=True)
 class Candidates:
-    """Hold unlabeled images. images: uint8 (B, H, W[, 3]), None when only ids came; count: of suggestions."""
+    """Hold unlabeled images.
+
+    images: uint8 (B, H, W[, 3]), None when the request has only ids
+    count: number of suggestions to return
+    """
 
     ids: tuple[str, ...]
     images: NDArray[Any] | None
@@ -26,19 +30,21 @@ class Candidates:
 
     @property
     def units(self) -> list[str]:
-        """Return what is annotated together: the patient, or the image when no patient is known."""
+        """Return the unit of annotation of each image: its patient, or itself without a patient."""
         return [group or identity for group, identity in zip(self.groups, self.ids, strict=True)]
 
 
 def read_candidates(body: bytes, settings: Settings) -> Candidates:
-    """Read a safetensors body: the tensor images or the metadata image_ids; metadata groups and count."""
+    """Parse a safetensors body: the tensor images or the metadata image_ids; metadata groups and count."""
     tensors, metadata = decode(
         body, TENSORS, max_bytes=settings.limits.max_body_bytes, max_header_bytes=MAX_HEADER_BYTES
     )
     check_known(metadata, {"image_ids", "groups", "count"})
     images = tensors.get("images")
     if (images is None) == ("image_ids" not in metadata):
-        raise MalformedBody("expected either the tensor images or the metadata image_ids, not both or none")
+        raise MalformedBody(
+            "The body needs either the tensor images or the metadata image_ids, and not both."
+        )
     if images is None:
         ids = tuple(read_strings(json_metadata(metadata, "image_ids"), "image_ids", None))
         most = settings.limits.max_candidates
@@ -46,11 +52,13 @@ def read_candidates(body: bytes, settings: Settings) -> Candidates:
         ids = tuple(image_digest(image) for image in images)
         most = settings.limits.max_items
     if not ids or len(ids) > most:
-        raise TooLarge(f"expected 1 to {most} candidates in this request, got {len(ids)}")
+        raise TooLarge(f"A request takes 1 to {most} candidates, got {len(ids)}.")
     groups: list[str | None] = [None] * len(ids)
     if "groups" in metadata:
         groups = read_strings(json_metadata(metadata, "groups"), "groups", len(ids), optional=True)
     count = metadata.get("count", "1")
     if not (count.isascii() and count.isdigit() and 1 <= int(count[:6]) <= len(ids) and len(count) <= 6):
-        raise InvalidRequest(f"count must be 1 to the number of candidates, {len(ids)}, got {count[:20]!r}")
+        raise InvalidRequest(
+            f"`count` must be 1 to the number of candidates, {len(ids)}, got {count[:20]!r}."
+        )
     return Candidates(ids, images, tuple(groups), int(count))

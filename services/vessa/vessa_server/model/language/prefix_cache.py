@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from vessa_server.model.language.vlm import LanguageModel
 
 
-class Held(Protocol):
+class CachedPrefix(Protocol):
     """The cached part of a conversation, up to its target."""
 
     @property
@@ -33,7 +33,7 @@ class StateReader(Protocol):
 
     def read_templates(
         self, overlays: Tensor, class_names: Sequence[str], instructions: Sequence[str]
-    ) -> Sequence[Held]:
+    ) -> Sequence[CachedPrefix]:
         """Read N conversations up to the target image; overlays: (N, 3, S, S) float in [0, 1]."""
 
     def states_after(self, read: Sequence[Any], targets: Tensor, rows: Sequence[int]) -> Tensor:
