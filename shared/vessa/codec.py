@@ -120,7 +120,7 @@ def read_header(body: bytes, max_header_bytes: int = 1 << 20) -> tuple[dict[str,
     length = int.from_bytes(body[:8], "little")
     if length > min(max_header_bytes, len(body) - 8):
         raise MalformedBody(
-            f"The header claims {length} bytes; the body has {len(body) - 8} and the limit is {max_header_bytes}."
+            f"The header claims {length} bytes; the body has {len(body) - 8}, the limit is {max_header_bytes}"
         )
     try:
         header = json.loads(body[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vessa.codec import TensorSpec, decode, encode, image_digest
+from vessa.codec import TensorSpec, array_digest, decode, encode, image_digest
 from vessa.errors import MalformedBody, TooLarge
 
 ANY = {
@@ -120,6 +120,13 @@ def test_only_pixels_have_an_image_id():
 def test_the_digest_is_of_the_pixels_not_their_layout():
     image = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert image_digest(np.asfortranarray(image)) == image_digest(image)
+
+
+def test_the_digest_of_an_array_depends_on_type_shape_and_values():
+    array = np.arange(6, dtype=np.float32)
+    others = (array.astype(np.float16), array.reshape(2, 3), array + 1)
+    assert len({array_digest(a) for a in (array, *others)}) == 4
+    assert array_digest(array.reshape(2, 3).T.copy().T) == array_digest(array.reshape(2, 3))
 
 
 def test_the_header_has_its_own_limit():

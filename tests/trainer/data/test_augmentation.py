@@ -61,6 +61,29 @@ def test_mirrored_views_are_mirrored(shapes, generator):
     assert torch.equal(geometry.labels(shapes.byte()), shapes.flip(-1).long())
 
 
+def test_rotated_views_are_rotated_as_torchvision_would(generator):
+    """A wide bar, turned about its center by the angle that the grid states, within the configured range."""
+    bar = torch.zeros(4, 1, SIZE, SIZE)
+    bar[:, :, 24:40, 8:56] = 1
+    config = ViewsConfig(scale=(1.0, 1.0), flip_p=0.0, rotate_p=1.0, rotate=30.0)
+    geometry = augmentation.draw_geometry(4, SIZE, SIZE, config, generator)
+    along = geometry.grid[:, SIZE // 2, -1] - geometry.grid[:, SIZE // 2, 0]
+    angles = torch.rad2deg(torch.atan2(along[:, 1], along[:, 0]))
+    assert (angles.abs() <= 30).all()
+    assert angles.unique().numel() == 4
+    for view, image, angle in zip(geometry.image(bar), bar, angles, strict=True):
+        expected = TF.rotate(image, angle.item(), TF.InterpolationMode.BILINEAR)
+        assert ((view > 0.5) == (expected > 0.5)).float().mean() > 0.99
+
+
+def test_views_of_some_images_on_a_window_show_the_window(shapes):
+    """The middle half of two of four images, enlarged to the whole view."""
+    geometry = augmentation.full_geometry(4, SIZE, SIZE).of([1, 3]).to("cpu")
+    middle = geometry.on(torch.tensor([[0.0, 0.0, 0.5]] * 2)).labels(shapes[[1, 3]].byte())
+    inner = shapes[[1, 3], SIZE // 4 : -SIZE // 4, SIZE // 4 : -SIZE // 4].long()
+    assert torch.equal(middle, inner.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
 def test_strong_views_change_gray_images_within_range(shapes, generator):
     config = ViewsConfig(jitter_p=1.0, blur_p=1.0, noise_p=1.0)
     image = shapes[:, None] * 0.5 + 0.2
