@@ -121,7 +121,8 @@ def test_a_killed_job_resumes_and_repeats_no_file(annotator: Any, images: Path, 
         process.wait(10)
         before = manifest.read_bytes()
         done = subprocess.run(line, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1, done.stderr  # the broken files
+        assert f"{len(BROKEN)} files failed" in done.stderr or "failed in an" in done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         skipped = before.count(b"\n") - 1
         assert (found["files"], found["skipped"]) == (FILES + len(BROKEN), skipped)
@@ -131,6 +132,14 @@ def test_a_killed_job_resumes_and_repeats_no_file(annotator: Any, images: Path, 
         assert (again.skipped, again.ok, again.failed) == (FILES + len(BROKEN), 0, 0)
         retried = annotate_folder(images, out, AnnotateOptions("bulk"), [client], retry=True)
         assert (retried.skipped, retried.ok, retried.failed) == (FILES, 0, len(BROKEN))
+        gone, cut, empty, zeros = sorted((out / "masks").rglob("*.png"))[:4]
+        gone.unlink()
+        cut.write_bytes(cut.read_bytes()[:-5])
+        empty.write_bytes(b"")
+        zeros.write_bytes(bytes(zeros.stat().st_size))
+        mended = annotate_folder(images, out, AnnotateOptions("bulk"), [client])
+        assert (mended.damaged, mended.ok, mended.skipped) == (4, 4, FILES + len(BROKEN) - 4)
+        check(images, out, annotator, "bulk")
 
 
 def test_full_and_dying_replicas_lose_no_file(

@@ -8,6 +8,7 @@ killed resumes with the files that have none.
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from vessa.images import read_image
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 MANIFEST = "manifest.jsonl"
 _LOOK_UP = 1000  # files per search in the manifest
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 _LONGEST_GROUP = 128  # characters of a group name that the service accepts
 
 
@@ -66,10 +68,18 @@ class AnnotateOptions:
 
 @dataclass
 class Counts:
-    """Counts of files. files: found; skipped: finished by an earlier run; ok, failed: by this run."""
+    """Counts of files.
+
+    files: found; skipped: finished by an earlier run; ok, failed: by this run; failed_before: by an earlier
+    run, not annotated again; damaged: finished by an earlier run, but the mask is missing or cut off, so this
+    run annotates them again; errors: number of this run's failures by error code
+    """
 
     files: int = 0
     skipped: int = 0
+    failed_before: int = 0
+    damaged: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
     ok: int = 0
     failed: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -96,7 +106,7 @@ def annotate_folder(
     Writes to `out` the label maps `masks/<path of the file>.png`, 8-bit with the bank's class ids, and
     `manifest.jsonl`. Its first line has the options. Each other line is for one file: mask, classes, scores,
     areas in px, mean confidence, templates with similarity, digest of the weights, version and digest of
-    the bank, or the error. A file with a line is not annotated again.
+    the bank, or the error. A file with a line is not annotated again, unless its mask is missing or cut off.
 
     clients: annotators with the same banks, made with `attempts=1`, since retries are decided here
     threads: requests in progress at once
@@ -118,16 +128,26 @@ def annotate_folder(
         raise ValueError(f"expected threads >= 1 and a batch of 1 to 64, got {threads} and {options.batch}")
     replicas, counts = Replicas(clients, patience), Counts()
     annotate_batch = partial(_annotate_batch, source, out, options, replicas)
-    with Manifest(out / MANIFEST, options.settings(), retry=retry) as manifest:
+
+    def valid(record: dict[str, Any]) -> bool:
+        if "error" in record:
+            counts.failed_before += not retry
+            return not retry
+        whole = _is_whole(out / str(record.get("mask")))
+        counts.damaged += not whole
+        return whole
+
+    with Manifest(out / MANIFEST, options.settings(), valid=valid) as manifest:
         atomic_write.remove_leftovers(out / "masks")
         chunks = _chunks(_pending(source, manifest, counts), options.batch)
         with ThreadPoolExecutor(threads, thread_name_prefix="vessa-bulk") as pool:
             try:
                 for records in _in_flight(pool, chunks, 2 * threads, annotate_batch):
                     manifest.add(records)
-                    failed = sum("error" in record for record in records)
-                    counts.failed += failed
-                    counts.ok += len(records) - failed
+                    errors = [record["error"]["code"] for record in records if "error" in record]
+                    counts.errors.update(errors)
+                    counts.failed += len(errors)
+                    counts.ok += len(records) - len(errors)
                     report(counts)
             except BaseException:
                 replicas.stop()
@@ -235,6 +255,17 @@ def _segment(
         for file, image in images.items():
             alone |= _segment(options, replicas, {file: image})
         return alone
+
+
+def _is_whole(mask: Path) -> bool:
+    """Return whether a mask is there and ends as a PNG file does. Only its ends are read."""
+    try:
+        with mask.open("rb") as file:
+            head = file.read(len(_PNG_START))
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return head == _PNG_START and file.read() == _PNG_END
+    except OSError:
+        return False
 
 
 def _write_mask(path: Path, answer: Annotation) -> None:

@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,17 +29,25 @@ def _digest(file: str) -> bytes:
 class Manifest:
     """The lines of one output folder. One process at a time may open it; use it from one thread.
 
+    Only its owner may read the file (mode 0600), because it names patients' files and folders.
     settings: options that all lines share (bank, classes, ...); stored in the first line and compared when
     the manifest is opened again
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, retry: bool = False) -> None:
-        """Open or create the manifest. retry: remove the lines of files that failed.
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        valid: Callable[[dict[str, Any]], bool] = lambda record: True,
+    ) -> None:
+        """Open or create the manifest, and remove the lines that are not valid any more.
 
+        valid: called with each line of a file; its file is annotated again when it returns False
         Raises InvalidConfig when another process has it open or when its settings differ.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = (path.parent / f".{path.name}.lock").open("wb")
+        self._lock = _open(path.parent / f".{path.name}.lock")
         self._file: BinaryIO | None = None
         try:
             try:
@@ -48,9 +56,9 @@ class Manifest:
                 raise InvalidConfig(
                     f"another process writes to {path.parent}: wait for it, or choose another --out"
                 ) from error
-            if retry and path.exists():
-                _drop_failures(path, dict(settings))
-            self._file = path.open("r+b" if path.exists() else "w+b")
+            if path.exists():
+                _drop(path, dict(settings), valid)
+            self._file = _open(path)
             self._done = self._read(path, dict(settings))
         except BaseException:
             self.close()
@@ -126,13 +134,27 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     raise InvalidRequest(f"line {number + 1} of {path} is not a manifest line: choose another --out")
 
 
-def _drop_failures(path: Path, settings: dict[str, Any]) -> None:
-    with path.open("rb") as old, atomic_write.replacing(path) as fresh, fresh.open("wb") as new:
+def _open(path: Path) -> BinaryIO:
+    """Open a file for reading and writing that only its owner may read; create it when it is missing."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.fchmod(handle, 0o600)  # an older version may have written it for others to read
+    return os.fdopen(handle, "r+b")
+
+
+def _drop(path: Path, settings: dict[str, Any], valid: Callable[[dict[str, Any]], bool]) -> None:
+    """Write the manifest again without the lines that are not valid; leave it alone when all are."""
+    with path.open("rb") as old:
+        dropped = set()
         for number, line in enumerate(old):
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
             record = _record(path, number, line)
             if number == 0:
                 _check_settings(path, record, settings)
-            if "error" not in record:
-                new.write(line)
+            elif not valid(record):
+                dropped.add(number)
+        if not dropped:
+            return
+        old.seek(0)
+        with atomic_write.replacing(path, 0o600) as fresh, fresh.open("wb") as new:
+            new.writelines(line for number, line in enumerate(old) if number not in dropped)

@@ -75,11 +75,22 @@ def annotate(
             report=report,
         )
     say(
-        f"{counts.ok} masks written, {counts.failed} files failed, {counts.skipped} finished before; "
+        f"{counts.ok} masks written, {counts.skipped} files finished before; "
         f"{out / MANIFEST} has one line per file"
     )
-    result = {name: getattr(counts, name) for name in ("files", "ok", "failed", "skipped")}
+    if counts.damaged:
+        complain(f"{counts.damaged} masks of an earlier run were missing or cut off and were requested again")
+    if counts.failed or counts.failed_before:
+        reasons = ", ".join(f"{code}: {count}" for code, count in counts.errors.most_common())
+        complain(
+            f"{counts.failed} files failed{reasons and f' ({reasons})'}, {counts.failed_before} failed in an "
+            f"earlier run; {out / MANIFEST} has each reason, --retry-failed tries them again"
+        )
+    names = ("files", "ok", "failed", "failed_before", "skipped", "damaged")
+    result = {name: getattr(counts, name) for name in names}
     finish({**result, "seconds": round(counts.seconds, 1)}, as_json)
+    if counts.failed or counts.failed_before:
+        raise typer.Exit(1)
 
 
 def suggest(

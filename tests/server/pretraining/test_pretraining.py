@@ -9,8 +9,10 @@ from PIL import Image
 from scipy import ndimage
 
 from vessa.datasets import open_dataset
+from vessa.errors import InvalidWeights
 from vessa_server.model.presets import PRESETS
 from vessa_server.model.vessa import Vessa
+from vessa_server.pretraining.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
 from vessa_server.pretraining.data.augmentation import (
     rough_boxes,
     rough_logits,
@@ -366,3 +368,19 @@ def test_a_run_that_diverges_says_so(tmp_path):
         next(run.model.segmenter.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         run._step()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    save_checkpoint(tmp_path, {"a": torch.arange(9.0)}, {"step": 3}, Processes(torch.device("cpu")))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded[0]["a"].tolist() == list(range(9))
+    (state,) = tmp_path.glob("state-*.safetensors")
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InvalidWeights, match="differs from its checksum"):
+        load_checkpoint(tmp_path)
+    state.write_bytes(whole)
+    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:-9])
+    with pytest.raises(InvalidWeights, match=CHECKPOINT):
+        load_checkpoint(tmp_path)

@@ -48,13 +48,25 @@ def test_a_line_cut_off_at_any_byte_is_written_again(path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_retry_removes_the_lines_of_failed_files(path: Path) -> None:
+def test_lines_that_are_not_valid_are_removed(path: Path) -> None:
     with Manifest(path, SETTINGS) as manifest:
         manifest.add([{"file": "a"}, {"file": "b", "error": {}}])
     with Manifest(path, SETTINGS) as manifest:
         assert manifest.missing(["a", "b"]) == []
-    with Manifest(path, SETTINGS, retry=True) as manifest:
+    with Manifest(path, SETTINGS, valid=lambda record: "error" not in record) as manifest:
         assert manifest.missing(["a", "b"]) == ["b"]
+    assert [line.get("file") for line in lines(path)] == [None, "a"]
+
+
+def test_only_the_owner_may_read_it(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with Manifest(path, SETTINGS) as manifest:
+        manifest.add([{"file": "a"}, {"file": "b"}])
+    path.chmod(0o644)  # as an older version wrote it
+    for valid in (lambda record: True, lambda record: record["file"] != "b"):
+        with Manifest(path, SETTINGS, valid=valid):
+            pass
+        assert {p.stat().st_mode & 0o777 for p in path.parent.iterdir()} == {0o600}
 
 
 def test_other_settings_and_a_second_process_are_refused(path: Path) -> None:
@@ -62,10 +74,9 @@ def test_other_settings_and_a_second_process_are_refused(path: Path) -> None:
         Manifest(path, SETTINGS)
     with Manifest(path, SETTINGS) as manifest:
         manifest.add([{"file": "b", "error": {}}])
-    for retry in (False, True):
-        with pytest.raises(InvalidConfig, match="other settings"):
-            Manifest(path, {"bank": "c"}, retry=retry)
-    assert len(lines(path)) == 2  # a refused retry removes no line
+    with pytest.raises(InvalidConfig, match="other settings"):
+        Manifest(path, {"bank": "c"}, valid=lambda record: False)
+    assert len(lines(path)) == 2  # a refused opening removes no line
 
 
 @pytest.mark.parametrize("line", [b"[]\n", b"no json\n", b'{"file": 3}\n'])

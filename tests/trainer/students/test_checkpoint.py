@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from vessa.errors import InvalidWeights
@@ -69,6 +70,23 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         path.mkdir()
     with pytest.raises(InvalidWeights, match="last.safetensors is missing or no readable checkpoint"):
         checkpoint.read(path)
+
+
+def test_a_changed_byte_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "last.safetensors"
+    tensors = {"a": torch.arange(64.0), "step": torch.tensor(7), "b": torch.ones(3, dtype=torch.bfloat16)}
+    checkpoint.write(path, tensors, {"state": {"step": 3}})
+    whole = path.read_bytes()
+    for place in range(8, len(whole)):  # the first 8 bytes are the length of the header
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InvalidWeights, match=r"last\.safetensors is (damaged|missing)"):
+            checkpoint.read(path)
+
+
+def test_a_checkpoint_of_an_older_version_is_read_with_a_warning(tmp_path, caplog):
+    save_file({"a": torch.ones(2)}, tmp_path / "old", {"state": "{}"})
+    assert checkpoint.read(tmp_path / "old")[1] == {"state": {}}
+    assert "old has no checksum" in caplog.text
 
 
 def test_modules_are_loaded_strictly():

@@ -1,7 +1,9 @@
-"""Write and read checkpoints atomically, with everything that an exact resume needs."""
+"""Write and read checkpoints atomically, with a checksum and everything that an exact resume needs."""
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -16,15 +18,19 @@ from vessa import atomic_write
 from vessa.errors import InvalidWeights
 
 LAST, BEST = "last.safetensors", "best.safetensors"
+_CHECKSUM = "sha256"  # metadata key
+_log = logging.getLogger(__name__)
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors and JSON metadata atomically: a kill leaves the old file or the new one."""
+    """Write tensors, JSON metadata and a checksum atomically: a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    texts = {k: json.dumps(v) for k, v in metadata.items()}
+    texts[_CHECKSUM] = _checksum(stored, texts)
     with atomic_write.replacing(path) as fresh:
         try:
-            save_file(stored, fresh, {k: json.dumps(v) for k, v in metadata.items()})
+            save_file(stored, fresh, texts)
         except SafetensorError as error:
             raise _as_os_error(error, path) from error
 
@@ -41,9 +47,28 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-            return tensors, {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+            texts = dict(file.metadata() or {})
+        stated = texts.pop(_CHECKSUM, None)
+        if stated is None:
+            _log.warning("%s has no checksum: an older version wrote it", path)
+        elif stated != _checksum(tensors, texts):
+            raise InvalidWeights(
+                f"{path} is damaged: its contents differ from its checksum. "
+                "Restore it from a backup, or delete the run and start it again."
+            )
+        return tensors, {k: json.loads(v) for k, v in texts.items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise InvalidWeights(f"{path} is missing or no readable checkpoint") from error
+
+
+def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    """Return the SHA-256 of names, types, shapes and bytes of tensors, and of metadata."""
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def module_state(module: nn.Module, prefix: str) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Save and load the state of a Stage-1 run, so that it resumes exactly after a kill.
 
 run.json            settings at the start; a run is resumed only with the same settings
-checkpoint.json     step, random generators and the names of its state files; replaced last
+checkpoint.json     step, random generators, names and SHA-256 of its state files; replaced last
 state-*.safetensors model, average and optimizer; one file, or one per process when they are sharded
 metrics.jsonl       truncated on resume to the length at the checkpoint
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -91,7 +92,8 @@ def save_checkpoint(
     if processes.first:
         metrics = out / METRICS
         size = metrics.stat().st_size if metrics.is_file() else 0
-        whole = {**facts, "sharded": sharded, "states": names, "metrics_bytes": size}
+        digests = {name: _sha256(out / name) for name in names}
+        whole = {**facts, "sharded": sharded, "states": names, "sha256": digests, "metrics_bytes": size}
         atomic_write.write_text(out / CHECKPOINT, json.dumps(whole))
         for path in out.glob("state-*.safetensors"):
             if path.name not in names:
@@ -102,20 +104,34 @@ def save_checkpoint(
 def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Read the checkpoint of a run with unsharded tensors; None when there is no checkpoint.
 
-    Raises InvalidWeights when a state file is missing.
+    Raises InvalidWeights when a file is missing or damaged.
     """
     if not (out / CHECKPOINT).is_file():
         return None
-    facts = json.loads((out / CHECKPOINT).read_text())
     tensors: dict[str, list[Tensor]] = {}
-    for name in facts["states"]:
-        if not (out / name).is_file():
-            raise InvalidWeights(f"the checkpoint in '{out.name}' is incomplete: {name} is missing")
-        with safe_open(out / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                tensors.setdefault(key, []).append(file.get_tensor(key))
+    try:
+        facts = json.loads((out / CHECKPOINT).read_text())
+        for name in facts["states"]:
+            if not (out / name).is_file():
+                raise InvalidWeights(f"the checkpoint in '{out.name}' is incomplete: {name} is missing")
+            # A run of an older version has no checksums.
+            if "sha256" in facts and _sha256(out / name) != facts["sha256"][name]:
+                raise InvalidWeights(
+                    f"the checkpoint in '{out.name}' is damaged: {name} differs from its checksum. "
+                    "Restore it from a backup, or start again with another --out."
+                )
+            with safe_open(out / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    tensors.setdefault(key, []).append(file.get_tensor(key))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InvalidWeights(f"the checkpoint in '{out.name}' is damaged: {CHECKPOINT} or a state") from error
     sharded = set(facts["sharded"])
     return {k: torch.cat(v) if k in sharded else v[0] for k, v in tensors.items()}, facts
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cut_metrics(out: Path, size: int) -> None:
