@@ -41,6 +41,14 @@ def test_what_gains_nothing_is_not_chosen():
     assert choose([[None]], [[TRUTH[0]]], [1], by_volume=True).rules == {}
 
 
+def test_a_class_of_one_component_keeps_it_alone_unless_validation_loses():
+    """Class 1 has one component in the labeled volumes; validation shows no stray one, a new case does."""
+    chosen = choose([list(TRUTH)], [list(TRUTH)], [1, 2], by_volume=True, single=[1])
+    assert {i: rule.largest for i, rule in chosen.rules.items()} == {1: True}
+    assert np.array_equal(np.stack(chosen.apply(list(SPECKLED))), TRUTH)
+    assert choose([list(TRUTH)], [list(TRUTH)], [2], by_volume=True, single=[2]).rules == {}
+
+
 def test_images_of_their_own_are_cleaned_one_by_one():
     rule = Rule(largest=True, smallest=0, before=0.5, after=0.6)
     slices = [TRUTH[2], np.zeros((5, 7), np.uint8)]

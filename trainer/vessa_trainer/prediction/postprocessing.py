@@ -1,7 +1,7 @@
 """Choose on validation patients which components of a mask to keep, and apply that to predictions."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,14 @@ def choose(
     class_ids: Sequence[int],
     *,
     by_volume: bool,
+    single: Collection[int] = (),
 ) -> Postprocessing:
     """Choose, class by class, the rule that adds most Dice on the validation cases, or none.
 
-    truths: of each case the masks of its slices, None where not annotated; predictions: likewise, complete
+    truths: of each case the masks of its slices, None where not annotated
+    predictions: likewise, complete
+    single: classes that form one component in every labeled volume. Their largest component alone is kept
+        unless validation loses by it: few validation cases seldom show a stray component, new ones do.
     """
     rules = {}
     for class_id in class_ids:
@@ -88,7 +92,9 @@ def choose(
             after = _dice(truths, [tried.apply(case) for case in predictions], class_id)
             if after is not None and after >= before + _GAIN and after > best.after:
                 best = Rule(largest, smallest, before, after)
-        if best.after > before:
+            if largest and class_id in single and after is not None and after >= best.after:
+                best = Rule(largest, smallest, before, after)
+        if best.largest or best.smallest:
             rules[class_id] = best
     return Postprocessing(rules, by_volume)
 
