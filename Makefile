@@ -6,6 +6,8 @@
 #   check            lint, format, spelling and types
 #   check-prose      the rules of prose (tests/test_prose.py) and spelling
 #   format           let ruff rewrite what it can
+#   sbom             CycloneDX bill of materials of the images in build/sbom.cdx.json; ends in JSON
+#   audit            pip-audit of the lock, where a service with vulnerability data answers
 #   docs             build the documentation site into site/, strictly
 #   docs-serve       show the documentation site on http://127.0.0.1:8000
 #   layout           modules per folder, longest functions, import circles; ends in JSON
@@ -32,7 +34,7 @@ SHELL := /bin/sh
 PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
            tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
            tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
-.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-browser test-compose test-files test-vllm test-ray nginx docs docs-serve dist layout check-prose
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-browser test-compose test-files test-vllm test-ray nginx docs docs-serve dist layout check-prose sbom audit
 
 BIN := .venv/bin
 # The stamp is named by a checksum of its inputs: a changed lock is noticed, and the file times of a fresh
@@ -137,6 +139,12 @@ test-compose:
 # Takes minutes: the wheels are installed into a fresh environment, which runs the README.
 dist: setup redis
 	$(BIN)/python scripts/dist.py
+
+sbom: setup
+	@$(BIN)/python scripts/sbom.py $(ARGS)
+
+audit: setup
+	@$(BIN)/python scripts/audit_dependencies.py
 
 layout: setup
 	@$(BIN)/python scripts/layout.py
