@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vessa.errors import InvalidConfig
-from vessa_trainer.config import Config, load_config, overlaid, save_config, shipped, to_dict
+from vessa_trainer.config import Config, load_config, overlaid, read_tree, save_config, shipped, to_dict
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "trainer" / "configs").glob("*.yaml"))
 
@@ -29,6 +29,8 @@ def test_there_are_configs_to_load():
     [
         ("supervised_bound", "data.labeled", "splits/train.txt"),
         ("vessa_no_feedback", "feedback.enabled", False),
+        ("vessa_raw_labels", "annotator.clean", False),
+        ("vessa_gated_dice", "semi.vessa_loss", "dice"),
         ("vessa_no_language", "annotator.serves", "no_language"),
         ("vessa_no_memory", "annotator.serves", "no_memory"),
         ("sam2", "annotator.serves", "sam2"),
@@ -57,6 +59,18 @@ def test_schedules_share_the_student_and_leave_the_method_open(name, steps):
     assert config.semi == load_config(None).semi
     assert config.unlabeled_loss == "soft"
     assert not config.channel_dropout
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vessa_scratch", {"encoder": None}),
+        ("vessa_whole_image", {"window": 0.0, "size": 128, "crop": 128}),
+    ],
+)
+def test_ablations_of_the_student_change_the_schedules_student(name, changes):
+    quick = load_config(shipped("quick"))
+    assert overlaid(quick, read_tree(shipped(name))).student == replace(quick.student, **changes)
 
 
 def test_every_method_has_a_title_of_its_own():
