@@ -1,7 +1,6 @@
 """Decide whether requests go through a proxy of the environment, and name it in errors."""
 
 import ipaddress
-import os
 from importlib.util import find_spec
 from urllib.request import getproxies, proxy_bypass
 
@@ -53,12 +52,3 @@ def advice(url: str) -> str:
         "reach the "
         "annotator directly"
     )
-
-
-def tls_advice(error: BaseException) -> str | None:
-    """Return what to do about a certificate that is not trusted; None for other errors."""
-    if "CERTIFICATE_VERIFY_FAILED" not in str(error):
-        return None
-    own = os.environ.get("SSL_CERT_FILE")
-    used = f" (SSL_CERT_FILE is {own})" if own else ""
-    return f"its certificate is not trusted{used}: set SSL_CERT_FILE to your certificate authority's file"

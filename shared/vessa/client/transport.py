@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from vessa.client import endpoints, proxies
+from vessa.client import certificates, endpoints, proxies
 from vessa.client.endpoints import Call
 from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
 
@@ -89,7 +89,7 @@ def failure_of(url: str, timeout: float, call: Call[Any], error: httpx.RequestEr
             f"the annotator at {url} took longer than the limit of {timeout:g} s ({kind}): "
             "send fewer images at once, or raise `timeout`"
         )
-    if (untrusted := proxies.tls_advice(error)) is not None:
+    if (untrusted := certificates.tls_advice(error)) is not None:
         return Unreachable(f"no secure connection to the annotator at {url}: {untrusted}")
     failure = Unreachable(
         f"no response from the annotator at {url} ({kind}): "
@@ -135,6 +135,7 @@ class Connection:
             "timeout": httpx.Timeout(timeout, connect=5.0),
             # Whatever HTTP_PROXY says: keys and images for this machine stay on it.
             "trust_env": not proxies.is_loopback(self.url),
+            **certificates.verification(self.url),
         }
         self._retry: dict[str, Any] = {
             "on": _wait,
