@@ -110,6 +110,19 @@ class ClassMask(_Frozen):
     rle: Rle
 
 
+class Cleaning(_Frozen):
+    """What cleaning did to labels; see `vessa.masks.cleaning`.
+
+    version: of the procedure; single: classes of which the largest component alone was kept; neighbor_weight:
+    of each neighboring slice in the smoothing along z, 0 without; removed: class name to px or voxels
+    """
+
+    version: int
+    single: list[str]
+    neighbor_weight: float = 0.0
+    removed: dict[str, int] = {}
+
+
 class Provenance(_Frozen):
     """What made an answer: the same again makes the same labels.
 
@@ -118,7 +131,7 @@ class Provenance(_Frozen):
     labels_version: of pre- and post-processing; classes: id to name, in the requested order; group: whose
     templates were not used; seed: the request's; boxes: XYXY px, points: (x, y, label) px, mask_logits:
     `vessa.codec.array_digest`, each by its class; templates: those that guided each class; scores: predicted
-    IoU in [0, 1]
+    IoU in [0, 1]; cleaning: None where labels are as they were predicted
     """
 
     image_id: str
@@ -139,6 +152,7 @@ class Provenance(_Frozen):
     mask_logits: dict[str, str] = {}
     templates: dict[str, list[TemplateUse]]
     scores: dict[str, float] = {}
+    cleaning: Cleaning | None = None
 
 
 class SegmentAnswer(Provenance):
@@ -151,7 +165,7 @@ class SegmentAnswer(Provenance):
 class ItemInfo(_Frozen):
     """What a batch answer says of one item besides its arrays.
 
-    annotation_id: names it for GET /annotations/{id}; bank_version, adaptation: see Provenance
+    annotation_id: names it for GET /annotations/{id}; bank_version, adaptation, cleaning: see Provenance
     """
 
     status: Literal["ok", "error"]
@@ -163,6 +177,7 @@ class ItemInfo(_Frozen):
     adaptation: str | None = None
     templates: dict[str, list[TemplateUse]] = {}
     scores: dict[str, float] = {}
+    cleaning: Cleaning | None = None
 
 
 class Erasure(_Frozen):
@@ -211,7 +226,8 @@ class JobInfo(_Frozen):
     """A volume in the background.
 
     done: finished slices; result: nifti, dicom-seg or nrrd; error: why it failed; notes: what was repaired in
-    the files or is missing from them, one sentence each
+    the files or is missing from them, one sentence each; cleaning: what cleaning did to the labels of a
+    finished job, None without
     """
 
     id: str
@@ -222,6 +238,7 @@ class JobInfo(_Frozen):
     result: Literal["nifti", "dicom-seg", "nrrd"]
     error: str | None = None
     notes: list[str] = []
+    cleaning: Cleaning | None = None
 
 
 class ServiceInfo(_Frozen):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vessa.schemas import Provenance, TemplateUse
+from vessa.schemas import Cleaning, Provenance, TemplateUse
 
 # Version of pre- and post-processing: raise it when the same weights would give other labels.
 LABELS_VERSION = "4"
@@ -112,6 +112,7 @@ class SegmentResult:
     labels: uint8 (H, W) class ids; confidence: uint8 (H, W), 0..255
     probabilities: float16 (K + 1, H, W), background first, or None
     adaptation: digest of the bank's own weights, None where the common weights served
+    cleaning: what cleaning did, None where labels are as they were predicted
     """
 
     image_id: str
@@ -125,6 +126,7 @@ class SegmentResult:
     bank_version: int
     adaptation: str | None = None
     bank_digest: str = ""
+    cleaning: Cleaning | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,13 +49,15 @@ class AnnotateOptions:
     """Options that all images of a job share.
 
     bank: template bank; classes: names, None: all classes of the bank; by_folder: a file's folder is its
-    patient, whose templates are not used; batch: images per request, 1 to 64
+    patient, whose templates are not used; batch: images per request, 1 to 64; clean: keep the largest
+    component of classes that have one in every template
     """
 
     bank: str
     classes: tuple[str, ...] | None = None
     by_folder: bool = False
     batch: int = 8
+    clean: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Return the options that all lines of a manifest share."""
@@ -63,6 +65,7 @@ class AnnotateOptions:
             "bank": self.bank,
             "classes": None if self.classes is None else list(self.classes),
             "by_folder": self.by_folder,
+            **({"clean": True} if self.clean else {}),  # manifests of earlier versions do not name it
         }
 
 
@@ -236,7 +239,11 @@ def _segment(
 
     def request(client: AnnotatorClient) -> list[Annotation]:
         answers = client.segment(
-            list(images.values()), bank=options.bank, classes=options.classes, groups=groups
+            list(images.values()),
+            bank=options.bank,
+            classes=options.classes,
+            groups=groups,
+            clean=options.clean,
         )
         for answer in answers:
             if isinstance(answer.error, Retryable):
@@ -299,6 +306,7 @@ def _line(file: str, mask: Path, answer: Annotation, options: AnnotateOptions) -
         "bank_version": answer.bank_version,
         "bank_digest": answer.bank_digest,
         "annotation_id": answer.annotation_id,
+        "cleaning": None if answer.cleaning is None else answer.cleaning.model_dump(),
     }
 
 

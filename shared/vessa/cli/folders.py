@@ -11,7 +11,7 @@ from rich.table import Table
 from vessa.bulk.annotate import MANIFEST, AnnotateOptions, Counts, annotate_folder
 from vessa.bulk.unlabeled_pool import Candidate, Pixels, find_candidates
 from vessa.cli.options import Bank, Json, Key, Url, complain, console, finish, progress_bar, say
-from vessa.cli.segment import Classes
+from vessa.cli.segment import Classes, Clean
 from vessa.client import AnnotatorClient
 from vessa.errors import InvalidDataset, VessaError
 from vessa.schemas import Suggestions
@@ -33,6 +33,7 @@ def annotate(
             help="An image's folder is its patient, whose templates are not used.",
         ),
     ] = False,
+    clean: Clean = False,
     batch: Annotated[int, typer.Option(help="Images per request.", min=1, max=64)] = 8,
     threads: Annotated[int, typer.Option(help="Requests in progress at once.", min=1)] = 4,
     retry_failed: Annotated[
@@ -50,7 +51,7 @@ def annotate(
 ) -> None:
     """Annotate a folder of any number of images; a second run annotates only the missing ones."""
     addresses: list[str | None] = [*urls] if urls else [None]
-    options = AnnotateOptions(bank, None if classes is None else tuple(classes), by_folder, batch)
+    options = AnnotateOptions(bank, None if classes is None else tuple(classes), by_folder, batch, clean)
     with contextlib.ExitStack() as stack, progress_bar() as bar:
         clients = [
             stack.enter_context(AnnotatorClient(url, api_key, timeout=_TIMEOUT_S, attempts=1))

@@ -7,11 +7,18 @@ import typer
 from PIL import Image
 
 from vessa.cli.options import Bank, Json, Key, Url, console, finish, say
-from vessa.cli.volumes import segment_volume
+from vessa.cli.volumes import describe_cleaning, segment_volume
 from vessa.client import Annotation, AnnotatorClient
 from vessa.errors import BadResponse
 from vessa.volumes import is_volume
 
+Clean = Annotated[
+    bool,
+    typer.Option(
+        "--clean",
+        help="Keep the largest component of classes that form one in every template; smooth volumes along z.",
+    ),
+]
 Classes = Annotated[list[str] | None, typer.Option(help="Only these classes; repeatable.")]
 
 
@@ -45,6 +52,7 @@ def segment(
         int | None,
         typer.Option(help="Which of several DICOM series of a folder; without it they are listed."),
     ] = None,
+    clean: Clean = False,
     url: Url = None,
     api_key: Key = None,
     as_json: Json = False,
@@ -57,19 +65,30 @@ def segment(
             )
         with AnnotatorClient(url, api_key) as client:
             result = segment_volume(
-                client, image, out, bank=bank, classes=classes, group=group, axis=axis, series=series
+                client,
+                image,
+                out,
+                bank=bank,
+                classes=classes,
+                group=group,
+                axis=axis,
+                series=series,
+                clean=clean,
             )
         finish(result, as_json)
         return
     out, picture = _png(out or Path("mask.png")), picture and _png(picture)
     with AnnotatorClient(url, api_key) as client:
-        found = client.segment_image(image, bank=bank, classes=classes, group=group)
+        found = client.segment_image(image, bank=bank, classes=classes, group=group, clean=clean)
     found.save(out)
     if picture is not None:
         Image.fromarray(found.overlay()).save(picture)
     areas = found.areas()
     _print_classes(found, areas)
-    about = {"bank_version": found.bank_version, "annotation_id": found.annotation_id}
+    cleaning = None if found.cleaning is None else found.cleaning.model_dump()
+    if cleaning is not None:
+        say(f"cleaned: {describe_cleaning(cleaning)}")
+    about = {"cleaning": cleaning, "bank_version": found.bank_version, "annotation_id": found.annotation_id}
     finish({"mask": str(out), "areas": areas, "scores": found.scores, **about}, as_json)
 
 

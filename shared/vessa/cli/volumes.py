@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ def segment_volume(
     group: str | None,
     axis: str,
     series: int | None = None,
+    clean: bool = False,
 ) -> dict[str, Any]:
     """Have a job segment a volume, show its progress and write the labels.
 
@@ -40,6 +41,7 @@ def segment_volume(
     if not out.parent.is_dir():  # checked before minutes of work
         raise typer.BadParameter(f"the folder {out.parent} does not exist: create it or change --out")
     said: list[str] = []
+    cleaning: dict[str, Any] = {}
     with progress_bar() as bar:
         task = bar.add_task("segmenting", total=None)
 
@@ -49,6 +51,8 @@ def segment_volume(
                 if note not in said:
                     said.append(note)
                     say(f"note: {note}")
+            if info.cleaning is not None:
+                cleaning.update(info.cleaning.model_dump())
 
         data = client.segment_volume(
             path,
@@ -58,11 +62,22 @@ def segment_volume(
             axis=axis,
             result=kind,
             series=series,
+            clean=clean,
             progress=show,
         )
     out.write_bytes(data)
     say(f"labels on the grid of {path}: {out}")
-    return {"labels": str(out), "result": kind, "notes": said}
+    if cleaning:
+        say(f"cleaned: {describe_cleaning(cleaning)}")
+    return {"labels": str(out), "result": kind, "notes": said, "cleaning": cleaning or None}
+
+
+def describe_cleaning(cleaning: Mapping[str, Any]) -> str:
+    """Say what cleaning did. cleaning: `vessa.schemas.Cleaning` as a mapping."""
+    removed = ", ".join(f"{count} px of {name}" for name, count in cleaning["removed"].items())
+    kept = ", ".join(cleaning["single"]) or "no class"
+    smoothed = " after smoothing along z" if cleaning["neighbor_weight"] else ""
+    return f"largest component of {kept}{smoothed}; removed {removed or 'nothing'}"
 
 
 def dicomweb(

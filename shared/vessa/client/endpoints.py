@@ -272,6 +272,7 @@ def segment(
     template_choice: TemplateChoice = "top1",
     seed: int = 0,
     probabilities: bool = False,
+    clean: bool = False,
 ) -> tuple[int, Iterator[Call[list[Annotation]]]]:
     """Build POST /segment, at least one request per image size and prompt shape.
 
@@ -305,6 +306,8 @@ def segment(
         metadata["groups"] = json.dumps([owners[r] for r in rows])
         if probabilities:
             metadata["probabilities"] = "1"
+        if clean:
+            metadata["clean"] = "1"
         size = None if images is None else images[rows[0]].shape[:2]
         return binary("/segment", tensors, metadata, lambda r: read_annotations(r, rows, size), rows)
 

@@ -29,6 +29,7 @@ def create(
     axis: str = "auto",
     result: str | None = None,
     series: int | None = None,
+    clean: bool = False,
 ) -> Call[JobInfo]:
     """Build POST /jobs with a NIfTI or DICOM file, or the files of one DICOM series of a folder.
 
@@ -45,6 +46,8 @@ def create(
         raise InvalidImage(f"{path.name} cannot be read: {error.strerror}") from error
     given = {"bank": bank, "axis": axis, "group": group, "result": result}
     fields = {key: value for key, value in given.items() if value is not None}
+    if clean:
+        fields["clean"] = "1"
     if classes is not None:
         fields["classes"] = json.dumps(list(classes))
     return Call("POST", "/jobs", reads(_JOB), {"files": files, "data": fields}, "unsent")

@@ -69,6 +69,7 @@ def read_annotations(
                 bank_digest=item.bank_digest or digest,
                 annotation_id=item.annotation_id,
                 adaptation=item.adaptation,
+                cleaning=item.cleaning,
                 **common,
             )
         )
@@ -100,6 +101,7 @@ def read_annotation(response: httpx.Response) -> Annotation:
         labels_version=made.labels_version,
         annotation_id=item.annotation_id,
         adaptation=made.adaptation,
+        cleaning=made.cleaning,
         provenance=made,
     )
 

@@ -174,7 +174,7 @@ class AnnotatorClient(Connection):
         image_ids: in place of `images`, ids of images of one size that the service still holds
         by_id: send the ids of `images` first, and pixels only for ids that the service does not hold
         progress: called as progress(done, total) after each response
-        options: classes, groups, prompts, template_choice, seed, probabilities; see
+        options: classes, groups, prompts, template_choice, seed, probabilities, clean; see
             `client.types.SegmentOptions`
         An item that fails with a Retryable error is sent again, alone. An item that fails for good has its
         `error` set; it does not affect the others.
@@ -194,16 +194,23 @@ class AnnotatorClient(Connection):
         classes: Sequence[str] | None = None,
         group: str | None = None,
         prompts: Prompts | None = None,
+        clean: bool = False,
     ) -> Annotation:
         """Segment one image; the annotation has the image, so that it can draw its overlay.
 
         image: uint8 (H, W[, 3]), or the path of a PNG, JPEG or TIFF file
         classes: names to segment; None: all classes of the bank
         group: the patient of the image, whose templates are not used
+        clean: see `client.types.SegmentOptions`
         Raises InvalidImage when the file cannot be read, and the error of the image.
         """
         pixels = image if isinstance(image, np.ndarray) else in_place(read_image, Path(image))
-        options: SegmentOptions = {"classes": classes, "groups": [group], "prompts": [prompts]}
+        options: SegmentOptions = {
+            "classes": classes,
+            "groups": [group],
+            "prompts": [prompts],
+            "clean": clean,
+        }
         (found,) = self.segment([pixels], bank=bank, **options)
         if found.error is not None:
             raise found.error
@@ -252,6 +259,7 @@ class AnnotatorClient(Connection):
         axis: str = "auto",
         result: str | None = None,
         series: int | None = None,
+        clean: bool = False,
         progress: Callable[[JobInfo], None] = lambda info: None,
     ) -> bytes:
         """Segment a NIfTI or DICOM file, or a folder with a DICOM series, and wait for the result.
@@ -259,6 +267,7 @@ class AnnotatorClient(Connection):
         axis: auto, axial, coronal or sagittal
         result: nifti, dicom-seg or nrrd; None: the format of the input
         series: place of one of several DICOM series in a folder, from 1
+        clean: smooth the labels along z, keep the largest component of classes that have one
         progress: called with the job's state about once a second; its `notes` name what was repaired
         Returns the bytes of the file. Ctrl-C cancels the job.
         """
@@ -271,6 +280,7 @@ class AnnotatorClient(Connection):
             axis=axis,
             result=result,
             series=series,
+            clean=clean,
         )
         info = self._send(in_place(create))
         answered = time.monotonic()

@@ -12,7 +12,7 @@ import PIL.Image
 from vessa import atomic_write
 from vessa.errors import BadResponse, InvalidRequest, ShapeMismatch, VessaError
 from vessa.masks.overlay import overlay as draw_overlay
-from vessa.schemas import Provenance, TemplateUse
+from vessa.schemas import Cleaning, Provenance, TemplateUse
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, Any]
@@ -51,6 +51,7 @@ class Annotation:
     error: set when this item failed; its arrays are None
     annotation_id: id in the service's cache; `annotation` returns it with `provenance`, without confidence
     adaptation: digest of the bank's adapted weights, None when the common weights were used
+    cleaning: what cleaning did to the labels, None where they are as they were predicted
     image: uint8 (H, W[, 3]), set by `segment_image`
     """
 
@@ -69,6 +70,7 @@ class Annotation:
     annotation_id: str = ""
     adaptation: str | None = None
     provenance: Provenance | None = None
+    cleaning: Cleaning | None = None
     image: Image | None = None
 
     def __repr__(self) -> str:
@@ -136,6 +138,7 @@ class SegmentOptions(TypedDict, total=False):
     prompts: see Prompts
     template_choice: "top1", "top3" or "sample", which draws a template with `seed`
     probabilities: whether annotations contain probabilities
+    clean: whether the service keeps the largest component of classes that have one in every template
     """
 
     classes: Sequence[str] | None
@@ -144,3 +147,4 @@ class SegmentOptions(TypedDict, total=False):
     template_choice: TemplateChoice
     seed: int
     probabilities: bool
+    clean: bool

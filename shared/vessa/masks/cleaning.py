@@ -19,6 +19,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 NEIGHBOR_WEIGHT = 0.15  # of each of the two neighboring slices; the slice itself has the rest
 _STRUCTURE = 0.2  # of a class's largest component: smaller components are islands
+_SLAB = 16  # slices that are smoothed at once
 _DOMINANT = 0.95  # of a class's voxels: a component with so many is the class's only one
 
 
@@ -120,15 +121,20 @@ def _smoothed(labels: Bytes, confidence: Bytes, weight: float) -> tuple[Bytes, B
         ids.insert(0, 0)
     if len(ids) == 1:
         return labels, confidence
-    sure = confidence.astype(np.float32) / 255
-    known = confidence > 0
     kernel = np.array([weight, 1 - 2 * weight, weight], np.float32)
-    votes = np.empty((len(ids), *labels.shape), np.float32)
-    for row, class_id in enumerate(ids):
-        share = np.where(labels == class_id, sure, (1 - sure) / (len(ids) - 1))
-        votes[row] = ndimage.correlate1d(np.where(known, share, 0), kernel, axis=0, mode="nearest")
-    total = np.maximum(votes.sum(0), 1e-6)
-    winner = votes.argmax(0)
-    smooth = np.asarray(ids, np.uint8)[winner]
-    value = np.maximum(np.rint(255 * votes.max(0) / total), 1).astype(np.uint8)
-    return np.where(known, smooth, 0).astype(np.uint8), np.where(known, value, 0).astype(np.uint8)
+    found = np.zeros((2, *labels.shape), np.uint8)
+    for start in range(0, len(labels), _SLAB):  # votes of all classes on a whole CT would take gigabytes
+        first, last = max(0, start - 1), min(len(labels), start + _SLAB + 1)
+        inside = slice(start - first, start - first + _SLAB)
+        slab, sure = labels[first:last], confidence[first:last].astype(np.float32) / 255
+        known = confidence[first:last] > 0
+        votes = np.empty((len(ids), *slab.shape), np.float32)
+        for row, class_id in enumerate(ids):
+            share = np.where(slab == class_id, sure, (1 - sure) / (len(ids) - 1))
+            votes[row] = ndimage.correlate1d(np.where(known, share, 0), kernel, axis=0, mode="nearest")
+        total = np.maximum(votes.sum(0), 1e-6)
+        smooth = np.asarray(ids, np.uint8)[votes.argmax(0)]
+        value = np.maximum(np.rint(255 * votes.max(0) / total), 1).astype(np.uint8)
+        for part, values in zip(found, (smooth, value), strict=True):
+            part[start : start + _SLAB] = np.where(known, values, 0)[inside]
+    return found[0], found[1]

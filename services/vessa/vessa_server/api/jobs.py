@@ -49,8 +49,9 @@ async def create_job(request: Request, response: Response, caller: CallerDep, ch
     image: one NIfTI file (.nii, .nii.gz), one DICOM file of one or many frames, or, repeated, the files of
     one DICOM series. axis: how it is cut: auto (default: a DICOM's images, else the axis with the largest
     spacing), axial, coronal or sagittal. result: nifti, dicom-seg or nrrd (.seg.nrrd, as 3D Slicer
-    writes it); by default DICOM SEG for DICOM and NIfTI for NIfTI. The answer's Location is the address of
-    its state. Once this answers, the job is on the disk.
+    writes it); by default DICOM SEG for DICOM and NIfTI for NIfTI. clean: 1 smooths the labels along z and
+    removes islands of classes that form one component in every template. The answer's Location is the
+    address of its state. Once this answers, the job is on the disk.
     """
     limits, jobs = limits_of(request), _jobs(request)
     with limits.work(caller), service_of(request).permit() as engine:

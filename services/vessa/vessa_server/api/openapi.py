@@ -44,6 +44,7 @@ JOB_BODY = _form(
     group=_text("the volume's own patient, whose templates are not used"),
     axis=_text("auto (default), axial, coronal or sagittal"),
     result=_text("nifti or dicom-seg; default: as the image"),
+    clean=_text("1: smooth the labels along z and keep the largest component of classes that have one"),
 )
 WORKLIST_ITEM_BODY = {
     "requestBody": {
@@ -76,6 +77,7 @@ SEGMENT_BODY = _form(
     point_labels=_text('JSON {"right ventricle": [1, 0, ...]}: 1 inside, 0 outside'),
     template_choice=_text("top1 (default), top3 or sample"),
     seed=_text("whole number, for sample"),
+    clean=_text("1: keep the largest component of classes that have one in every template"),
 )
 
 # Each status that a route with a key may answer when it fails, with the codes that come with it.

@@ -60,9 +60,10 @@ async def segment(
     A safetensors body segments many: images uint8 (B, H, W) or (B, H, W, 3), or metadata image_ids for
     images the service still holds; prompts boxes (B, K, 4), points (B, K, P, 2) with point_labels (B, K, P),
     mask_logits (B, K, h, w) with mask_present (B, K); metadata bank, classes, groups, probabilities,
-    template_choice, seed. Its answer holds labels and confidence uint8 (B, H, W), on request probabilities
-    float16 (B, K + 1, H, W), and in its metadata the status of each item: one that failed does not harm the
-    others. GET /annotations/{id} tells what made an answer, by its annotation_id (header X-Annotation-Id).
+    template_choice, seed, clean. Its answer holds labels and confidence uint8 (B, H, W), on request
+    probabilities float16 (B, K + 1, H, W), and in its metadata the status of each item: one that failed does
+    not harm the others. GET /annotations/{id} tells what made an answer, by its annotation_id (header
+    X-Annotation-Id).
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as engine:

@@ -82,6 +82,14 @@ def read_options(options: Mapping[str, str]) -> tuple[str, int, bool]:
     return choice, int(seed), options.get("probabilities", "0") == "1"
 
 
+def read_switch(options: Mapping[str, str], name: str) -> bool:
+    """Return an option that is "1" or "0" (default). Raises InvalidRequest."""
+    value = options.get(name, "0")
+    if value not in ("0", "1"):
+        raise InvalidRequest(f"{name} must be 0 or 1, got {value[:40]!r}")
+    return value == "1"
+
+
 def item_seed(seed: int, image_id: str) -> int:
     """Return the random seed of one image, by its id and not its place: any batch draws the same."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:8], "big")

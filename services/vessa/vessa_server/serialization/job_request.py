@@ -7,7 +7,7 @@ from typing import Any, get_args
 from vessa.errors import InvalidRequest
 from vessa.volumes import AXES
 from vessa.volumes.files import LabelFormat
-from vessa_server.serialization.fields import read_name, read_strings
+from vessa_server.serialization.fields import read_name, read_strings, read_switch
 from vessa_server.serialization.multipart import Form, FormStream
 from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.template_bank.retrieval import check_name
@@ -17,16 +17,20 @@ ResultKind = LabelFormat
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Hold the fields of a job request. axis: see `Volume.axis`; kind: None for what fits the files."""
+    """Hold the fields of a job request.
+
+    axis: see `Volume.axis`; kind: None for what fits the files; clean: clean the labels of the volume
+    """
 
     bank: str
     classes: list[str] | None = None
     group: str | None = None
     axis: str = "auto"
     kind: ResultKind | None = None
+    clean: bool = False
 
 
-_FIELDS = {"image", "bank", "classes", "group", "axis", "result"}
+_FIELDS = {"image", "bank", "classes", "group", "axis", "result", "clean"}
 
 
 def job_form(content_type: str, folder: Path, max_files: int) -> FormStream:
@@ -43,6 +47,7 @@ def read_job(form: Form) -> JobRequest:
         group=read_name(group, "group") if group else None,
         axis=_one_of(form, "axis", AXES, "auto"),
         kind=_one_of(form, "result", get_args(ResultKind), None),
+        clean=read_switch({"clean": form.text("clean", "0")}, "clean"),
     )
 
 

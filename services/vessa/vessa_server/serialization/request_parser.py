@@ -33,6 +33,7 @@ from vessa_server.serialization.fields import (
     read_options,
     read_per_class,
     read_strings,
+    read_switch,
 )
 from vessa_server.serialization.image_files import decode_image, decode_mask
 from vessa_server.serialization.multipart import Form
@@ -57,6 +58,7 @@ SEGMENT_TENSORS = {
 TEMPLATE_FIELDS = {"image", "mask", "classes", "group", "bank"}
 SEGMENT_FIELDS = {
     "image", "bank", "classes", "group", "boxes", "points", "point_labels", "template_choice", "seed",
+    "clean",
 }  # fmt: skip
 
 
@@ -99,6 +101,7 @@ class SegmentRequest:
     classes: {id: name} in the order of the request
     size: (H, W) of the images, px; None without a usable image
     seed: random seed of the request; each item derives its own from it
+    clean: whether labels are cleaned, see `serving.label_cleaning`
     """
 
     bank: Bank
@@ -108,6 +111,7 @@ class SegmentRequest:
     size: tuple[int, int] | None
     probabilities: bool
     seed: int = 0
+    clean: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,11 @@ class Reader:
     def segment_form(self, content_type: str, body: bytes) -> SegmentRequest:
         """Parse a multipart POST /segment: one image. Raises VessaError for invalid input."""
         form = Form(content_type, body, SEGMENT_FIELDS)
-        options = {"template_choice": form.text("template_choice", "top1"), "seed": form.text("seed", "0")}
+        options = {
+            "template_choice": form.text("template_choice", "top1"),
+            "seed": form.text("seed", "0"),
+            "clean": form.text("clean", "0"),
+        }
         image = decode_image(form.file("image"), self.settings.limits.max_pixels)
         prompts = {name: form.json(name) for name in ("boxes", "points", "point_labels")}
         group = form.text("group", "") or None
@@ -219,7 +227,16 @@ class Reader:
     def segment_tensors(self, body: bytes) -> SegmentRequest:
         """Parse a safetensors POST /segment: many images of one size, or their ids."""
         tensors, metadata = decode(body, SEGMENT_TENSORS, max_bytes=self.settings.limits.max_body_bytes)
-        known = {"bank", "classes", "groups", "image_ids", "probabilities", "template_choice", "seed"}
+        known = {
+            "bank",
+            "classes",
+            "groups",
+            "image_ids",
+            "probabilities",
+            "template_choice",
+            "seed",
+            "clean",
+        }
         check_known(metadata, known)
         images = tensors.pop("images", None)
         ids = json_metadata(metadata, "image_ids") if "image_ids" in metadata else None
@@ -259,6 +276,7 @@ class Reader:
         options: Mapping[str, str],
     ) -> SegmentRequest:
         choice, seed, probabilities = read_options(options)
+        clean = read_switch(options, "clean")
         prompts.check_shapes(len(groups), len(classes), self.settings.limits.max_points)
         if images is not None:
             ids = tuple(image_digest(image) for image in images)
@@ -299,7 +317,7 @@ class Reader:
                     probabilities=probabilities,
                 )
             )
-        return SegmentRequest(bank, ids, items, classes, size, probabilities, seed)
+        return SegmentRequest(bank, ids, items, classes, size, probabilities, seed, clean)
 
     def _classes(self, bank_name: str, wanted: Any) -> tuple[Bank, dict[int, str]]:
         """Return the bank and the requested classes {id: name} in the request's order, None = all."""

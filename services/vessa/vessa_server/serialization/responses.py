@@ -84,6 +84,7 @@ def _item(answer: Answer) -> ItemInfo:
         adaptation=made.adaptation,
         templates=made.templates,
         scores=made.scores,
+        cleaning=made.cleaning,
     )
 
 

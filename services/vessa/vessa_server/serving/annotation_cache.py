@@ -125,6 +125,7 @@ class AnnotationCache:
             seed=request.seed,
             templates=result.templates,
             scores=result.scores,
+            cleaning=result.cleaning,
             **_prompts(item),
         )
 

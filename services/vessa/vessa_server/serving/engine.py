@@ -9,6 +9,7 @@ from vessa_server.observability.metrics import Metrics
 from vessa_server.serialization.request_parser import Reader, SeenSizes, SegmentRequest, TemplateRequest
 from vessa_server.serving.annotation_cache import AnnotationCache
 from vessa_server.serving.batch_queue import BatchQueue
+from vessa_server.serving.label_cleaning import clean_results
 from vessa_server.serving.worker import Worker
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
@@ -71,6 +72,8 @@ class Engine:
         keys = [item.key(request.bank.digest) for item in items]
         for place, answer in zip(places, await self._submit(items, client, keys, deadline), strict=True):
             results[place] = answer
+        if request.clean:
+            results = await asyncio.to_thread(clean_results, results, request.bank)
         return results
 
     async def encode(self, request: TemplateRequest, banks: CallersBanks) -> list[Template]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vessa.errors import ClassConflict, InvalidRequest, UnknownTemplate
+from vessa.masks.cleaning import single_component_classes
 from vessa.schemas import BankInfo
 from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.index import Entry
@@ -65,6 +66,11 @@ class Bank:
     shared: bool = False
     entries: Mapping[str, Entry] = field(default_factory=dict)
     state: str = ""
+
+    @cached_property
+    def single_classes(self) -> tuple[int, ...]:
+        """Return the class ids that form one component in every template; cleaning keeps one of these."""
+        return single_component_classes(template.mask[None] for template in self.templates)
 
     @cached_property
     def digest(self) -> str:

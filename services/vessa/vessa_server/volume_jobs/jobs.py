@@ -144,6 +144,7 @@ class Jobs:
                 images=images,
                 created=time.time(),
                 notes=volume.notes,
+                clean=request.clean,
             )
             self._publish(upload, job, files, take)
         self._runner.wake()
@@ -194,7 +195,8 @@ class Jobs:
         """Return the provenance of each finished slice, in their order."""
         job = self._get(identity, caller)
         try:
-            return read_provenance(self.store.path(job))
+            found = read_provenance(self.store.path(job))
+            return [one.model_copy(update={"cleaning": job.cleaning}) for one in found]
         except OSError:
             raise _unknown(identity) from None
         except (ValueError, KeyError, TypeError):
@@ -224,6 +226,7 @@ class Jobs:
             result=job.kind,
             error=None if job.error is None else job.error[1],
             notes=list(job.notes),
+            cleaning=job.cleaning,
         )
 
     def _make_room(self, size: int, owner: str) -> None:

@@ -24,19 +24,24 @@ from vessa.errors import (
     Unauthorized,
     VessaError,
 )
+from vessa.masks.cleaning import NEIGHBOR_WEIGHT
 from vessa.volumes import Bounds, isolated, write_labels
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serving.engine import Engine
+from vessa_server.serving.label_cleaning import clean_stack
 from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.volume_jobs.slices import (
+    CONFIDENCE,
     IMAGES,
     assemble,
     check_inputs,
     finished_slices,
+    read_confidence,
     read_images,
+    read_stack,
     write_slice,
 )
 from vessa_server.volume_jobs.store import Job, JobStore, alone_on
@@ -178,7 +183,8 @@ class JobRunner:
                 answer.item = place
                 raise answer
             assert not isinstance(item, VessaError)  # its answer would be the same error
-            write_slice(folder, place, answer.labels, engine.annotations.provenance(request, item, answer))
+            made = engine.annotations.provenance(request, item, answer)
+            write_slice(folder, place, answer.labels, made, answer.confidence if job.clean else None)
             self._checked[job.id].add(place)
 
     def _caller(self, job: Job) -> Caller:
@@ -194,10 +200,21 @@ class JobRunner:
         folder = self._store.path(job)
         files = [folder / f"{i:05d}.input" for i in range(len(job.files))]
         volume = isolated.read_volume(files, self._bounds)
-        labels = assemble(volume, job, folder)
+        stack, cleaning = read_stack(job, folder), None
+        if job.clean:
+            bank = CallersBanks(engine.banks, self._caller(job)).get(job.bank)
+            cleaned, cleaning = clean_stack(
+                stack,
+                read_confidence(job, folder),
+                bank,
+                job.classes,
+                neighbor_weight=NEIGHBOR_WEIGHT,
+            )
+            stack = cleaned.labels
+        labels = assemble(volume, job, stack)
         data = write_labels(volume, labels, job.classes, engine.info.model[:16], job.kind)
         atomic_write.write_bytes(folder / "result", data, 0o600)
-        self._end(job, state="done", result=hashlib.sha256(data).hexdigest())
+        self._end(job, state="done", result=hashlib.sha256(data).hexdigest(), cleaning=cleaning)
 
     def _end(self, job: Job, **changes: Any) -> None:
         """Store the outcome and remove the inputs."""
@@ -207,6 +224,6 @@ class JobRunner:
             self._store.change(job, ended=max(time.time(), job.created), **changes)
         except FileNotFoundError:
             return  # deleted
-        for pattern in ("*.input", "*.png", IMAGES):
+        for pattern in ("*.input", "*.png", f"*{CONFIDENCE}", IMAGES):
             for path in self._store.path(job).glob(pattern):
                 path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from vessa.atomic_write import write_bytes
 from vessa.errors import InternalError
+from vessa.masks import files as mask_files
 from vessa.schemas import Provenance
 from vessa.volumes import Volume
 from vessa.volumes.grid import slice_of
@@ -21,6 +22,7 @@ from vessa_server.volume_jobs.store import Job, digest_of_file
 log = logging.getLogger(__name__)
 
 IMAGES = "images.npy"
+CONFIDENCE = ".sure"  # suffix of the confidence of a slice, a PNG file that only cleaning reads
 
 
 def write_images(folder: Path, volume: Volume, axis: int) -> str:
@@ -56,10 +58,20 @@ def check_inputs(folder: Path, job: Job) -> None:
             raise InternalError("A stored file of the job is damaged. Send the volume again.")
 
 
-def write_slice(folder: Path, place: int, labels: NDArray[np.uint8], made: Provenance) -> None:
-    """Write the labels (H, W) of one slice and their provenance."""
+def write_slice(
+    folder: Path,
+    place: int,
+    labels: NDArray[np.uint8],
+    made: Provenance,
+    confidence: NDArray[np.uint8] | None = None,
+) -> None:
+    """Write the labels (H, W) of one slice, their provenance and, where cleaning needs it, confidence."""
     png = label_png(labels)
     record = {"png": hashlib.sha256(png).hexdigest(), "made": made.model_dump_json()}
+    if confidence is not None:
+        sure = label_png(confidence)
+        record["confidence"] = hashlib.sha256(sure).hexdigest()
+        write_bytes(folder / f"{place:05d}{CONFIDENCE}", sure, 0o600)
     write_bytes(folder / f"{place:05d}.png", png, 0o600)
     write_bytes(folder / f"{place:05d}.made", json.dumps(record).encode(), 0o600)
 
@@ -74,6 +86,8 @@ def finished_slices(folder: Path, job: Job) -> set[int]:
             Provenance.model_validate_json(record["made"])
             if digest_of_file(labels) != record["png"]:
                 raise ValueError("the labels do not match")
+            if job.clean and digest_of_file(path.with_suffix(CONFIDENCE)) != record["confidence"]:
+                raise ValueError("the confidence does not match")
             done.add(int(path.stem))
         except (OSError, ValueError, KeyError, TypeError, ValidationError):
             log.warning("job %s: slice %s is damaged; it is segmented again", job.id, path.stem)
@@ -88,11 +102,27 @@ def read_provenance(folder: Path) -> list[Provenance]:
     return [Provenance.model_validate_json(record["made"]) for record in records]
 
 
-def assemble(volume: Volume, job: Job, folder: Path) -> NDArray[np.uint8]:
-    """Return the labels of all slices on the grid of the volume."""
+def read_stack(job: Job, folder: Path) -> NDArray[np.uint8]:
+    """Return the labels of all slices, (S, H, W)."""
+    stack = np.zeros((job.slices, *job.size), np.uint8)
+    for index in range(job.slices):
+        data = (folder / f"{index:05d}.png").read_bytes()
+        stack[index] = decode_mask(data, job.size, stack[index].size)
+    return stack
+
+
+def read_confidence(job: Job, folder: Path) -> NDArray[np.uint8]:
+    """Return the confidence of all slices, (S, H, W), 0 to 255."""
+    stack = np.zeros((job.slices, *job.size), np.uint8)
+    for index in range(job.slices):
+        data = (folder / f"{index:05d}{CONFIDENCE}").read_bytes()
+        stack[index] = mask_files.decode_mask(data, stack[index].size, "the confidence", size=job.size)
+    return stack
+
+
+def assemble(volume: Volume, job: Job, stack: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the labels of all slices, (S, H, W), on the grid of the volume."""
     labels = np.zeros(volume.shape, np.uint8)
     for index in range(job.slices):
-        part = slice_of(labels, job.axis, index)
-        size = (part.shape[0], part.shape[1])
-        part[...] = decode_mask((folder / f"{index:05d}.png").read_bytes(), size, part.size)
+        slice_of(labels, job.axis, index)[...] = stack[index]
     return labels

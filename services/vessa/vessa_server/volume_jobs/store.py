@@ -17,7 +17,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from vessa.atomic_write import write_bytes
+from vessa.schemas import Cleaning
 from vessa_server.serialization.job_request import ResultKind
 from vessa_server.settings import DAY_S, Settings, default_store
 from vessa_server.storage.files import close_to_others
@@ -39,7 +40,8 @@ class Job:
     classes: name by id, of the requested classes; size: (H, W) of a slice, px; slices: along the axis; files:
     SHA-256 of each uploaded file; images: SHA-256 of the stored slices; result: SHA-256 of the result, empty
     before; created, ended: s since 1970, 0 before the end; error: (code, message) of a failure; notes: what
-    was repaired in the files or is missing from them
+    was repaired in the files or is missing from them; clean: whether the volume's labels are cleaned at the
+    end, and cleaning: what that did
     """
 
     id: str
@@ -59,6 +61,8 @@ class Job:
     result: str = ""
     error: tuple[str, str] | None = None
     notes: tuple[str, ...] = ()
+    clean: bool = False
+    cleaning: Cleaning | None = None
 
     @property
     def finished(self) -> bool:
@@ -220,7 +224,7 @@ def alone_on(folder: Path) -> Iterator[bool]:
 
 
 def _encode(job: Job) -> bytes:
-    body = json.dumps(asdict(job))
+    body = json.dumps(_JOB.dump_python(job, mode="json"))
     return json.dumps({"job": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}).encode()
 
 
