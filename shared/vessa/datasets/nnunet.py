@@ -1,6 +1,7 @@
 """nnU-Net NIfTI: `dataset.json`, `imagesTr/<case>_0000.nii.gz`, `labelsTr/<case>.nii.gz`, `imagesTs/`."""
 
 import json
+import re
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vessa.volumes.nifti import NiftiHeader, read_nifti, read_nifti_header
 
 _CHANNEL = "_0000"
 _BOUNDS = Bounds()
+_NUMBER = re.compile(r"_(\d{4})$")  # of a channel
 _ENDINGS = (".nii", ".nii.gz")
 _APART = 0.5  # of the smallest voxel size: how far labels may lie from their image
 
@@ -130,12 +132,21 @@ class NnUnet(Dataset):
         return {_stem(p): p for folder in folders for p in _niftis(folder)}
 
     def leftovers(self) -> tuple[tuple[str, str], ...]:
-        """Return (file name, why) of labels without an image and of files that are no NIfTI."""
+        """Return (file name, why) of labels without an image, and of unused files.
+
+        Unused are files that are no NIfTI, and images of channels that dataset.json does not name.
+        """
         orphans = [(p.name, "orphan_mask") for case, p in self._labels.items() if case not in self._files]
         folders = [self.root / name for name in ("imagesTr", "imagesTs", "labelsTr", "labelsTs")]
         present = [p for f in folders if f.is_dir() for p in sorted(f.iterdir()) if p.is_file()]
         others = [p for p in present if not p.name.startswith(".") and not p.name.lower().endswith(_ENDINGS)]
-        return (*orphans, *((p.name, "left_out") for p in others))
+        unnamed = [
+            path
+            for folder in folders[:2]
+            for path in _niftis(folder)
+            if (match := _NUMBER.search(_stem(path))) and int(match[1]) >= max(1, len(self.channels))
+        ]
+        return (*orphans, *((p.name, "left_out") for p in (*others, *unnamed)))
 
     @staticmethod
     def _check_grid(image: Path, labels: Path) -> None:

@@ -12,11 +12,11 @@ import h5py
 import numpy as np
 
 from vessa.datasets.base import IGNORE, Case, Dataset, Slice
-from vessa.errors import InvalidDataset, VessaError
-from vessa.masks.files import class_ids
+from vessa.errors import InvalidDataset, UnknownClass, VessaError
+from vessa.masks.files import check_background, class_ids
 
-_SLICE = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)_slice_(?P<index>\d+)")
-_VOLUME = re.compile(r"(?P<case>(?P<group>[^_]+)(_frame[^_]+)?)")
+_SLICE = re.compile(r"(?P<case>(?P<group>.+?)(_frame[^_]+)?)_slice_(?P<index>\d+)")
+_VOLUME = re.compile(r"(?!.*_slice_\d+$)(?P<case>(?P<group>.+?)(_frame[^_]+)?)")
 _ACDC = {1: "right ventricle cavity", 2: "left ventricle myocardium", 3: "left ventricle cavity"}
 _ACDC_CASE = re.compile(r"patient\d{3}_frame\d+")
 _log = logging.getLogger(__name__)
@@ -66,7 +66,11 @@ class Ssl4mis(Dataset):
         if path.is_file():
             try:
                 meta = json.loads(path.read_text(encoding="utf-8-sig"))
-                self.classes = {int(c): str(n) for c, n in meta["classes"].items() if int(c) != 0}
+                stated = {int(c): str(n) for c, n in meta["classes"].items()}
+                check_background(stated)
+                self.classes = {number: name for number, name in stated.items() if number != 0}
+            except UnknownClass as error:
+                raise InvalidDataset(f"{path}: {error.message}") from error
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidDataset(
                     f'{path} must hold {{"classes": {{"0": "background", "1": "..."}}}}'
@@ -99,7 +103,7 @@ class Ssl4mis(Dataset):
         for path in sorted(self._slices.glob("*.h5")) if self._slices else ():
             match = _SLICE.fullmatch(path.stem)
             if match is None:
-                raise InvalidDataset(f"{path.name} is not named <patient>_frame<NN>_slice_<number>.h5")
+                raise InvalidDataset(f"{path.name} is not named <patient>_slice_<number>.h5")
             item = Slice(path.stem, match["case"], match["group"], int(match["index"]))
             cases.setdefault(item.case, []).append(item)
         for path in sorted(self._volumes.glob("*.h5")) if self._volumes else ():
@@ -187,4 +191,6 @@ class Ssl4mis(Dataset):
 
     def _split_entry(self, line: str) -> str:
         """A slice or a volume in SSL4MIS's lists means its patient."""
-        return line.split("_")[0]
+        name = line.removesuffix(".h5")
+        match = _SLICE.fullmatch(name) or _VOLUME.fullmatch(name)
+        return match["group"] if match is not None else name

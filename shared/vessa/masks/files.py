@@ -21,6 +21,12 @@ IGNORE_NAME = "ignore"
 LARGEST_ID = 254
 _ROUNDING = 0.01  # of ids stored as floats or rescaled
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
+# Names that people give to id 0.
+_BACKGROUND = re.compile(
+    r"back|^(bg|unlabell?ed|unannotated|unknown|none|nothing|void|empty|outside|others?|rest|0"
+    r"|(no|not|non|clear)[ _-].*)$",
+    re.IGNORECASE,
+)
 _RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 
 
@@ -81,8 +87,9 @@ def read_classes(stated: Mapping[int, str]) -> dict[int, str]:
     """Return the classes by id, without background 0.
 
     A single class stated with the value 255 of its masks has the id 1. Raises UnknownClass for other ids that
-    are not 1 to 254.
+    are not 1 to 254, and for an id 0 that is named like a structure: its pixels would be background unsaid.
     """
+    check_background(stated)
     classes = {key: name for key, name in stated.items() if key != 0}
     if list(classes) == [IGNORE]:
         return {1: classes[IGNORE]}
@@ -90,6 +97,16 @@ def read_classes(stated: Mapping[int, str]) -> dict[int, str]:
     if wrong:
         raise UnknownClass(f"class ids must be 1 to {LARGEST_ID}, got {wrong[:5]}. Renumber them")
     return dict(sorted(classes.items()))
+
+
+def check_background(stated: Mapping[int, str]) -> None:
+    """Raise UnknownClass when id 0, which is always the background, has the name of something else."""
+    name = str(stated.get(0, "")).strip()
+    if name and not _BACKGROUND.search(name):
+        raise UnknownClass(
+            f"class id 0 is called '{name}', but 0 is always the background. Number the classes from 1, in "
+            "the masks too, or call it 'background'"
+        )
 
 
 def read_value_map(stated: Mapping[str, Any], classes: Mapping[int, str]) -> dict[int, int]:
