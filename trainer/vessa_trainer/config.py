@@ -237,6 +237,7 @@ def _check(config: Config) -> None:
         "optim.encoder_lr": config.optim.encoder_lr,
         "views.rotate": views.rotate,
         "student.window": student.window,
+        "student.neighbors": student.neighbors,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.power": config.optim.power,
         "optim.lambda_ce": config.optim.lambda_ce,
@@ -263,6 +264,11 @@ def _check(config: Config) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
+    if student.neighbors > 1 and (student.name == "dpt" or student.encoder is not None):
+        raise InvalidConfig(
+            "an encoder and dpt take three channels: student.neighbors must be 0 or 1, got "
+            f"{student.neighbors}"
+        )
     if 0 < student.window < 1:
         raise InvalidConfig(f"student.window must be 0 or at least 1, got {student.window}")
     if student.window and config.annotated and not config.annotator.clean:
@@ -274,6 +280,11 @@ def _check(config: Config) -> None:
             f"batch_labeled 1 with student.crop {student.crop} leaves one pixel at the U-Net's deepest "
             "level, of "
             "which BatchNorm has no statistics. Set batch_labeled=2 or more, or a larger crop"
+        )
+    folds, fold = config.data.folds, config.data.fold
+    if folds == 1 or folds < 0 or not 0 <= fold < max(folds, 1):
+        raise InvalidConfig(
+            f"data.folds must be 0 or at least 2 and data.fold below it, got {folds} and {fold}"
         )
     unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
     if unknown:

@@ -22,6 +22,11 @@ class DataConfig:
     annotated, else 1
     val_share: share of the annotated patients for validation in drawn splits
     test_share: share of the annotated patients for the test in drawn splits
+    folds: parts of a cross-validation, 0 for none. The annotated patients of the labeled and validation
+        splits (of drawn splits: all but the test's) are divided into so many parts; `fit` trains a student
+        for each, with another part for validation and other labeled patients, as many as the labeled split
+        has. Test patients stay the same
+    fold: which of the folds a run is, from 0
     prepared: folder of decoded and resized images, for sets larger than memory; null keeps them in memory
     prepared_gb: size limit of that folder, GB
     """
@@ -36,6 +41,8 @@ class DataConfig:
     labeled_groups: int | None = None
     val_share: float = 0.1
     test_share: float = 0.2
+    folds: int = 0
+    fold: int = 0
     prepared: str | None = None
     prepared_gb: float = 50.0
 
@@ -54,6 +61,8 @@ class StudentConfig:
     pretrained: whether backbone or encoder starts from published weights; false starts from noise
     weights: local safetensors file of the backbone or encoder, under timm's names; null takes the installed
         vessa-trainer[pretrained] for tf_efficientnet_lite0, else timm's hub copy
+    neighbors: slices above and below each slice that are shown as further channels (2.5D), 0 for none. A
+        pretrained encoder and dpt take 1, which makes three channels. Images must be gray
     window: side of a square region of interest, as a multiple of the box around all structures of the volume,
         resized to `crop`; 0 shows the whole image. In training VESSA's cleaned labels or the masks give the
         box, at prediction the student's own first pass on the whole image
@@ -69,6 +78,7 @@ class StudentConfig:
     backbone: Literal["tiny", "small", "base", "large"] = "small"
     pretrained: bool = True
     weights: str | None = None
+    neighbors: int = 0
     window: float = 0.0
     init: str | None = None
 
@@ -150,6 +160,9 @@ class SemiConfig:
 
     lambda_u: weight of the unlabeled loss, Eq. 6 and 9
     conf_threshold: confidence of the teacher at which a pixel counts
+    adaptive_threshold: for unlabeled_loss 'ce' and 'dice', a threshold for each class: of the pixels that the
+        teacher gives to a class the same share counts as reaches `conf_threshold` over all classes. With one
+        threshold background passes and structures shrink (docs/decisions/training.md)
     vessa_threshold: confidence of VESSA at which a pixel counts, for the gate 'own'
     method: supervised, from nothing; unimatch_v2, from the teacher; vessa, from the teacher and the
     annotator; semisam, a mean teacher beside an annotator that is asked with the teacher's prompts (see
@@ -175,6 +188,7 @@ class SemiConfig:
     vessa_loss: Literal["ce_dice", "ce", "dice"] = "ce_dice"
     channel_dropout: bool | None = None
     conf_threshold: float = 0.95
+    adaptive_threshold: bool = False
     ema_decay: float | None = None
     vessa_gate: Literal["own", "teacher"] = "own"
     vessa_threshold: float = 0.8
@@ -244,6 +258,9 @@ class FeedbackConfig:
     prompts: kinds of prompts: boxes, points, mask_logits
     source: whose predictions are sent back
     min_confidence: confidence at which a pixel of the source counts
+    accept: 'all' takes refined labels as they come; 'views' takes their pixels only where more views of the
+        image (turned by 10 degrees, scaled by 0.85 and 1.2) agree with them than with the label without
+        prompts. It asks the annotator four more times for each image, once
     """
 
     enabled: bool = True
@@ -252,3 +269,4 @@ class FeedbackConfig:
     prompts: tuple[str, ...] = ("boxes",)
     source: Literal["teacher", "student"] = "teacher"
     min_confidence: float = 0.8
+    accept: Literal["all", "views"] = "all"

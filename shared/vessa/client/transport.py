@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from vessa.client import certificates, endpoints, proxies
+from vessa import certificates
+from vessa.client import endpoints, proxies
 from vessa.client.endpoints import Call
 from vessa.errors import BadResponse, Unauthorized, Unreachable, VessaError
 

@@ -44,7 +44,7 @@ def test_a_run_leaves_its_scores_curves_and_report(tiny, tmp_path):
     summary = fit(config, resume_line=RESUME)
     out = tmp_path / "run"
     expected = {"config.yaml", "metrics.jsonl", "progress.png", "summary.json", "report.html", "tensorboard"}
-    expected |= {"data.json", "postprocessing.json"}
+    expected |= {"data.json", "postprocessing.json", "flips.json"}
     assert expected | {checkpoint.LAST, checkpoint.BEST} == {p.name for p in out.iterdir()}
     assert json.loads((out / "summary.json").read_text()) == summary
     assert summary["groups"] == {"labeled": 1, "unlabeled": 3, "val": 1, "test": 1}
@@ -64,6 +64,11 @@ def test_a_vessa_run_says_who_labeled_and_never_keeps_the_key(tiny, annotator, c
     assert summary["annotator"]["bank"]["templates"] == 3
     assert summary["feed"]["failed_items"] == 0
     assert summary["feed"]["images"] + summary["feed"]["cache_hits"] >= 4
+    fusion = json.loads((tmp_path / "run" / "fusion.json").read_text())
+    assert fusion == summary["fusion"]
+    assert fusion["bank"] == summary["annotator"]["bank"]["name"]
+    assert fusion["after"] == summary["val_fused"]["mean"]["dice"]
+    assert "fused with VESSA" in (tmp_path / "run" / "report.html").read_text()
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or annotator.api_key.encode() not in path.read_bytes(), path
 

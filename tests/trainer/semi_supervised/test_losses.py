@@ -8,6 +8,7 @@ import torch
 
 from vessa_trainer.semi_supervised.losses import (
     StrongView,
+    class_thresholds,
     consistency_loss,
     dice_loss,
     supervised_loss,
@@ -182,3 +183,26 @@ def test_dice_is_not_drowned_by_confident_background():
         loss = consistency_loss(logits, target, confidence, valid, 0.95, kind)
         pushes.append(torch.autograd.grad(loss, logits)[0].abs().sum().item())
     assert pushes[1] < 1e-5 * pushes[0]
+
+
+def test_class_thresholds_let_the_same_share_of_each_class_pass():
+    background = [[c, (1 - c) / 2, (1 - c) / 2] for c in (0.99, 0.98, 0.97, 0.6)]
+    structure = [[0.1, c, 0.9 - c] for c in (0.8, 0.7, 0.6, 0.5)]
+    probability = torch.tensor(background + structure).T[None, :, None, :]
+    valid = torch.ones(1, 1, 8, dtype=torch.bool)
+    # three of eight pixels reach 0.95, all of them background: a share of 3/8, 1.5 of four, rounded to two
+    found = class_thresholds(probability, valid, 0.95)
+    assert found.tolist() == pytest.approx([0.98, 0.7, 0.95])
+    valid[..., 4:] = False  # the structure is padding: the share is 3/4, and its class keeps the threshold
+    assert class_thresholds(probability, valid, 0.95).tolist() == pytest.approx([0.97, 0.95, 0.95])
+    assert class_thresholds(probability, valid, 0.999)[0] == math.inf
+    nothing = torch.zeros_like(valid)
+    assert class_thresholds(probability, nothing, 0.95).tolist() == pytest.approx([0.95] * 3)
+
+
+def test_a_threshold_for_each_class_gates_the_teachers_labels():
+    teacher = torch.tensor([[0.9, 0.1], [0.3, 0.7]]).T[None, :, None, :]
+    view = StrongView(logits_of([[0.5, 0.5], [0.5, 0.5]]), torch.ones(1, 1, 2, dtype=torch.bool), teacher)
+    for thresholds, kept in (((0.95, 0.6), 1), ((0.9, 0.6), 2), ((0.95, 0.8), 0)):
+        loss = teacher_loss(view, "ce", torch.tensor(thresholds))
+        assert loss.item() == pytest.approx(kept * math.log(2) / 2)

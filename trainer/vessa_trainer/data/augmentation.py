@@ -146,12 +146,13 @@ def draw_changes(config: ViewsConfig, gray: bool, seed: int) -> Changes:
     return Changes(**drawn)
 
 
-def strong_view(images: Tensor, config: ViewsConfig, seeds: Sequence[int]) -> Tensor:
+def strong_view(images: Tensor, config: ViewsConfig, seeds: Sequence[int], *, color: bool = True) -> Tensor:
     """Change the intensities of (B, C, H, W) float in [0, 1], each image by the draws of its own seed.
 
+    color: whether three channels are red, green and blue, and not neighboring slices
     The same on every device but for the noise, of which each device has draws of its own.
     """
-    gray = images.shape[1] == 1
+    gray = images.shape[1] == 1 or not color
     changes = [draw_changes(config, gray, seed) for seed in seeds]
     changed = _jitter_gray(images, changes) if gray else _jitter_color(images, changes)
     changed = _blur(changed, changes)

@@ -18,21 +18,27 @@ from vessa.datasets import Dataset, Slice
 from vessa.errors import InvalidConfig
 
 _ABANDONED_S = 86400.0  # nobody writes to a folder of this age any more
-VERSION = 2  # of how images are prepared and laid out
+VERSION = 3  # of how images are prepared and laid out
 Square = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]  # image, mask, valid; height and width
 
 
 def key_of(
-    dataset: Dataset, slices: Sequence[Slice], size: int, need_masks: bool, apart: Sequence[Path] = ()
+    dataset: Dataset,
+    slices: Sequence[Slice],
+    size: int,
+    need_masks: bool,
+    apart: Sequence[Path] = (),
+    neighbors: int = 0,
 ) -> str:
     """Hash what the squares depend on: files by name, size and time, so that nothing has to be decoded.
 
     apart: folders that may lie in the data set's and are none of it, such as that of the squares
+    neighbors: slices on each side in further channels
     """
     root, outside = dataset.root.resolve(), {path.resolve() for path in apart}
     files = sorted(p for p in root.rglob("*") if p.is_file() and not outside.intersection(p.parents))
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    parts = [VERSION, str(root), [s.name for s in slices], size, need_masks, stats]
+    parts = [VERSION, str(root), [s.name for s in slices], size, need_masks, stats, neighbors]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -17,6 +17,7 @@ from vessa.datasets.base import IGNORE
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import Config
 from vessa_trainer.data.memmap_cache import MappedSquares, Square, key_of
+from vessa_trainer.data.neighbors import SliceStacks
 from vessa_trainer.data.splits import Splits, slices_of
 from vessa_trainer.data.windows import Window, union_box, window_around
 
@@ -82,7 +83,11 @@ def _covered(frame: Frame, pixels: np.ndarray) -> Tensor:
 
 
 class Prepared:
-    """Slices on squares. images: (N, C, S, S) uint8; masks: (N, S, S) uint8; valid: (N, S, S) bool."""
+    """Slices on squares.
+
+    images: (N, C, S, S) uint8, C is 1, 3, or 2n + 1 with n neighbors
+    masks: (N, S, S) uint8; valid: (N, S, S) bool
+    """
 
     def __init__(
         self,
@@ -91,12 +96,14 @@ class Prepared:
         size: int,
         *,
         need_masks: bool,
+        neighbors: int = 0,
         folder: Path | None = None,
         limit_bytes: float = math.inf,
         out: Path | None = None,
     ) -> None:
         """Decode and resize; `need_masks` raises InvalidDataset for a slice without annotation.
 
+        neighbors: slices on each side that become further channels
         folder: where squares are kept in files, for this run and others, instead of in memory; limit_bytes:
         of that folder; out: of the run, which may lie among the images like that folder.
         """
@@ -104,6 +111,7 @@ class Prepared:
         self._windows: dict[float, Tensor] = {}
         self.rows = {s.name: i for i, s in enumerate(self.slices)}
         self.size, self._dataset, self._need_masks = size, dataset, need_masks
+        self._read = SliceStacks(dataset, neighbors).image if neighbors else dataset.image
         if not self.slices:
             raise InvalidDataset("a split holds no images")
         bar = track(range(len(self.slices)), "preparing images", transient=True)
@@ -116,7 +124,8 @@ class Prepared:
                 torch.from_numpy(np.stack(a)) for a in (images, masks, valid)
             )
         else:
-            key = key_of(dataset, self.slices, size, need_masks, [folder, *([out] if out else [])])
+            apart = [folder, *([out] if out else [])]
+            key = key_of(dataset, self.slices, size, need_masks, apart, neighbors)
             self._mapped = MappedSquares(folder, key, len(self.slices), self._square, limit_bytes)
             arrays = (self._mapped.images, self._mapped.masks, self._mapped.valid)
             self.images, self.masks, self.valid = (torch.from_numpy(a) for a in arrays)
@@ -125,7 +134,7 @@ class Prepared:
 
     def _square(self, row: int) -> Square:
         item, dataset = self.slices[row], self._dataset
-        image = dataset.image(item)
+        image = self._read(item)
         mask = dataset.mask(item) if self._need_masks else np.zeros(image.shape[:2], np.uint8)
         if mask is None:
             raise InvalidDataset(f"{item.name} is in a labeled split but has no mask")
@@ -168,7 +177,7 @@ class Prepared:
 
     @property
     def channels(self) -> int:
-        """Channels of the images, 1 or 3."""
+        """Channels of the images: 1, 3, or slices with neighbors."""
         return self.images.shape[1]
 
     def show_as(self, channels: int) -> None:
@@ -216,6 +225,7 @@ def prepare_splits(
         "folder": None if config.data.prepared is None else Path(config.data.prepared),
         "limit_bytes": config.data.prepared_gb * 1e9,
         "out": out,
+        "neighbors": config.student.neighbors,
     }
     size = config.student.size
     labeled = Prepared(dataset, slices_of(dataset, splits.labeled), size, need_masks=True, **options)

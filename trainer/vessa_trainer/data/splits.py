@@ -56,16 +56,54 @@ def plan_splits(dataset: Dataset, config: DataConfig) -> SplitPlan:
         raise InvalidDataset(
             f"no split file for {listed}. Write the missing files, or none to have them drawn"
         )
-    elif dataset.has_split("train") and dataset.has_split("test"):
+    elif any(_has_own(dataset, part) for part in ("train", "val", "test")):
         parts, sources = _own_lists(dataset, config)
         drawn = True
     else:
         parts, sources = _draw(dataset, config)
         drawn = True
+    if config.folds:
+        _take_fold(dataset, config, parts, sources, drawn=drawn)
+        drawn = True
     parts["unlabeled"] = tuple(g for g in parts["unlabeled"] if g not in parts["labeled"])
     splits = Splits(**parts)
     _check_apart(splits)
     return SplitPlan(splits, sources, drawn)
+
+
+def _take_fold(
+    dataset: Dataset,
+    config: DataConfig,
+    parts: dict[str, tuple[str, ...]],
+    sources: dict[str, str],
+    *,
+    drawn: bool,
+) -> None:
+    """Replace the labeled, unlabeled and validation patients by those of one fold; see `DataConfig.folds`.
+
+    Labeled patients come from the parts behind the validation part, so that folds draw different ones.
+    drawn: no split file keeps the masks of unlabeled patients out, so these are divided, too
+    Raises InvalidDataset for fewer annotated patients than folds.
+    """
+    known, annotated = {*parts["labeled"], *parts["val"]}, set(examine(dataset).annotated())
+    known |= set(parts["unlabeled"]) & annotated if drawn else set()
+    pool = sorted(known & annotated)
+    if len(pool) < config.folds:
+        raise InvalidDataset(
+            f"{config.folds} folds need as many annotated patients besides those of the test; there are "
+            f"{len(pool)}. Lower --folds, or annotate more"
+        )
+    order = np.random.default_rng(config.split_seed).permutation(pool).tolist()
+    cut = [order[number :: config.folds] for number in range(config.folds)]
+    behind = [g for part in (*cut[config.fold + 1 :], *cut[: config.fold]) for g in part]
+    labeled = behind[: config.labeled_groups or len(parts["labeled"])]
+    others = {*parts["unlabeled"], *known} - {*labeled, *cut[config.fold]}
+    parts |= {"labeled": tuple(labeled), "val": tuple(cut[config.fold]), "unlabeled": tuple(sorted(others))}
+    text = (
+        f"fold {config.fold + 1} of {config.folds} among the {len(pool)} annotated patients that are not of "
+        "the test"
+    )
+    sources |= {"labeled": text, "val": text, "unlabeled": f"the other training patients; {text}"}
 
 
 def _check_apart(splits: Splits) -> None:
@@ -79,28 +117,41 @@ def _check_apart(splits: Splits) -> None:
             raise InvalidDataset(f"groups in both {one} and {other}: {sorted(both)[:5]}")
 
 
+def _has_own(dataset: Dataset, part: str) -> bool:
+    """Tell whether the data set has a list of its own; a file `test` in the working directory is none."""
+    return dataset.has_split(part) and not Path(part).is_file()
+
+
 def _own_lists(dataset: Dataset, config: DataConfig) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Take the data set's own train, val and test lists; draw labeled and, where missing, val patients."""
-    train, test = dataset.split("train"), dataset.split("test")
-    sources = {"unlabeled": "the data set's own train list", "test": "the data set's own test list"}
+    """Take the data set's own train, val and test lists; draw what they leave open.
+
+    Without a train list all patients of no other list are trained on. Validation and test patients without a
+    list are drawn among the annotated patients that are trained on, and labeled patients among the rest.
+    """
+    own = {part: dataset.split(part) for part in ("train", "val", "test") if _has_own(dataset, part)}
+    listed = {group for part in ("val", "test") for group in own.get(part, ())}
+    train = own.get("train", tuple(g for g in dataset.groups() if g not in listed))
+    sources = {part: f"the data set's own {part} list" for part in own}
+    sources["unlabeled"] = sources.pop("train", "all patients of no other list")
     annotated = set(examine(dataset).annotated())
     rng = np.random.default_rng(config.split_seed)
     candidates = [g for g in rng.permutation(sorted(train)).tolist() if g in annotated]
-    if dataset.has_split("val"):
-        val = dataset.split("val")
-        sources["val"] = "the data set's own val list"
-    else:
-        count = max(1, round(config.val_share * len(candidates)))
-        val, candidates = tuple(candidates[:count]), candidates[count:]
-        train = tuple(g for g in train if g not in val)
-        sources["val"] = f"drawn from the train list by data.split_seed {config.split_seed}"
+    count = len(candidates)
+    for part, share in (("val", config.val_share), ("test", config.test_share)):
+        if part not in own:
+            taken = candidates[: max(1, round(share * count))]
+            candidates = candidates[len(taken) :]
+            own[part] = tuple(taken)
+            train = tuple(g for g in train if g not in taken)
+            sources[part] = f"drawn from the training patients by data.split_seed {config.split_seed}"
     labeled = _labeled(candidates, len(train) > len(candidates), config)
     if not labeled:
         raise InvalidDataset(
-            f"no patient of the train list of '{dataset.name}' has a mask that shows a class"
+            f"no training patient of '{dataset.name}' is left that has a mask that shows a class: {count} of "
+            f"{len(train)} have one. Annotate more, or write all of train, val and test lists"
         )
-    sources["labeled"] = f"drawn from the annotated patients of the train list ({_how_many(config)})"
-    return {"labeled": labeled, "unlabeled": train, "val": val, "test": test}, sources
+    sources["labeled"] = f"drawn from the annotated training patients ({_how_many(config)})"
+    return {"labeled": labeled, "unlabeled": train, "val": own["val"], "test": own["test"]}, sources
 
 
 def _draw(dataset: Dataset, config: DataConfig) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:

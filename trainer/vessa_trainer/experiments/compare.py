@@ -60,7 +60,7 @@ def compare(
             resume_line=resume_line,
             console=console,
         )
-        scores = table(runs.rows(), METRICS)
+        scores = table([*runs.rows(), *runs.delivered_rows().values()], METRICS)
         _print(console, scores, f"Test patients, {name}" if len(budgets) > 1 else "Test patients")
         (Path(budget.out) / "results.md").write_text(scores.markdown())
         _write_page(budget, runs, seeds)
@@ -89,7 +89,8 @@ def _budgets(config: Config, labeled: Sequence[str]) -> dict[str, Config]:
 
 
 def _write_page(config: Config, runs: Runs, seeds: int) -> None:
-    dataset, rows = open_training_data(config.data), runs.rows()
+    dataset = open_training_data(config.data)
+    rows = [*runs.rows(), *runs.delivered_rows().values()]
     splits = read_splits(dataset, config.data)
     out, classes = Path(config.out), list(rows[0].seeds[0].by_class)
     page = Page(f"{dataset.name}: {', '.join(m.title for m in runs.methods)}")
@@ -99,7 +100,7 @@ def _write_page(config: Config, runs: Runs, seeds: int) -> None:
         f"{config.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}"
         f"{': mean ± standard deviation' if seeds > 1 else ''}."
     )
-    page.cards(cards(rows))
+    page.cards(cards(runs.rows()))
     charts = [
         bars_figure({r.name: [r.values("dice", c) for c in classes] for r in rows}, classes, "Test Dice")
     ]
@@ -141,11 +142,17 @@ def _print(console: Console, scores: Table, title: str) -> None:
 
 
 def figures(runs: Runs) -> dict[str, Any]:
-    """Return figures as plain data: mean Dice of each method as `<key>_dice`, the rest under `<key>`."""
+    """Return figures as plain data: mean Dice of each method as `<key>_dice`, the rest under `<key>`.
+
+    `<method>_delivered_dice` and `<method>_fused_dice` stand beside them; see `Runs.delivered_rows`.
+    """
     rows: dict[str, Row] = {
         _KEYS.get(m.name, m.name): row for m, row in zip(runs.methods, runs.rows(), strict=True)
     }
-    found: dict[str, Any] = {f"{key}_dice": _rounded(row.mean("dice")) for key, row in rows.items()}
+    further = runs.delivered_rows()
+    found: dict[str, Any] = {
+        f"{key}_dice": _rounded(row.mean("dice")) for key, row in (rows | further).items()
+    }
     for key, row in rows.items():
         found[key] = {
             "dice_by_seed": [round(v, 4) for v in row.values("dice")],

@@ -74,11 +74,15 @@ def data_identity(data: TrainingData, plan: SplitPlan, examination: Examination)
 
     Masks of unlabeled patients are left out: nothing is learned from them.
     """
-    patients = {}
+    spacings: dict[str, list[Any]] = {}
+    for case in data.cases():
+        spacings.setdefault(case.group, []).append(None if case.spacing is None else list(case.spacing))
+    patients: dict[str, dict[str, Any]] = {}
     for part in PARTS:
         for group in getattr(plan.splits, part):
             patient = examination.patients[group]
             patients[group] = {"images": patient.images, "image_digest": patient.image_digest}
+            patients[group]["spacing"] = spacings[group]  # HD95 depends on it
             if part != "unlabeled":
                 patients[group] |= {"masks": patient.masks, "mask_digest": patient.mask_digest}
     return {
@@ -131,7 +135,7 @@ def _differences(ours: Identity, theirs: Identity) -> list[str]:
         ]
         if changes:
             found.append(f"{part} patients {_listed(changes)}")
-    for key, what in (("image_digest", "images"), ("mask_digest", "masks")):
+    for key, what in (("image_digest", "images"), ("mask_digest", "masks"), ("spacing", "spacings")):
         changed = _changed(key, ours["patients"], theirs["patients"])
         if changed:
             found.append(f"{what} of {len(changed)} patients ({_listed(changed)})")

@@ -14,7 +14,9 @@ from vessa.errors import InvalidConfig
 from vessa.report.tables import Row, scores_from
 from vessa_trainer.config import Config, overlaid, read_tree, shipped
 from vessa_trainer.experiments.annotator_labels import read_labels
-from vessa_trainer.experiments.run import RunData, finished, fit, open_run_data
+from vessa_trainer.experiments.run import finished, fit
+from vessa_trainer.experiments.run_data import RunData, open_run_data
+from vessa_trainer.experiments.timing import announce_time
 from vessa_trainer.pseudo_labels.annotator_check import choose
 from vessa_trainer.pseudo_labels.template_bank import seed_labeled
 from vessa_trainer.students.inference import load_best, predict_labels
@@ -72,6 +74,23 @@ class Runs:
         """Return test scores as rows of a table."""
         return [Row(m.title, [scores_from(s["test"]) for s in self.summaries[m.name]]) for m in self.methods]
 
+    def delivered_rows(self) -> dict[str, Row]:
+        """Return test scores of what `predict` delivers, by the method's name and a suffix.
+
+        `_delivered` is with the flips and post-processing that validation chose, where it chose any;
+        `_fused` with the annotator's labels besides (`predict --with-vessa`).
+        """
+        rows = {}
+        for method in self.methods:
+            found = self.summaries[method.name]
+            if any("test_delivered" in s for s in found):
+                scores = [scores_from(s.get("test_delivered", s["test"])) for s in found]
+                rows[f"{method.name}_delivered"] = Row(f"{method.title}, as predict delivers", scores)
+            if all("test_fused" in s for s in found):
+                scores = [scores_from(s["test_fused"]) for s in found]
+                rows[f"{method.name}_fused"] = Row(f"{method.title}, fused with VESSA", scores)
+        return rows
+
     def sources(self) -> dict[str, dict[str, Any]]:
         """Return the annotator of each method, by the method's title."""
         return {
@@ -116,6 +135,8 @@ def run_methods(
     opened = {config.out: open_run_data(config) for config in every}
     opened[every[0].out].announce(console)
     done = [finished(config, opened[config.out]) for config in every]
+    waiting = [config for config, summary in zip(every, done, strict=True) if summary is None]
+    announce_time(waiting, [opened[config.out] for config in waiting], console)
     address = _annotators(every, done, urls, opened)
     for method in methods:
         runs.summaries[method.name] = []

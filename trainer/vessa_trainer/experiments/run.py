@@ -4,8 +4,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,16 @@ from torch import nn
 from vessa.client import AnnotatorClient
 from vessa.datasets import Dataset
 from vessa.errors import InvalidConfig, VessaError
-from vessa.report.cases import Overlay, annotated, best_median_worst, score_labels
+from vessa.report.cases import Overlay, annotated, best_median_worst
 from vessa_trainer.config import Config, load_config, shareable
-from vessa_trainer.data.examination import Examination, examine
-from vessa_trainer.data.overview import overview, require_trainable
-from vessa_trainer.data.splits import SplitPlan, cases_of, plan_splits, write_splits
-from vessa_trainer.data.training_data import TrainingData, open_training_data
+from vessa_trainer.data.splits import cases_of, write_splits
 from vessa_trainer.experiments.annotator_labels import labels_of, score_alone
-from vessa_trainer.experiments.identity import (
-    Identity,
-    data_identity,
-    require_same_config,
-    require_same_data,
-    write_identity,
-)
+from vessa_trainer.experiments.identity import require_same_config, require_same_data, write_identity
+from vessa_trainer.experiments.run_data import RunData, open_run_data
 from vessa_trainer.experiments.run_lock import locked
+from vessa_trainer.experiments.timing import announce_time
 from vessa_trainer.outages import Incidents, interruptions
-from vessa_trainer.prediction.postprocessing import choose
+from vessa_trainer.prediction.choices import deliver, deliver_fused
 from vessa_trainer.pseudo_labels.annotator_check import check_served, hold_to_annotator, record_changes
 from vessa_trainer.pseudo_labels.cache import FolderCache, LabelCache, open_cache
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
@@ -43,6 +36,7 @@ from vessa_trainer.reporting.diagnostics import Advice, never_labeled, over_run
 from vessa_trainer.reporting.plots import read_metrics, write_progress
 from vessa_trainer.reporting.run_report import SUMMARY, write_run_report
 from vessa_trainer.semi_supervised.distributed import Processes, join
+from vessa_trainer.semi_supervised.results import Interrupted
 from vessa_trainer.semi_supervised.trainer import Run
 from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_labels
@@ -50,32 +44,6 @@ from vessa_trainer.students.inference import load_best, predict_labels
 _log = logging.getLogger(__name__)
 
 _DRAW_EVERY_S = 30.0  # a drawing takes a second: short runs would spend most of their time on it
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The data of a run: opened, split, examined and found fit for training."""
-
-    data: TrainingData
-    plan: SplitPlan
-    examination: Examination
-    identity: Identity
-
-    def announce(self, console: Console | None) -> None:
-        """Print images, patients and splits, and log warnings. console: None only logs the warnings."""
-        found = overview(self.data, self.plan, self.examination)
-        if console is not None:
-            console.print("\n".join(found.lines), highlight=False, markup=False, soft_wrap=True)
-        for warning in found.warnings:
-            _log.warning("%s", warning)
-
-
-def open_run_data(config: Config) -> RunData:
-    """Open every file that a run needs. Raises InvalidDataset that names what would spoil the training."""
-    data = open_training_data(config.data)
-    plan, examination = plan_splits(data, config.data), examine(data)
-    require_trainable(config, plan, examination)
-    return RunData(data, plan, examination, data_identity(data, plan, examination))
 
 
 def finished(config: Config, known: RunData | None = None) -> dict[str, Any] | None:
@@ -125,6 +93,7 @@ def fit(
             return summary
         if processes.first and announce:
             found.announce(console)
+            announce_time([config], [found], console)
         if not config.annotated:
             _record(out, found, processes)
             return _train(config, found, None, {}, resume_line, processes)
@@ -146,22 +115,31 @@ def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: 
         _record(out, found, processes)
         incidents = Incidents(out) if processes.first else None  # the others see the same
         cleaner = VolumeCleaner(data, splits.labeled) if config.annotator.clean else None
+        cache = _labels_cache(config, incidents)
         feed = AnnotationFeed(
             client,
             data,
             bank,
-            _labels_cache(config, incidents),
+            cache,
             config.annotator,
             seed=config.seed,
             exact=config.deterministic,
             learned=splits.unlabeled,
             incidents=incidents,
             cleaner=cleaner,
+            by_views=config.feedback.accept == "views",
         )
+
+        def unprompted() -> AnnotationFeed:
+            """Open a feed of labels as a new image gets them: the run's feed has labels after feedback."""
+            return AnnotationFeed(
+                client, data, bank, cache, config.annotator, seed=config.seed, learned=(), cleaner=cleaner
+            )
+
         try:
             if config.semi.method == "vessa_alone":
                 return score_alone(config, data, splits, feed, source)
-            return _train(config, found, feed, source, resume_line, processes)
+            return _train(config, found, feed, source, resume_line, processes, unprompted)
         finally:
             feed.close()
 
@@ -208,6 +186,7 @@ def _train(
     source: dict[str, Any],
     resume_line: str,
     processes: Processes,
+    unprompted: Callable[[], AnnotationFeed] | None = None,
 ) -> dict[str, Any]:
     dataset = found.data
     run = Run(config, dataset, feed, resume_line, processes)
@@ -252,43 +231,38 @@ def _train(
         "test": result.test.to_dict(),
         "config": shareable(config),
     }
-    teacher, channels, _ = load_best(run.out, config)
-    summary |= _postprocess(run, dataset, teacher, channels)
+    try:
+        _conclude(run, dataset, feed, source, unprompted, summary)
+    except OSError as error:  # the run is saved, and `--resume` writes what is missing
+        raise Interrupted(
+            f"cannot write to {run.out}: {error.strerror or error}. The training is done and saved. Mend "
+            f"that, then resume with: {resume_line}"
+        ) from error
+    processes.wait()
+    return summary
+
+
+def _conclude(
+    run: Run,
+    dataset: Dataset,
+    feed: AnnotationFeed | None,
+    source: dict[str, Any],
+    unprompted: Callable[[], AnnotationFeed] | None,
+    summary: dict[str, Any],
+) -> None:
+    """Choose what `predict` does with the teacher, and write the report and, last of all, the summary."""
+    teacher, _, _ = load_best(run.out, run.config)
+    summary |= deliver(run, teacher)
+    if run.selects and unprompted is not None and source["parts"]:
+        summary |= deliver_fused(run, teacher, source, unprompted)
     rows = _pictures(run, dataset, feed, teacher)
     write_run_report(run.out, summary, rows, dataset)
     shutil.rmtree(run.out / "feedback", ignore_errors=True)  # only an unfinished run needs its prompts
-    processes.wait()
-    return summary
 
 
 def _advice(run: Run) -> list[Advice]:
     missing = never_labeled(run.labeled.masks.unique().tolist(), run.dataset.classes)
     return [*missing, *over_run(read_metrics(run.out), run.dataset.classes)]
-
-
-def _postprocess(run: Run, dataset: Dataset, teacher: nn.Module, channels: int) -> dict[str, Any]:
-    """Choose post-processing on the validation cases, write it, and score it on both splits."""
-    if not run.selects:
-        return {"postprocessing": {}}
-    cases = {k: annotated(dataset, cases_of(dataset, getattr(run.splits, k))) for k in ("val", "test")}
-    labels = {k: predict_labels(teacher, dataset, some, run.config, channels) for k, some in cases.items()}
-    chosen = choose(
-        [[dataset.mask(item) for item in case.slices] for case in cases["val"]],
-        [labels["val"][case.name] for case in cases["val"]],
-        sorted(dataset.classes),
-        by_volume=run.geometry.volumes,
-    )
-    chosen.write(run.out)
-    rules = {dataset.classes[i]: vars(rule) for i, rule in chosen.rules.items()}
-    if not rules:
-        return {"postprocessing": {}}
-    scores = {
-        f"{k}_postprocessed": score_labels(
-            dataset, cases[k], {name: chosen.apply(slices) for name, slices in labels[k].items()}
-        ).to_dict()
-        for k in cases
-    }
-    return {"postprocessing": rules, **scores}
 
 
 def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None, teacher: nn.Module) -> list[Overlay]:

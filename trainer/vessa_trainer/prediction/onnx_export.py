@@ -11,7 +11,7 @@ import torch
 from vessa import atomic_write
 from vessa.errors import InvalidConfig, InvalidWeights
 from vessa_trainer.config import load_config
-from vessa_trainer.prediction.predict import read_geometry
+from vessa_trainer.prediction.delivery import member_folders, read_geometry
 from vessa_trainer.students.inference import load_best
 
 TOLERANCE = 1e-3  # of logits: ONNX Runtime adds float32 values in another order
@@ -31,6 +31,10 @@ def export(run: Path, out: Path) -> dict[str, Any]:
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise InvalidConfig("export needs more packages: pip install 'vessa-trainer[export]'") from error
+    if member_folders(run) != [run]:
+        raise InvalidConfig(
+            f"{run} is a cross-validation; an ONNX file holds one student. Give one of its folds"
+        )
     config = load_config(run / "config.yaml", ["device=cpu"])
     if config.student.window:
         raise InvalidConfig(
@@ -53,7 +57,9 @@ def export(run: Path, out: Path) -> dict[str, Any]:
     geometry = read_geometry(run)
     stored_ids = range(max(classes) + 1) if geometry is None else geometry.stored_ids
     proto = program.model_proto
-    for key, value in _metadata(config.student.size, size, channels, classes, stored_ids).items():
+    student = config.student
+    metadata = _metadata(student.size, size, channels, student.neighbors, classes, stored_ids)
+    for key, value in metadata.items():
         proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=json.dumps(value)))
     onnx.checker.check_model(proto)
     data = proto.SerializeToString()
@@ -69,7 +75,7 @@ def export(run: Path, out: Path) -> dict[str, Any]:
 
 
 def _metadata(
-    size: int, padded: int, channels: int, classes: dict[int, str], stored_ids: Sequence[int]
+    size: int, padded: int, channels: int, neighbors: int, classes: dict[int, str], stored_ids: Sequence[int]
 ) -> dict[str, Any]:
     """Describe what `predict_slices` does before and after the network."""
     return {
@@ -77,6 +83,7 @@ def _metadata(
         "stored_ids": list(stored_ids),  # of each output in the masks that the run learned from
         "preprocessing": {
             "channels": channels,
+            "neighbors": neighbors,  # slices on each side of the image that fill the channels
             "range": [0, 1],
             "intensities": "uint8 / 255; more bits by the window, else by the 0.5 and 99.5 percentiles",
             "resize": f"longer side to {size} px, bilinear, antialiased when it shrinks",

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import h5py
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vessa.datasets import Case, Dataset, NnUnet, Slice, Ssl4mis, open_dataset
-from vessa.errors import InvalidDataset
+from vessa.errors import InvalidDataset, VessaError
 from vessa.images import read_image
 from vessa.volumes import is_volume
 from vessa_trainer.prediction.volumes import CutVolume, VolumeOptions
@@ -33,6 +33,7 @@ class Output:
     inputs: the files it is made of
     caution: says what differs from training, None where nothing does
     is_volume: whether the images are the slices of one volume
+    place: place of the one image among `images` that the file shows; None where it shows all
     """
 
     name: str
@@ -41,6 +42,7 @@ class Output:
     inputs: tuple[Path, ...] = ()
     caution: Callable[[], str | None] = lambda: None
     is_volume: bool = False
+    place: Callable[[], int] | None = None
 
 
 def find_outputs(source: Path, options: VolumeOptions) -> list[Output]:
@@ -50,7 +52,7 @@ def find_outputs(source: Path, options: VolumeOptions) -> list[Output]:
     layout, or a folder of pictures and NIfTI files
     """
     if source.is_file():
-        found = [_volume(source, options) if is_volume(source) else _picture(source)]
+        found = [_volume(source, options) if is_volume(source) else _picture(source, options)]
     else:
         found = _in_data_set(source, options) or _in_folder(source, options)
     twice = [name for name, count in Counter(o.name for o in found).items() if count > 1]
@@ -72,6 +74,8 @@ def _in_data_set(folder: Path, options: VolumeOptions) -> list[Output]:
         return [output for part in parts for output in _nifti_files(part, options)]
     if isinstance(dataset, Ssl4mis):
         return [_hdf5(dataset, case) for case in dataset.cases()]
+    if options.whole_cases:
+        return [_of_case(dataset, case, item) for case in dataset.cases() for item in case.slices]
     return [_slice(dataset, item) for item in dataset.slices()]
 
 
@@ -79,7 +83,7 @@ def _in_folder(folder: Path, options: VolumeOptions) -> list[Output]:
     if is_volume(folder):
         return [_volume(folder, options)]
     files = _files(folder) if folder.is_dir() else []
-    found = [_picture(p) for p in files if p.suffix.lower() in _PICTURES]
+    found = [_picture(p, options) for p in files if p.suffix.lower() in _PICTURES]
     found += _nifti_files(folder, options) if folder.is_dir() else []
     if not found:
         raise InvalidDataset(
@@ -118,12 +122,57 @@ def _stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
-def _picture(path: Path) -> Output:
-    return Output(f"{path.stem}.png", lambda: [read_image(path)], _png, (path,))
+def _picture(path: Path, options: VolumeOptions) -> Output:
+    def caution() -> str | None:
+        if not options.whole_cases:
+            return None
+        return (
+            "pictures outside of a data set are predicted one by one, and the run learned from whole cases. "
+            "Give a data set (images/ with meta.json) to predict the pictures of a patient together"
+        )
+
+    return Output(f"{path.stem}.png", lambda: [read_image(path)], _png, (path,), caution)
 
 
 def _slice(dataset: Dataset, item: Slice) -> Output:
     return Output(f"{item.name}.png", lambda: [dataset.image(item)], _png, (dataset.root / "images" / "_",))
+
+
+def _of_case(dataset: Dataset, case: Case, item: Slice) -> Output:
+    """One picture of a case, whose pictures are predicted together."""
+
+    def images() -> Sequence[np.ndarray]:
+        return _read_case(dataset, case).images
+
+    def place() -> int:
+        read = _read_case(dataset, case)
+        if item.name in read.faults:
+            raise read.faults[item.name]
+        return read.names.index(item.name)
+
+    folder = (dataset.root / "images" / "_",)
+    return Output(f"{item.name}.png", images, _png, folder, place=place)
+
+
+@dataclass(frozen=True)
+class PictureCase:
+    """The pictures of a case that can be read, with their names, and the errors of the others by name."""
+
+    names: list[str]
+    images: list[np.ndarray]
+    faults: dict[str, Exception]
+
+
+@lru_cache(maxsize=1)
+def _read_case(dataset: Dataset, case: Case) -> PictureCase:
+    read = PictureCase([], [], {})
+    for item in case.slices:
+        try:
+            read.images.append(dataset.image(item))
+            read.names.append(item.name)
+        except (VessaError, OSError) as error:
+            read.faults[item.name] = error
+    return read
 
 
 def _png(labels: list[np.ndarray]) -> bytes:

@@ -1,6 +1,5 @@
 """Segment images, data sets and whole files by a trained run."""
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -13,15 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vessa import atomic_write
+from vessa.client import AnnotatorClient
 from vessa.errors import InvalidDataset, VessaError
-from vessa_trainer.config import Config, load_config
-from vessa_trainer.data.geometry import Geometry
 from vessa_trainer.data.training_data import to_stored
+from vessa_trainer.prediction.delivery import open_run
 from vessa_trainer.prediction.output_files import Output, find_outputs
 from vessa_trainer.prediction.postprocessing import Postprocessing
 from vessa_trainer.prediction.volumes import VolumeOptions
-from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import load_best, predict_volume
 
 SETTINGS = "predict.json"  # beside the masks: what they were made by
 _log = logging.getLogger(__name__)
@@ -33,39 +30,51 @@ def predict(
     out: Path,
     console: Console,
     *,
-    flips: bool,
+    flips: bool | None,
     axis: str,
     nifti: bool,
     postprocess: bool = True,
+    vessa: AnnotatorClient | None = None,
 ) -> dict[str, Any]:
     """Segment a file or folder with the teacher that a run delivered, into `out`; returns the counts.
 
     Volumes are cut and channels chosen as in training. Masks that are there already are skipped, so that a
     stopped prediction continues; see `find_outputs` for what is read. A file that cannot be read is listed
-    under "failed" and does not stop the others. postprocess: apply the rules that the run chose on
-    validation. Raises InvalidDataset when `out` holds the images themselves, or masks made in another way.
+    under "failed" and does not stop the others. A cross-validation averages its students.
+    flips: average over mirrored images, None as the run chose on validation; postprocess: apply the rules
+    that the run chose there; vessa: the annotator to fuse with, see `vessa_trainer.prediction.fusion`
+    Raises InvalidDataset when `out` holds the images themselves, or masks made in another way; InvalidConfig
+    when the run cannot be fused.
     """
-    config = load_config(run / "config.yaml", [])
-    model, channels, classes = load_best(run, config)
-    geometry = read_geometry(run)
-    stored_ids = tuple(range(max(classes) + 1)) if geometry is None else geometry.stored_ids
-    named = {stored_ids[i]: name for i, name in classes.items()}
-    options = VolumeOptions(axis, nifti, named, f"student {run.resolve().name}", geometry)
+    delivered = open_run(run)
+    if vessa is not None:
+        delivered = delivered.fused_with(vessa)
+    flips = delivered.flips.used if flips is None else flips
+    stored_ids = delivered.stored_ids
+    named = {stored_ids[i]: name for i, name in delivered.classes.items()}
+    options = VolumeOptions(
+        axis, nifti, named, f"student {run.resolve().name}", delivered.geometry, delivered.by_case
+    )
     outputs = find_outputs(source, options)
     _check_folder(source, out, outputs)
     folder = (source if source.is_dir() else source.parent).resolve()  # names are paths below it
-    made_by = {"weights": _digest(run), "flips": flips, "axis": axis, "postprocess": postprocess}
+    made_by = {"weights": delivered.digest(), "flips": flips, "axis": axis, "postprocess": postprocess}
+    made_by |= {"fused": [one.vessa.fusion.weight for one in delivered.members if one.vessa is not None]}
     _claim(out, outputs, made_by | {"source": str(folder)})
     missing = [output for output in outputs if not (out / output.name).exists()]
-    postprocessing = Postprocessing.read(run) if postprocess else Postprocessing({}, by_volume=False)
+    postprocessing = delivered.postprocessing if postprocess else Postprocessing({}, by_volume=False)
     failed, cautions = {}, Counter[str]()
+    images: Sequence[np.ndarray] = ()
+    labels: list[np.ndarray] = []
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("predicting", total=len(missing))
         for output in missing:
             try:
-                labels = _labels(output, model, config, channels, flips=flips)
-                labels = postprocessing.apply(labels)
-                data = output.encode([to_stored(one, stored_ids) for one in labels])
+                place = None if output.place is None else output.place()
+                if (read := output.images()) is not images:  # the pictures of a case come one after the other
+                    images, labels = read, postprocessing.apply(delivered.labels(read, flips=flips))
+                shown = labels if place is None else [labels[place]]
+                data = output.encode([to_stored(one, stored_ids) for one in shown])
             except (VessaError, OSError) as error:
                 failed[output.name] = str(error)
             else:
@@ -80,21 +89,9 @@ def predict(
         "failed": failed,
         "out": str(out),
         "classes": named,
+        "flips": flips,
+        "students": len(delivered.members),
     }
-
-
-def read_geometry(run: Path) -> Geometry | None:
-    """Return the geometry of a run's training; None for a run of an earlier version."""
-    _, metadata = checkpoint.read(run / checkpoint.BEST)
-    if "geometry" not in metadata:
-        _log.warning("the run does not record how its images were cut: volumes are cut as --axis says")
-        return None
-    return Geometry.from_dict(metadata["geometry"])
-
-
-def _labels(output: Output, model: Any, config: Config, channels: int, *, flips: bool) -> list[np.ndarray]:
-    predicted = predict_volume(model, output.images(), config, channels, flips=flips)
-    return [p.argmax(0).byte().numpy() for p in predicted]
 
 
 def _check_folder(source: Path, out: Path, outputs: Sequence[Output]) -> None:
@@ -115,8 +112,3 @@ def _claim(out: Path, outputs: Sequence[Output], settings: dict[str, object]) ->
         raise InvalidDataset(f"{out} holds a {strange} that was not predicted here: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     atomic_write.write_bytes(path, json.dumps(settings).encode())
-
-
-def _digest(run: Path) -> str:
-    with (run / checkpoint.BEST).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,6 +24,8 @@ class VolumeOptions:
     classes: names of the ids in the masks
     source: what made the labels, for files that say so
     geometry: of the run's training, None for a run that did not record it
+    whole_cases: whether a slice is predicted from those of its case: by a region of interest, neighbors as
+        channels or labels cleaned by volume
     """
 
     axis: str
@@ -31,6 +33,7 @@ class VolumeOptions:
     classes: dict[int, str]
     source: str
     geometry: Geometry | None
+    whole_cases: bool = False
 
 
 @dataclass(frozen=True)

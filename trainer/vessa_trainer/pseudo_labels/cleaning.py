@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class VolumeCleaner:
         """Learn from the masks of the labeled groups which classes form one component."""
         self._cases = {c.name: tuple(s.name for s in c.slices) for c in dataset.cases()}
         self._case_of = {s.name: c.name for c in dataset.cases() for s in c.slices}
-        self.single = single_component_classes(_labeled_volumes(dataset, labeled))
+        self.single = single_classes(dataset, labeled)
         self._removed: dict[str, int] = {}  # case to voxels, of its newest labels
         self._voxels: dict[str, int] = {}
         self._uneven: Counter[str] = Counter()
@@ -39,32 +39,40 @@ class VolumeCleaner:
         Slices of different sizes have no common z axis: each is then cleaned by itself.
         """
         case = self._case_of[next(iter(labels))]
-        stacked = stack_slices([one.labels for one in labels.values()])
-        if stacked is None:
+        if stack_slices([one.labels for one in labels.values()]) is None:
             if not self._uneven[case]:
                 _log.warning("%s has slices of different sizes: its labels are not smoothed along z", case)
             self._uneven[case] += 1
-            parts = [self._one_volume({name: one}) for name, one in labels.items()]
-        else:
-            parts = [self._one_volume(labels)]
-        self._removed[case] = sum(removed for _, removed in parts)
+        cleaned, self._removed[case] = clean_labels(list(labels.values()), self.single)
         self._voxels[case] = sum(int((one.labels > 0).sum()) for one in labels.values())
-        return {name: label for part, _ in parts for name, label in part.items()}
-
-    def _one_volume(self, labels: Mapping[str, PseudoLabel]) -> tuple[dict[str, PseudoLabel], int]:
-        cleaned = clean_volume(
-            np.stack([one.labels for one in labels.values()]),
-            np.stack([one.confidence for one in labels.values()]),
-            single=self.single,
-        )
-        slices = zip(labels, cleaned.labels, cleaned.confidence, strict=True)
-        removed = sum(cleaned.removed.values())
-        return {name: PseudoLabel(one, sure, cleaned.box) for name, one, sure in slices}, removed
+        return dict(zip(labels, cleaned, strict=True))
 
     def removed_share(self) -> float | None:
         """Return the share of foreground voxels removed as islands from the newest labels."""
         total = sum(self._voxels.values())
         return sum(self._removed.values()) / total if total else None
+
+
+def single_classes(dataset: Dataset, labeled: Collection[str]) -> tuple[int, ...]:
+    """Return the class ids that form one component in every volume of the labeled groups."""
+    return single_component_classes(_labeled_volumes(dataset, labeled))
+
+
+def clean_labels(labels: Sequence[PseudoLabel], single: Collection[int]) -> tuple[list[PseudoLabel], int]:
+    """Clean the labels of one volume, slices in order; returns them and how many voxels were removed.
+
+    Slices of different sizes are cleaned one by one. single: classes that keep their largest component alone
+    """
+    if stack_slices([one.labels for one in labels]) is None:
+        parts = [clean_labels([one], single) for one in labels]
+        return [found[0] for found, _ in parts], sum(removed for _, removed in parts)
+    cleaned = clean_volume(
+        np.stack([one.labels for one in labels]),
+        np.stack([one.confidence for one in labels]),
+        single=single,
+    )
+    pairs = zip(cleaned.labels, cleaned.confidence, strict=True)
+    return [PseudoLabel(ids, sure, cleaned.box) for ids, sure in pairs], sum(cleaned.removed.values())
 
 
 def _labeled_volumes(dataset: Dataset, groups: Collection[str]) -> list[np.ndarray]:

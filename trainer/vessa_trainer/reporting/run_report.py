@@ -26,9 +26,10 @@ def write_run_report(
     name, trained = f"{summary['method']}, seed {summary['seed']}", summary["steps"] > 0
     rows = [Row(part, [scores_from(summary[key])]) for key, part in (("val", "validation"), ("test", "test"))]
     rows += [
-        Row(f"{part}, post-processed", [scores_from(summary[key])])
-        for key, part in (("val_postprocessed", "validation"), ("test_postprocessed", "test"))
-        if key in summary
+        Row(f"{part}, {how}", [scores_from(summary[f"{key}_{suffix}"])])
+        for suffix, how in (("delivered", "as predict delivers"), ("fused", "fused with VESSA"))
+        for key, part in (("val", "validation"), ("test", "test"))
+        if f"{key}_{suffix}" in summary
     ]
     groups = summary["groups"]
     page = Page(f"{dataset.name}: {name}")
@@ -46,9 +47,19 @@ def write_run_report(
     scores = table(rows)
     page.table(scores.header, scores.lines, set())
     page.note(missed(rows))
+    if (flips := summary.get("flips")) and flips["before"] is not None:
+        page.note(
+            f"predict {'averages' if flips['used'] else 'does not average'} over mirrored images: validation "
+            f"Dice {flips['before']:.3f} without them, {flips['after']:.3f} with them."
+        )
     if rules := summary.get("postprocessing"):
         page.note(
             f"predict applies post-processing that was chosen on the validation patients: {_rules(rules)}."
+        )
+    if fusion := summary.get("fusion"):
+        page.note(
+            f"predict --with-vessa fuses the student with VESSA's labels at weight {fusion['weight']}: "
+            f"validation Dice {fusion['before']:.3f} of the student alone, {fusion['after']:.3f} fused."
         )
     if summary["advice"]:
         page.heading("What to look at")

@@ -72,7 +72,7 @@ def unlabeled_views(
     that they are the same everywhere, the views on the device.
     usual: the region of interest of images for which VESSA's labels give none
     """
-    crop, count = config.student.crop, len(rows)
+    crop, count, stacked = config.student.crop, len(rows), config.student.neighbors > 0
     geometry, whole = _draw_geometry(count, data, config, generator)
     all_boxes = [
         augmentation.cutmix_boxes(count, (crop, crop), config.views.cutmix_p, generator) for _ in range(2)
@@ -88,7 +88,9 @@ def unlabeled_views(
     weak = geometry.image(data.floats(rows, device))
     boxes = [box[mine].to(device) for box in all_boxes]
     strong = [
-        augmentation.paste(augmentation.strong_view(weak, config.views, [seed[i] for i in mine]), box)
+        augmentation.paste(
+            augmentation.strong_view(weak, config.views, [seed[i] for i in mine], color=not stacked), box
+        )
         for seed, box in zip(seeds, boxes, strict=True)
     ]
     vessa, waited = None, 0.0

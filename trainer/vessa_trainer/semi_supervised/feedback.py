@@ -133,9 +133,15 @@ def predict_prompts(
     class_ids: the K classes of the prompts, in the order of the bank; channels: of the network's input
     """
     prompts: dict[str, Prompts] = {}
-    volumes: dict[str, list[Slice]] = {}
-    for item in items:
-        volumes.setdefault(item.case, []).append(item)
+    volumes: dict[str, Sequence[Slice]] = {}
+    if (
+        config.student.neighbors
+    ):  # a slice is predicted from those beside it, whether they are in `items` or not
+        cases = {item.case for item in items}
+        volumes = {case.name: case.slices for case in dataset.cases() if case.name in cases}
+    else:
+        for item in items:
+            volumes[item.case] = [*volumes.get(item.case, ()), item]
     for volume in volumes.values():
         predicted = predict_volume(model, [dataset.image(s) for s in volume], config, channels)
         for item, probability in zip(volume, predicted, strict=True):

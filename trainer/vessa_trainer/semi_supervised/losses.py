@@ -45,7 +45,7 @@ def consistency_loss(
     target: Tensor,
     confidence: Tensor,
     valid: Tensor,
-    threshold: float,
+    threshold: float | Tensor,
     kind: str = "ce",
 ) -> Tensor:
     """Match one strong view to hard pseudo-labels where these are confident (Eq. 5).
@@ -53,6 +53,7 @@ def consistency_loss(
     logits: (B, C, H, W) float, student, unnormalised
     target: (B, H, W) int64 class ids; confidence: (B, H, W) float in [0, 1]
     valid: (B, H, W) bool, False on padding
+    threshold: in [0, 1], or one of each pixel, (B, H, W)
     kind: "ce" as in Eq. 5, or "dice", UniMatch v1's recipe for medical images: Dice of the confident pixels,
     to which a batch that is background everywhere gives no gradient
     As in UniMatch V2 the sum over confident pixels is divided by all valid pixels, so that few confident
@@ -85,15 +86,36 @@ class StrongView:
     vessa: tuple[Tensor, Tensor] | None = None
 
 
-def teacher_loss(view: StrongView, kind: str, threshold: float) -> Tensor:
+def class_thresholds(probability: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """Return a threshold for each class, (C,), by which the same share of every predicted class passes.
+
+    probability: (B, C, H, W) float of the teacher; valid: (B, H, W) bool
+    threshold: in [0, 1]; the share is that of all valid pixels whose confidence reaches it. A class that
+    nothing is given to keeps it; a class of which no pixel passes gets infinity
+    """
+    confidence, labels = probability.max(1)
+    share = ((confidence >= threshold) & valid).sum() / valid.sum().clamp(min=1)
+    found = torch.full((probability.shape[1],), threshold, device=probability.device)
+    for class_id in range(len(found)):
+        values = confidence[valid & (labels == class_id)]
+        if len(values):
+            passing = int((share * len(values)).round())
+            found[class_id] = values.topk(passing).values[-1] if passing else torch.inf
+    return found
+
+
+def teacher_loss(view: StrongView, kind: str, threshold: float | Tensor) -> Tensor:
     """Match a strong view to the EMA teacher.
 
     kind: "soft", cross-entropy and Dice against the teacher's probabilities on all valid pixels; "ce" or
-    "dice", hard labels where the teacher's confidence reaches `threshold` (see `consistency_loss`)
+    "dice", hard labels where the teacher's confidence reaches `threshold` (see `consistency_loss`), which may
+    be one for each class, (C,)
     """
     if kind == "soft":
         return supervised_loss(view.logits, view.teacher, view.valid)
     confidence, labels = view.teacher.max(1)
+    if isinstance(threshold, Tensor):
+        threshold = threshold[labels]
     return consistency_loss(view.logits, labels, confidence, view.valid, threshold, kind)
 
 

@@ -112,11 +112,13 @@ def _unlabeled_term(gathered: Gathered, config: Config, step: int) -> tuple[Tens
     """Average the losses of both strong views: the teacher's (Eq. 6), and VESSA's beside it (Eq. 7 to 9)."""
     semi, strong, classes = config.semi, gathered.strong, gathered.teacher.shape[1]
     kind, threshold = config.unlabeled_loss, semi.conf_threshold
-    by_teacher = (
-        losses.teacher_loss(strong[0], kind, threshold) + losses.teacher_loss(strong[1], kind, threshold)
-    ) / 2
     confidence, labels = gathered.teacher.max(1)
+    gate: float | Tensor = threshold
     keep = (confidence >= threshold) & gathered.valid
+    if semi.adaptive_threshold:
+        gate = losses.class_thresholds(gathered.teacher, gathered.valid, threshold)
+        keep = (confidence >= gate[labels]) & gathered.valid
+    by_teacher = (losses.teacher_loss(strong[0], kind, gate) + losses.teacher_loss(strong[1], kind, gate)) / 2
     figures = _shares("teacher", labels, keep, classes)
     figures["confident"] = (keep.sum() / gathered.valid.sum().clamp(min=1)).item()
     if gathered.vessa is None:

@@ -12,6 +12,7 @@ from vessa.datasets import Case, Dataset
 from vessa.errors import InvalidConfig
 from vessa.masks.cleaning import structure_box
 from vessa_trainer.config import Config
+from vessa_trainer.data.neighbors import with_neighbors
 from vessa_trainer.data.prepared import Frame
 from vessa_trainer.data.windows import WHOLE, Window, put_back, show, window_around
 from vessa_trainer.students import checkpoint
@@ -52,6 +53,7 @@ def predict_slices(
 ) -> list[Tensor]:
     """Predict class probabilities (C, H, W) of images uint8 (H, W[, 3]), each at its own size.
 
+    With `student.neighbors` each image comes with its neighbors as channels.
     flips: average over the image and its three mirror images, at four times the work
     window: the part of each square that the network sees; the rest is background. Ignored without
     `student.window`, where the network sees squares of `student.size`
@@ -93,16 +95,18 @@ def predict_volume(
     With `student.window` a first pass on the whole images finds the region of interest of the volume, and a
     second pass predicts it; slices of different sizes are volumes of their own.
     """
+    shown = with_neighbors(images, config.student.neighbors)
 
     def predicted(window: Window) -> list[Tensor]:
         found: list[Tensor] = []
         for start in range(0, len(images), config.batch_eval):
-            part = images[start : start + config.batch_eval]
+            part = shown[start : start + config.batch_eval]
             found += predict_slices(model, part, config, channels, flips=flips, window=window)
         return found
 
     if config.student.window and len({image.shape for image in images}) > 1:
-        return [predict_volume(model, [i], config, channels, flips=flips)[0] for i in images]
+        alone = replace(config, student=replace(config.student, neighbors=0))
+        return [predict_volume(model, [i], alone, channels, flips=flips)[0] for i in shown]
     first = predicted(WHOLE)
     if not config.student.window or not first:
         return first
@@ -114,7 +118,7 @@ def predict_volume(
 
 
 def with_channels(image: np.ndarray, channels: int) -> Tensor:
-    """Return an image, uint8 (H, W) or (H, W, 3), as float (channels, H, W)."""
+    """Return an image, uint8 (H, W), (H, W, 3) or (H, W, channels), as float (channels, H, W)."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
     pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
     if channels == 1:
@@ -123,12 +127,18 @@ def with_channels(image: np.ndarray, channels: int) -> Tensor:
 
 
 def predict_labels(
-    model: nn.Module, dataset: Dataset, cases: Sequence[Case], config: Config, channels: int
+    model: nn.Module,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    config: Config,
+    channels: int,
+    *,
+    flips: bool = False,
 ) -> dict[str, list[np.ndarray]]:
     """Predict class ids uint8 (H, W) of every slice of some cases, each at its own size, by case name."""
     labels: dict[str, list[np.ndarray]] = {}
     for case in cases:
         images = [dataset.image(s) for s in case.slices]
-        predicted = predict_volume(model, images, config, channels)
+        predicted = predict_volume(model, images, config, channels, flips=flips)
         labels[case.name] = [p.argmax(0).byte().numpy() for p in predicted]
     return labels

@@ -25,7 +25,7 @@ def _double(inputs: int, outputs: int) -> nn.Sequential:
 class UNet(nn.Module):
     """UniMatch v1's medical U-Net, trained from scratch. widths: channels of its levels, five in UniMatch v1.
 
-    input (B, 1, H, W) or (B, 3, H, W) float in [0, 1], H and W multiples of 2 to the number of levels
+    input (B, channels, H, W) float in [0, 1], H and W multiples of 2 to the number of levels
     less one; output logits (B, C, H, W)
     """
 
@@ -184,8 +184,8 @@ def logits_of(model: nn.Module, images: Tensor, *, bf16: bool, dropout: Dropout 
 def build_student(config: StudentConfig, channels: int, classes: int) -> nn.Module:
     """Build the student of a config.
 
-    channels: of the images, 1 or 3; classes: with background. Its `feature_channels` are the channels of
-    the levels that `complementary_dropout` acts on.
+    channels: of the images, 1 or 3, or any number for a U-Net from scratch; classes: with background. Its
+    `feature_channels` are the channels of the levels that `complementary_dropout` acts on.
     """
     if config.name == "dpt":
         return DPT(config, classes)

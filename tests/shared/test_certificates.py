@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from vessa.certificates import SETTING
 from vessa.client import AnnotatorClient
-from vessa.client.certificates import SETTING
 from vessa.errors import Unreachable
 
 TODAY = datetime.datetime.now(datetime.UTC)
