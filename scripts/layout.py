@@ -19,7 +19,7 @@ PACKAGES = {
 TORCH = {"torch", "torchvision", "timm", "sam2", "transformers"}
 WEB = {"fastapi", "starlette", "uvicorn"}
 # The parts of the server that may speak HTTP, and those that may know torch.
-HTTP_PARTS = {"app", "api", "viewers"}
+HTTP_PARTS = {"app", "api"}
 TORCH_PARTS = {"adaptation", "inference", "model", "pretraining"}
 LONGEST_SHOWN = 10
 

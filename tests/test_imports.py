@@ -14,6 +14,7 @@ from layout import HTTP_PARTS, PACKAGES, TORCH, TORCH_PARTS, WEB, breaches, impo
 SIDE_FEATURES = {
     "vessa_server.active_learning": {
         "vessa_server.api.suggest",
+        "vessa_server.api.viewers.monailabel",
         "vessa_server.app",
     },
     "vessa_server.adaptation": {"vessa_server.inference.annotator"},
@@ -62,6 +63,7 @@ def test_model_and_pretraining_know_nothing_of_the_service() -> None:
         "serving",
         "settings",
         "template_bank",
+        "viewers",
         "volume_jobs",
     }
     found = [

@@ -98,6 +98,12 @@ class UnknownWorklist(ClientError):
     code, status = "unknown_worklist", 404
 
 
+class UnknownSession(ClientError):
+    """The viewer's session has ended, or it belongs to another key."""
+
+    code, status = "unknown_session", 410
+
+
 class UnknownAnnotation(ClientError):
     """The annotation is not in the service's cache, or it belongs to another key."""
 

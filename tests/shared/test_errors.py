@@ -24,7 +24,7 @@ STABLE = {
     "shape_mismatch": 422, "unknown_class": 422, "invalid_prompt": 422, "invalid_request": 422,
     "invalid_dataset": 422, "invalid_config": 422, "invalid_weights": 422, "queue_full": 429, "internal": 500,
     "not_ready": 503, "store_unavailable": 503, "deadline_exceeded": 504, "unreachable": 0, "bad_response": 0,
-    "job_unfinished": 409, "unknown_job": 404, "unknown_worklist": 404,
+    "job_unfinished": 409, "unknown_job": 404, "unknown_worklist": 404, "unknown_session": 410,
     "limit_reached": 429, "language_unavailable": 503,
     "unknown_annotation": 404, "damaged_bank": 500,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Build the FastAPI app and serve it."""
 
+import asyncio
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
+from vessa.volumes import packed_array
 from vessa_server import __version__
 from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
@@ -25,6 +27,9 @@ from vessa_server.api.openapi import FAILURES
 from vessa_server.api.segment import segmentation
 from vessa_server.api.status import monitoring, operations, probes
 from vessa_server.api.suggest import suggestions
+from vessa_server.api.viewers.labelstudio import labelstudio_api
+from vessa_server.api.viewers.monailabel import monailabel_api, monailabel_sign_in
+from vessa_server.api.viewers.nninteractive import nninteractive_api
 from vessa_server.auth.api_key import resolve_access
 from vessa_server.auth.audit_log import open_audit
 from vessa_server.auth.client_address import client_address
@@ -38,6 +43,7 @@ from vessa_server.serving.worker import Worker
 from vessa_server.serving.worker_process import WorkerProcess
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
+from vessa_server.viewers.sessions import ViewerSessions
 from vessa_server.volume_jobs.jobs import Jobs
 from vessa_server.worklists.store import WorklistStore, folder_of
 
@@ -50,6 +56,11 @@ Every route but /livez and /readyz needs the header `Authorization: Bearer <key>
 {"code", "message", "item", "request_id"}}.
 """
 _SWITCH_S = 0.0005
+_VIEWERS = {
+    "nninteractive": (nninteractive_api,),
+    "monailabel": (monailabel_sign_in, monailabel_api),
+    "labelstudio": (labelstudio_api,),
+}
 
 
 def in_own_process(settings: Settings, banks: TemplateBanks) -> Worker:
@@ -72,7 +83,9 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         jobs.start()
+        sweeping = asyncio.create_task(app.state.viewer_sessions.sweep_forever())
         yield
+        sweeping.cancel()
         await run_in_threadpool(jobs.stop, settings.queue.drain_s)
         await run_in_threadpool(service.stop)
 
@@ -102,6 +115,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     app.state.reading = CapacityLimiter(bounds.max_reads)
     app.state.sessions = Sessions(app.state.access)
     app.state.worklists = WorklistStore(folder_of(settings), settings.console.worklist_bytes)
+    app.state.viewer_sessions = ViewerSessions(settings.viewers)
     routers = [
         banks_api,
         segmentation,
@@ -115,6 +129,10 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     if settings.console.serve_console:
         routers.append(sessions_api)
         app.include_router(pages)
+    if "nninteractive" in settings.viewers.serve_viewers:
+        packed_array.check_library()
+    for name in sorted(settings.viewers.serve_viewers):
+        routers += _VIEWERS[name]
     for router in routers:  # in the order in which they are tried
         app.include_router(router, responses=FAILURES)
     app.include_router(monitoring, responses=FAILURES)

@@ -24,6 +24,16 @@ Natural = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
+Protocol = Literal["nninteractive", "monailabel", "labelstudio"]
+
+
+def _names(value: Any) -> Any:
+    """Split a list of names by comma."""
+    if not isinstance(value, str):
+        return value
+    return frozenset(part for part in (p.strip() for p in value.split(",")) if part)
+
+
 def default_store() -> str:
     """Return the folder store under the user's data folder (`$XDG_DATA_HOME` or `~/.local/share`)."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
@@ -145,6 +155,36 @@ class Console(_Group):
     )
 
 
+class Viewers(_Group):
+    """Say which viewers' protocols are served and bound their sessions (docs/how-to/viewers.md)."""
+
+    serve_viewers: Annotated[frozenset[Protocol], NoDecode] = Field(
+        frozenset(), description="protocols to serve, by comma: nninteractive, monailabel, labelstudio"
+    )
+    viewer_sessions: Positive = Field(16, description="sessions of viewers at once")
+    viewer_key_sessions: Positive = Field(4, description="sessions of viewers of one key")
+    viewer_bytes: Positive = Field(2048 * MEGABYTE, description="memory of all viewers' sessions")
+    viewer_key_bytes: Positive = Field(1024 * MEGABYTE, description="memory of the sessions of one key")
+    viewer_body_bytes: Positive = Field(512 * MEGABYTE, description="size of one upload of a viewer")
+    viewer_body_s: Seconds = Field(120.0, description="for a viewer's whole upload to arrive")
+    viewer_voxels: Positive = Field(256 * 1024 * 1024, description="voxels of a viewer's volume")
+    viewer_idle_s: Seconds = Field(1800.0, description="a viewer's session that is unused for longer ends")
+    viewer_timeout_s: Seconds = Field(
+        45.0, description="after which a mask stops to grow through a volume; the next interaction goes on"
+    )
+    labelstudio_url: str = Field(
+        "", pattern=r"^(https?://[^/?#@\s]+/?)?$", description="http://host:port of Label Studio's images"
+    )
+    labelstudio_token: SecretStr = Field(
+        SecretStr(""), description="legacy token of Label Studio, sent to fetch images from it alone"
+    )
+
+    @field_validator("serve_viewers", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        return _names(value)
+
+
 class Caches(_Group):
     """Bound what the service remembers in memory."""
 
@@ -161,6 +201,7 @@ _GROUPS: dict[str, type[_Group]] = {
     "storage": Storage,
     "caches": Caches,
     "console": Console,
+    "viewers": Viewers,
 }
 
 
@@ -208,6 +249,7 @@ class Settings(_Group):
     storage: Storage
     caches: Caches
     console: Console
+    viewers: Viewers
 
     def __init__(self, **given: Any) -> None:
         """Read the environment; arguments take precedence. InvalidConfig names the setting, not its value.
@@ -232,9 +274,7 @@ class Settings(_Group):
     @field_validator("without", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        return frozenset(part for part in (p.strip() for p in value.split(",")) if part)
+        return _names(value)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Settings":

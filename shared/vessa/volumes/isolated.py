@@ -78,6 +78,13 @@ def decode_picture(data: bytes, max_pixels: int, what: str) -> np.ndarray[Any, n
     return np.array(array)
 
 
+def unpack_bytes(data: bytes, most: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Unpack an array of the nnInteractive protocol in a child process; see `packed_array.unpack_bytes`."""
+    memory = (1 << 30) + 32 * most
+    request = {"work": "packed", "most": most, "memory": memory, "seconds": VOLUME_S}
+    return _call(request, [data], VOLUME_S)[2]
+
+
 def _pair(value: Any) -> tuple[float, float] | None:
     return None if value is None else (float(value[0]), float(value[1]))
 

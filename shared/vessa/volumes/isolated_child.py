@@ -18,6 +18,7 @@ from vessa.volumes.dicom.reader import frame_count
 from vessa.volumes.files import read_here
 from vessa.volumes.grid import Bounds, Source
 from vessa.volumes.isolated import receive, send
+from vessa.volumes.packed_array import unpack_bytes
 
 _MAX_REQUEST = 8 << 30  # bytes; the parent has bounded its uploads
 
@@ -95,6 +96,10 @@ def _work(request: dict[str, Any], blobs: list[bytes], shared: _Shared) -> tuple
         pixels = decode_picture(sources[0], request["max_pixels"], request["what"])
         shared.allocate(pixels.shape, np.uint8)[...] = pixels
         return {"shape": list(pixels.shape), "dtype": "uint8"}, []
+    if request["work"] == "packed":
+        assert isinstance(sources[0], bytes)
+        array = unpack_bytes(sources[0], request["most"], shared.allocate)
+        return {"shape": list(array.shape), "dtype": "uint8"}, []
     if request["one_frame"] and frame_count(sources[0]) > 1:
         raise InvalidImage("the DICOM file must hold one frame, got several; send it to POST /jobs")
     volume = read_here(sources, Bounds(*request["bounds"]), shared.allocate)

@@ -1,5 +1,7 @@
 """Authenticate requests by bearer key and role, as dependencies of the routes."""
 
+import base64
+import binascii
 import logging
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -42,7 +44,12 @@ async def identify(
         return Caller("anyone", Role.admin)
     if credentials is None:
         return await _signed_in(request)
-    presented = credentials.credentials
+    return await caller_of_key(request, credentials.credentials)
+
+
+async def caller_of_key(request: Request, presented: str) -> Caller:
+    """Return whose key this is. Raises Unauthorized, LimitReached after too many wrong ones."""
+    access: Access = request.app.state.access
     # Keys other than the local one may have to be read from a file or from Redis.
     caller = access.local(presented)
     if caller is None:
@@ -54,6 +61,24 @@ async def identify(
             raise
     current_request().key = caller.name
     return caller
+
+
+async def require_password(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Caller:
+    """Let keys of the role annotate and above through, also as the password of basic authentication.
+
+    For programs that know no other way. The user name is ignored.
+    """
+    scheme, _, encoded = request.headers.get("authorization", "").partition(" ")
+    access: Access = request.app.state.access
+    if access.key is None or scheme.lower() != "basic":
+        return _require(await identify(request, credentials), Role.annotate)
+    try:
+        password = base64.b64decode(encoded, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        raise Unauthorized("The header of basic authentication is damaged.") from None
+    return _require(await caller_of_key(request, password.strip()), Role.annotate)
 
 
 async def require_key(caller: Annotated[Caller, Depends(identify)]) -> Caller:

@@ -224,6 +224,24 @@ class Reader:
             raise request.items[0]
         return request
 
+    def segment_prompted(
+        self,
+        image: NDArray[np.uint8],
+        bank_name: str,
+        wanted: list[str] | None,
+        prompts: Prompts,
+        group: str | None,
+    ) -> SegmentRequest:
+        """Return the request of one image with prompts of its classes. Raises what is wrong with it.
+
+        image: uint8 (H, W[, 3]); wanted: class names, None = all of the bank; prompts: of B = 1 image
+        """
+        bank, classes = self._classes(bank_name, wanted)
+        request = self._segment_request(bank, classes, image[None], None, [group], prompts, {})
+        if isinstance(request.items[0], VessaError):
+            raise request.items[0]
+        return request
+
     def segment_tensors(self, body: bytes) -> SegmentRequest:
         """Parse a safetensors POST /segment: many images of one size, or their ids."""
         tensors, metadata = decode(body, SEGMENT_TENSORS, max_bytes=self.settings.limits.max_body_bytes)
@@ -260,7 +278,10 @@ class Reader:
     def segment_slices(
         self, bank_name: str, wanted: list[str] | None, images: NDArray[np.uint8], group: str | None
     ) -> SegmentRequest:
-        """Return the request of slices of a volume. images: uint8 (B, H, W); wanted: class names."""
+        """Return the request of slices of a volume.
+
+        images: uint8 (B, H, W[, 3]); wanted: class names, None = all of the bank
+        """
         self._check_images(images)
         bank, classes = self._classes(bank_name, wanted)
         return self._segment_request(bank, classes, images, None, [group] * len(images), Prompts(), {})

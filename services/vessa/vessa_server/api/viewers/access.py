@@ -1,0 +1,55 @@
+"""Provide what the protocols of viewers share: sessions, bodies, work on the queue."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from vessa_server.api.authentication import CallerDep
+from vessa_server.api.dependencies import callers_banks, limits_of, read_body, service_of
+from vessa_server.auth.keys import Caller
+from vessa_server.serialization.request_parser import SegmentRequest
+from vessa_server.serving.engine import Engine
+from vessa_server.types import SegmentResult
+from vessa_server.viewers.drawing import Painter, raise_errors
+from vessa_server.viewers.sessions import ViewerSessions
+
+
+def sessions_of(request: Request) -> ViewerSessions:
+    """Return the sessions of viewers of this app."""
+    sessions: ViewerSessions = request.app.state.viewer_sessions
+    return sessions
+
+
+async def admit(request: Request, caller: CallerDep) -> AsyncIterator[Engine]:
+    """Take a place for a request that computes, and return the engine. Raises LimitReached, QueueFull."""
+    with limits_of(request).work(caller), service_of(request).permit() as engine:
+        yield engine
+
+
+WorkDep = Annotated[Engine, Depends(admit, scope="function")]
+
+
+async def read_upload(request: Request) -> bytes:
+    """Return the body, with the bounds of viewers. Raises TooLarge, MalformedBody."""
+    bounds = sessions_of(request).bounds
+    return await read_body(request, limit=bounds.viewer_body_bytes, seconds=bounds.viewer_body_s)
+
+
+def painter_of(
+    request: Request, engine: Engine, caller: Caller, bank: str, group: str | None = None
+) -> Painter:
+    """Return what computes masks for a caller, on the common queue and counted against the key's limits."""
+    reader = engine.reader.for_caller(callers_banks(engine, caller))
+    annotate: Callable[[SegmentRequest], Awaitable[list[SegmentResult]]]
+    annotate = partial(_annotate, request, engine, caller)
+    return Painter(reader, bank, annotate, group)
+
+
+async def _annotate(
+    request: Request, engine: Engine, caller: Caller, wanted: SegmentRequest
+) -> list[SegmentResult]:
+    limits_of(request).take(caller, len(wanted.items))
+    answers: list[Any] = await engine.annotate(wanted, caller.name)
+    return raise_errors(answers)

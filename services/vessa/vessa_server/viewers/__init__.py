@@ -1,0 +1,1 @@
+"""Serve viewers of other programs: sessions, volumes as stacks of slices, prompts. No HTTP here."""

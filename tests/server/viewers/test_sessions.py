@@ -1,0 +1,86 @@
+"""Sessions of viewers end by themselves, and are bounded per key and in total."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from vessa.errors import LimitReached, QueueFull, TooLarge, UnknownSession
+from vessa_server.auth.keys import Caller, Role
+from vessa_server.settings import Viewers
+from vessa_server.viewers.sessions import LIVENESS_S, ViewerSessions
+
+ANNA, BEN = Caller("anna", Role.annotate), Caller("ben", Role.annotate)
+
+
+class Clock:
+    """A clock that tests move."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_places_are_bounded_in_total_and_per_key() -> None:
+    sessions = ViewerSessions(Viewers(viewer_sessions=3, viewer_key_sessions=2))
+    first = [sessions.open("p", ANNA, "bank") for _ in range(2)]
+    with pytest.raises(LimitReached, match="its limit"):
+        sessions.open("p", ANNA, "bank")
+    sessions.open("p", BEN, "bank")
+    with pytest.raises(QueueFull, match="All 3 viewer sessions"):
+        sessions.open("p", BEN, "bank")
+    sessions.close(first[0])
+    sessions.open("p", BEN, "bank")
+    assert sessions.of("p", ANNA, "bank") == [first[1]]
+
+
+def test_bytes_are_bounded_in_total_and_per_key() -> None:
+    sessions = ViewerSessions(Viewers(viewer_bytes=100, viewer_key_bytes=70))
+    one, two, other = (sessions.open("p", who, "bank") for who in (ANNA, ANNA, BEN))
+    sessions.hold(one, 40)
+    with pytest.raises(TooLarge, match="VESSA_VIEWER_KEY_BYTES"):
+        sessions.hold(two, 31)
+    sessions.hold(two, 30)
+    with pytest.raises(LimitReached, match="VESSA_VIEWER_BYTES"):
+        sessions.hold(other, 31)
+    sessions.hold(one, 10)
+    sessions.hold(other, 31)
+
+
+def test_idle_and_crashed_viewers_lose_their_session() -> None:
+    clock = Clock()
+    sessions = ViewerSessions(Viewers(viewer_idle_s=1000), clock)
+    quiet, beating = sessions.open("p", ANNA, "b", beats=True), sessions.open("p", ANNA, "b", beats=True)
+    upload = sessions.open("q", ANNA, "b")
+    for clock.now in (100.0, 150.0, 250.0):
+        sessions.get("p", beating.token, ANNA, use=False)
+    assert clock.now - 150 < LIVENESS_S < clock.now
+    with pytest.raises(UnknownSession, match="Connect again"):
+        sessions.get("p", quiet.token, ANNA)
+    assert sessions.remaining(beating) == 750
+    assert sessions.get("q", upload.token, ANNA) is upload
+    clock.now = 1251.0
+    assert sessions.sweep() == 2  # heartbeats do not postpone the idle end; the upload was used at 250
+
+
+def test_a_session_belongs_to_its_key_and_protocol() -> None:
+    sessions = ViewerSessions(Viewers())
+    session = sessions.open("p", ANNA, "bank")
+    for protocol, caller in (("p", BEN), ("q", ANNA)):
+        with pytest.raises(UnknownSession):
+            sessions.get(protocol, session.token, caller)
+
+
+def test_a_session_in_work_is_not_swept() -> None:
+    async def check() -> None:
+        clock = Clock()
+        sessions = ViewerSessions(Viewers(viewer_idle_s=1), clock)
+        session = sessions.open("p", ANNA, "bank")
+        async with session.lock:
+            clock.now = 5.0
+            assert sessions.sweep() == 0
+        assert sessions.sweep() == 1
+
+    asyncio.run(check())
