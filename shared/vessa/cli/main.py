@@ -10,10 +10,11 @@ from vessa.cli.options import complain
 from vessa.cli.segment import annotation, segment
 from vessa.cli.verify import verify
 from vessa.cli.volumes import dicomweb
+from vessa.cli.watch import watch
 from vessa.errors import VessaError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-for _command in (seed, segment, annotation, annotate, suggest, banks, adapt, verify, dicomweb):
+for _command in (seed, segment, annotation, annotate, suggest, banks, adapt, verify, dicomweb, watch):
     app.command()(_command)
 
 

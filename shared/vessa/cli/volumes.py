@@ -80,6 +80,16 @@ def describe_cleaning(cleaning: Mapping[str, Any]) -> str:
     return f"largest component of {kept}{smoothed}; removed {removed or 'nothing'}"
 
 
+def open_archive(url: str) -> Archive:
+    """Return the archive with the credentials of the environment. Raises InvalidConfig for half a pair."""
+    return Archive(
+        url,
+        token=os.environ.get("VESSA_DICOMWEB_TOKEN"),
+        user=os.environ.get("VESSA_DICOMWEB_USER"),
+        password=os.environ.get("VESSA_DICOMWEB_PASSWORD"),
+    )
+
+
 def dicomweb(
     url: Annotated[
         str, typer.Option(help="DICOMweb root of the archive, such as http://host:8042/dicom-web.")
@@ -101,17 +111,12 @@ def dicomweb(
     Credentials of the archive come from the environment: VESSA_DICOMWEB_TOKEN (bearer), or
     VESSA_DICOMWEB_USER and VESSA_DICOMWEB_PASSWORD.
     """
-    archive = Archive(
-        url,
-        token=os.environ.get("VESSA_DICOMWEB_TOKEN"),
-        user=os.environ.get("VESSA_DICOMWEB_USER"),
-        password=os.environ.get("VESSA_DICOMWEB_PASSWORD"),
-    )
-    chosen = series or archive.only_series(study)
     with (
+        open_archive(url) as archive,
         tempfile.TemporaryDirectory(prefix="vessa-dicomweb-") as folder,
         AnnotatorClient(annotator, api_key) as client,
     ):
+        chosen = series or archive.only_series(study)
         files = archive.retrieve(study, chosen, Path(folder) / "series")
         say(f"{files} files retrieved")
         labels = Path(folder) / "labels.dcm"
@@ -125,9 +130,9 @@ def dicomweb(
             axis="auto",
         )
         data = labels.read_bytes()
-    if out is not None:
-        out.write_bytes(data)
-    stored = archive.store(data) if store else None
+        if out is not None:
+            out.write_bytes(data)
+        stored = archive.store(data) if store else None
     if stored is not None:
         say(f"DICOM SEG stored as series {stored}")
     about = {"series": chosen, "files": files, "stored_series": stored, "notes": result["notes"]}

@@ -17,6 +17,8 @@ import httpx
 import numpy as np
 import stamina
 
+from vessa.answers.labeled_volume import LabeledVolume, labels_of
+from vessa.answers.notebook import notebook_progress
 from vessa.client import endpoints, job_endpoints, suggest_run
 from vessa.client.concurrency import in_place, stream_sync
 from vessa.client.endpoints import Call
@@ -27,6 +29,7 @@ from vessa.errors import Retryable, VessaError
 from vessa.images import read_image
 from vessa.schemas import AdaptationInfo, BankInfo, JobInfo, ServiceInfo, Suggestions, TemplateInfo
 from vessa.tracing import trace_headers
+from vessa.volumes import read_volume
 
 _T = TypeVar("_T")
 
@@ -248,6 +251,39 @@ class AnnotatorClient(Connection):
             for call, _ in self._stream(run.feature_calls(answer)):
                 run.receive(call)
         return answer
+
+    def label_volume(
+        self,
+        path: Path | str,
+        *,
+        bank: str = "default",
+        classes: Sequence[str] | None = None,
+        group: str | None = None,
+        axis: str = "auto",
+        series: int | None = None,
+        progress: Progress | None = None,
+    ) -> LabeledVolume:
+        """Segment a volume; the result has the image, so that it can draw overlays and save any format.
+
+        path: NIfTI or DICOM file, or a folder with a DICOM series
+        progress: called as progress(done, total) about once a second; None: a bar in notebooks
+        The other arguments are those of `segment_volume`.
+        """
+        path = Path(path)
+        volume = in_place(partial(read_volume, path, series=series))
+        show = progress or notebook_progress(path.name)
+        notes: list[str] = []
+
+        def follow(info: JobInfo) -> None:
+            notes[:] = info.notes
+            show(info.done, info.slices)
+
+        chosen = {"bank": bank, "classes": classes, "group": group, "axis": axis, "series": series}
+        data = self.segment_volume(path, result="nifti", progress=follow, **chosen)  # type: ignore[arg-type]
+        labels = in_place(labels_of, data, volume.shape)
+        known = (self.bank(bank)).classes
+        names = {key: name for key, name in known.items() if classes is None or name in classes}
+        return LabeledVolume(labels, volume, names, (self.info()).model, notes)
 
     def segment_volume(
         self,

@@ -1,6 +1,5 @@
 """The types of `segment`: prompts, options and annotations."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import PIL.Image
 
 from vessa import atomic_write
+from vessa.answers.notebook import answer_html, png_of
 from vessa.errors import BadResponse, InvalidRequest, ShapeMismatch, VessaError
 from vessa.masks.overlay import overlay as draw_overlay
 from vessa.schemas import Cleaning, Provenance, TemplateUse
@@ -105,12 +105,12 @@ class Annotation:
     def save(self, path: Path | str) -> None:
         """Write the labels as an 8-bit PNG of class ids.
 
-        Raises InvalidRequest for another suffix, and the annotation's error. For .nii.gz and .dcm, which need
-        the geometry of a volume, see `AnnotatorClient.segment_volume`.
+        Raises InvalidRequest for another suffix, and the annotation's error. For .nii.gz, .seg.nrrd and
+        .dcm, which need the geometry of a volume, see `AnnotatorClient.label_volume`.
         """
         if Path(path).suffix.lower() != ".png":
             raise InvalidRequest(
-                f"'{path}' does not end in .png; for NIfTI and DICOM SEG use client.segment_volume"
+                f"'{path}' does not end in .png; for NIfTI, NRRD and DICOM SEG use client.label_volume"
             )
         labels = self._labels()
         with atomic_write.replacing(Path(path)) as fresh:
@@ -118,11 +118,18 @@ class Annotation:
 
     def _repr_png_(self) -> bytes | None:
         """Show the overlay in notebooks, where the annotation has an image."""
-        if self.image is None or self.labels is None:
+        return None if self.image is None or self.labels is None else png_of(self.overlay())
+
+    def _repr_html_(self) -> str | None:
+        """Show area and score of each class in notebooks, beside the overlay."""
+        if self.labels is None:
             return None
-        stream = io.BytesIO()
-        PIL.Image.fromarray(self.overlay()).save(stream, "PNG")
-        return stream.getvalue()
+        areas, ids = self.areas(), {name: class_id for class_id, name in self.classes.items()}
+        rows = [
+            (ids[name], (name, str(area), f"{self.scores[name]:.2f}" if name in self.scores else ""))
+            for name, area in areas.items()
+        ]
+        return answer_html(("class", "px", "score"), rows, self._repr_png_())
 
     def _labels(self) -> Image:
         if self.labels is None:

@@ -3,6 +3,8 @@
 import io
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,12 +13,23 @@ import pydicom
 from vessa.errors import InvalidConfig, InvalidRequest, Unreachable
 
 _T = TypeVar("_T")
-_NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "DOC", "REG"}
+NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "DOC", "REG"}
 _TIMEOUT_S = 60
 
 
+@dataclass(frozen=True)
+class Series:
+    """A series as an archive lists it. count: of its files, empty where the archive does not say."""
+
+    study: str
+    uid: str
+    modality: str
+    description: str
+    count: str
+
+
 class Archive:
-    """One DICOMweb archive. Not to be shared between threads.
+    """One DICOMweb archive, closed by `close` or a `with` block. Not to be shared between threads.
 
     url: its root; token: bearer token; user, password: for basic authentication. Raises InvalidConfig
     without the library dicomweb-client, or for half a pair of credentials.
@@ -40,15 +53,40 @@ class Archive:
         else:
             session = create_session()
         headers = {"Authorization": f"Bearer {token}"} if token else None
-        self._url = url
+        self._url, self._session = url, session
         self._client = DICOMwebClient(url, session=session, headers=headers, timeout=_TIMEOUT_S)
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._session.close()
+
+    def series_since(self, date: str) -> list[Series]:
+        """Return all series of the studies from a date on, YYYYMMDD (QIDO-RS)."""
+        found = []
+        search = partial(
+            self._client.search_for_studies, search_filters={"StudyDate": f"{date}-"}, get_remaining=True
+        )
+        for study in self._ask(search):
+            uid = _value(study, "0020000D")
+            for entry in self._ask(partial(self._client.search_for_series, uid)):
+                modality, description, count = (
+                    _value(entry, tag) for tag in ("00080060", "0008103E", "00201209")
+                )
+                found.append(Series(uid, _value(entry, "0020000E"), modality, description, count))
+        return found
 
     def only_series(self, study: str) -> str:
         """Return the UID of the one series of images in a study; InvalidRequest lists them when several."""
         found = []
         for entry in self._ask(lambda: self._client.search_for_series(study)):
             modality, number, uid = (_value(entry, tag) for tag in ("00080060", "00200011", "0020000E"))
-            if modality not in _NO_IMAGES:
+            if modality not in NO_IMAGES:
                 found.append((uid, f"{modality or 'no modality'}, series number {number or 'none'}: {uid}"))
         if not found:
             raise InvalidRequest("the study holds no series of images, or the archive does not know it")

@@ -11,11 +11,12 @@ import httpx
 import nibabel as nib
 import numpy as np
 import pytest
-from scans import nifti, phantom
+from scans import dicom_series, nifti, phantom, written
 
 from vessa.client import AsyncAnnotatorClient, job_endpoints
 from vessa.client.endpoints import Call
-from vessa.errors import InvalidImage, NoTemplate, UnknownJob, Unreachable
+from vessa.errors import InvalidImage, InvalidRequest, NoTemplate, UnknownJob, Unreachable
+from vessa.volumes import read_volume
 
 
 @pytest.fixture
@@ -109,3 +110,33 @@ def test_a_cancelled_task_cancels_its_job(volume: Path) -> None:
 def test_a_missing_volume_is_named(ask: Any, tmp_path: Path) -> None:
     with pytest.raises(InvalidImage, match="cannot be read"):
         ask(lambda request: pytest.fail("it was sent"), "segment_volume", tmp_path / "none.nii", bank="b")
+
+
+def test_a_labeled_volume_is_shown_and_saved_in_each_format(
+    ask_annotator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_endpoints, "POLL_S", 0.02)
+    y, x = np.mgrid[:40, :48]
+    mask = (np.hypot(y - 20, x - 24) < 8).astype(np.uint8)
+    ask_annotator("add_templates", "labeled", [mask * 180], [mask], {1: "disk"}, ["p1"])
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for number, file in enumerate(dicom_series(phantom((40, 32, 6)))):
+        (folder / f"{number}.dcm").write_bytes(written(file))
+    told: list[Any] = []
+    found = ask_annotator("label_volume", folder, bank="labeled", progress=lambda *done: told.append(done))
+    assert told[-1] == (6, 6)
+    assert found.labels.shape == found.volume.shape == (40, 32, 6)
+    assert found.classes == {1: "disk"}
+    assert repr(found).startswith("LabeledVolume(40 x 32 x 6; disk: ")
+    assert found.overlay().shape == (32, 40, 3)
+    assert "disk" in found._repr_html_()
+    assert found._repr_png_()[:4] == b"\x89PNG"
+    for name in ("x.nii.gz", "x.seg.nrrd", "x.dcm"):
+        found.save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 0
+    np.testing.assert_array_equal(read_volume(tmp_path / "x.nii.gz").voxels, found.labels)
+    with pytest.raises(InvalidRequest, match="not as"):
+        found.save(tmp_path / "x.png")
+    with pytest.raises(InvalidRequest, match="slices 0 to 5"):
+        found.overlay(6)

@@ -72,6 +72,8 @@ def test_an_annotation_draws_its_overlay_and_notebooks_show_it():
     without = replace(one, image=None)
     assert np.array_equal(without.overlay(one.image), one.overlay())
     assert without._repr_png_() is None
+    assert "data:image/png" in (one._repr_html_() or "")
+    assert "data:image" not in (without._repr_html_() or "")
     with pytest.raises(InvalidRequest, match="has no image"):
         without.overlay()
     with pytest.raises(ShapeMismatch, match=r"size \(5, 5\), the labels \(20, 24\)"):
@@ -83,7 +85,7 @@ def test_an_annotation_saves_its_class_ids_as_png(tmp_path):
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.mode == "L"
         assert np.array_equal(np.array(saved), disk().labels)
-    with pytest.raises(InvalidRequest, match="segment_volume"):
+    with pytest.raises(InvalidRequest, match="label_volume"):
         disk().save(tmp_path / "a.nii.gz")
     for method in ("areas", "overlay", "_labels"):
         with pytest.raises(NoTemplate):

@@ -16,6 +16,7 @@ from vessa.volumes.segment_codes import code_of
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
 
+SERIES_DESCRIPTION = "VESSA segmentation"
 _SERIES_NUMBER = 900  # beyond those of usual acquisitions
 _INSTEAD = "Ask for NIfTI or NRRD instead"
 
@@ -62,7 +63,7 @@ def dicom_seg_bytes(
                 instance_number=1,
                 software_versions=__version__,
                 device_serial_number="0",
-                series_description="VESSA segmentation",
+                series_description=SERIES_DESCRIPTION,
                 transfer_syntax_uid=uid.ExplicitVRLittleEndian,
                 omit_empty_frames=bool(stack.any()),
                 manufacturer="VESSA",

@@ -1,0 +1,1 @@
+"""Answers as people look at them: labeled volumes, tables and pictures in notebooks."""
