@@ -6,8 +6,6 @@
 #   check            lint, format, spelling and types
 #   check-prose      the rules of prose (tests/test_prose.py) and spelling
 #   format           let ruff rewrite what it can
-#   sbom             CycloneDX bill of materials of the images in build/sbom.cdx.json; ends in JSON
-#   audit            pip-audit of the lock, where a service with vulnerability data answers
 #   docs             build the documentation site into site/, strictly
 #   docs-serve       show the documentation site on http://127.0.0.1:8000
 #   layout           modules per folder, longest functions, import circles; ends in JSON
@@ -22,6 +20,7 @@
 #   proving          the proving ground with PROVING_EFFORT=20 times the inputs (docs/explanation/reliability.md)
 #   soak             20 minutes of mixed load and the slope of memory: ARGS="--minutes N"; ends in JSON
 #   test-browser     the console in chromium, with its unit tests and types; ends in JSON
+#   test-viewers     real clients of 3D Slicer, Label Studio, CVAT, OHIF and Orthanc; ends in JSON
 #   test-files       test files of pydicom, nibabel, Pillow and highdicom beside reference readers; ends in JSON
 #   test-compose     the compose stack: offline, and with each container killed; needs docker and root
 #   test-ray         replicas under Ray Serve; installs Ray into .venv and changes no locked package
@@ -34,7 +33,7 @@ SHELL := /bin/sh
 PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
            tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
            tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
-.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-browser test-compose test-files test-vllm test-ray nginx docs docs-serve dist layout check-prose sbom audit
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-browser test-viewers test-compose test-files test-vllm test-ray nginx docs docs-serve dist layout check-prose
 
 BIN := .venv/bin
 # The stamp is named by a checksum of its inputs: a changed lock is noticed, and the file times of a fresh
@@ -76,10 +75,10 @@ demo: setup
 test: setup redis nginx
 	$(BIN)/python -m pytest -q --cov --cov-report= $(COVERING_TESTS)
 	$(BIN)/coverage report --include='$(subst $(space),$(comma),$(strip $(FULLY_COVERED)))' --fail-under=100
-	$(PYTEST) -m "not slow and not vllm and not browser" $(addprefix --deselect=,$(COVERING_TESTS)) $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not vllm and not browser and not viewer" $(addprefix --deselect=,$(COVERING_TESTS)) $(PYTEST_ARGS)
 
 test-all: setup redis nginx
-	$(PYTEST) -m "not vllm and not browser" --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) -m "not vllm and not browser and not viewer" --cov --cov-report=term $(PYTEST_ARGS)
 
 # VLLM_ENV=FOLDER is the place of vLLM's own environment (2.5 GB), because its pins differ from ours.
 VLLM_ENV ?= .venv-vllm
@@ -129,22 +128,20 @@ test-browser: setup
 	@command -v chromium >/dev/null || sh scripts/apt-install.sh chromium
 	@$(BIN)/python scripts/test_browser.py $(ARGS)
 
+test-viewers: setup
+	@command -v chromium >/dev/null || sh scripts/apt-install.sh chromium
+	@PATH="$$PATH:/usr/sbin" command -v Orthanc >/dev/null || sh scripts/apt-install.sh orthanc orthanc-dicomweb
+	@$(BIN)/python scripts/test_viewers.py $(ARGS)
+
 test-files: setup
 	$(BIN)/python tests/files/run.py $(ARGS)
 
-# The test needs a Python alone, so a machine for containers needs no set-up.
-test-compose:
-	@python3 tests/compose/run.py $(ARGS)
+test-compose: setup
+	@$(BIN)/python tests/compose/run.py $(ARGS)
 
 # Takes minutes: the wheels are installed into a fresh environment, which runs the README.
 dist: setup redis
 	$(BIN)/python scripts/dist.py
-
-sbom: setup
-	@$(BIN)/python scripts/sbom.py $(ARGS)
-
-audit: setup
-	@$(BIN)/python scripts/audit_dependencies.py
 
 layout: setup
 	@$(BIN)/python scripts/layout.py

@@ -1,0 +1,99 @@
+"""Run the tests with real clients of other programs; ends in one line of JSON.
+
+python scripts/test_viewers.py [--screenshots FOLDER]
+
+Clients that the machine cannot have are skipped with one line that names them. They lie in .venv/viewers, not
+in the environment: nothing of ours depends on them.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from test_browser import package
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".venv" / "viewers"
+OHIF = ("@ohif/app", "3.13.2")
+# Packages whose own code drives us, each in a folder of its own and without its dependencies.
+WHEELS = {"monailabel": "0.8.5", "label-studio-sdk": "2.1.2", "cvat-sdk": "2.80.0"}
+SLICER_CLIENT = "monailabel/plugins/slicer/MONAILabel/MONAILabelLib/client.py"
+BRUSH = "label_studio_sdk/converter/brush.py"
+CLIENTS = {
+    "test_nninteractive": "nnInteractive client (3D Slicer, MITK, napari)",
+    "test_monailabel": "MONAI Label client of 3D Slicer",
+    "test_labelstudio": "Label Studio SDK",
+    "test_cvat": "CVAT SDK",
+    "test_dicomweb": "Orthanc by DICOMweb",
+    "test_ohif": "OHIF in chromium",
+    "test_notebook": "Jupyter",
+}
+
+
+def wheel(name: str, version: str) -> Path | None:
+    """Return the folder of a package, None where the index is missing."""
+    folder = CACHE / f"{name}-{version}"
+    if folder.is_dir():
+        return folder
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
+    fresh = folder.with_name(f".{folder.name}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", str(fresh), f"{name}=={version}"]
+    if subprocess.run([*command, "--python", sys.executable], check=False).returncode:
+        print(f"skipped: the index has no {name} {version} here, so its tests did not run")
+        return None
+    fresh.rename(folder)
+    return folder
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """Return the variables that tell the tests where each client lies."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    found = dict(os.environ)
+    folders = {name: wheel(name, version) for name, version in WHEELS.items()}
+    if (folder := folders["monailabel"]) is not None:
+        found["VESSA_MONAILABEL_CLIENT"] = str(folder / SLICER_CLIENT)
+    if (folder := folders["label-studio-sdk"]) is not None:
+        found["VESSA_LABELSTUDIO_BRUSH"] = str(folder / BRUSH)
+    if (folder := folders["cvat-sdk"]) is not None:
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
+    viewer = package(*OHIF) if shutil.which("chromium") else None
+    if viewer is not None:
+        found["VESSA_OHIF"] = str(viewer / "package" / "dist")
+    else:
+        print("skipped: no chromium, or npm cannot fetch OHIF here, so no browser showed a DICOM SEG")
+    if options.screenshots is not None:
+        found["VESSA_SCREENSHOTS"] = str(options.screenshots.resolve())
+    return found
+
+
+def main() -> int:
+    """Run the tests and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--screenshots", type=Path, help="folder for a picture of OHIF with our DICOM SEG")
+    variables = environment(parser.parse_args())
+    report = CACHE / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "viewer", f"--junitxml={report}", "tests/viewers"]
+    subprocess.run(command, cwd=ROOT, env=variables, check=False)
+    if not report.is_file():
+        print(json.dumps({"clients": 0, "passed": 0, "failed": 1}))
+        return 1
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    passed = [case for case in cases if case not in failed and case not in skipped]
+    drove = {case.get("classname", "").rpartition(".")[2] for case in passed}
+    names = [name for module, name in CLIENTS.items() if module in drove]
+    counts = {"passed": len(passed), "failed": len(failed), "skipped": len(skipped)}
+    print(json.dumps({"clients": len(names), **counts, "names": names}))
+    return int(bool(failed) or not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
