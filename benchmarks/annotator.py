@@ -82,12 +82,20 @@ class Bench:
                 operations[name] += counter.get_total_flops()
 
         timer = Counter()
-        for part in (self.annotator, self.annotator._encoder, self.annotator._predictor):
+        for part in (
+            self.annotator._pipeline,
+            self.annotator._pipeline.encoder,
+            self.annotator._pipeline.predictor,
+        ):
             part._timer = timer
         try:
             seconds(self.annotator, [item])
         finally:
-            for part in (self.annotator, self.annotator._encoder, self.annotator._predictor):
+            for part in (
+                self.annotator._pipeline,
+                self.annotator._pipeline.encoder,
+                self.annotator._pipeline.predictor,
+            ):
                 part._timer = self.timed
         return operations
 

@@ -131,7 +131,9 @@ class Provenance(_Frozen):
     labels_version: of pre- and post-processing; classes: id to name, in the requested order; group: whose
     templates were not used; seed: the request's; boxes: XYXY px, points: (x, y, label) px, mask_logits:
     `vessa.codec.array_digest`, each by its class; templates: those that guided each class; scores: predicted
-    IoU in [0, 1]; cleaning: None where labels are as they were predicted
+    IoU in [0, 1]; absence_threshold: a class whose highest probability is lower, and which no prompt asserts,
+    is left out (0: none); absent: names of the classes left out; cleaning: None where labels are as they were
+    predicted
     """
 
     image_id: str
@@ -153,6 +155,8 @@ class Provenance(_Frozen):
     templates: dict[str, list[TemplateUse]]
     scores: dict[str, float] = {}
     cleaning: Cleaning | None = None
+    absence_threshold: float = 0.0
+    absent: list[str] = []
 
 
 class SegmentAnswer(Provenance):
@@ -165,7 +169,8 @@ class SegmentAnswer(Provenance):
 class ItemInfo(_Frozen):
     """What a batch answer says of one item besides its arrays.
 
-    annotation_id: names it for GET /annotations/{id}; bank_version, adaptation, cleaning: see Provenance
+    annotation_id: names it for GET /annotations/{id}; bank_version, adaptation, absent, cleaning: see
+    Provenance
     """
 
     status: Literal["ok", "error"]
@@ -178,6 +183,7 @@ class ItemInfo(_Frozen):
     templates: dict[str, list[TemplateUse]] = {}
     scores: dict[str, float] = {}
     cleaning: Cleaning | None = None
+    absent: list[str] = []
 
 
 class Erasure(_Frozen):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from vessa.schemas import Cleaning, Provenance, TemplateUse
 
 # Version of pre- and post-processing: raise it when the same weights would give other labels.
-LABELS_VERSION = "4"
+LABELS_VERSION = "5"
 
 Method = Literal["encode_templates", "describe", "segment"]  # methods of the annotator
 
@@ -113,6 +113,7 @@ class SegmentResult:
     probabilities: float16 (K + 1, H, W), background first, or None
     adaptation: digest of the bank's own weights, None where the common weights served
     cleaning: what cleaning did, None where labels are as they were predicted
+    absence_threshold, absent: see Provenance
     """
 
     image_id: str
@@ -127,6 +128,8 @@ class SegmentResult:
     adaptation: str | None = None
     bank_digest: str = ""
     cleaning: Cleaning | None = None
+    absence_threshold: float = 0.0
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

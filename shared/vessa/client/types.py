@@ -47,6 +47,7 @@ class Annotation:
     classes: id to name, in the order of the request
     templates: class name to the templates that were used
     scores: class name to predicted IoU
+    absent: names of the classes that the bank's absence threshold left out
     bank_digest: names the contents of the bank; bank_version only counts its changes
     error: set when this item failed; its arrays are None
     annotation_id: id in the service's cache; `annotation` returns it with `provenance`, without confidence
@@ -62,6 +63,7 @@ class Annotation:
     classes: dict[int, str] = field(default_factory=dict)
     templates: dict[str, list[TemplateUse]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
     model: str = ""
     bank_version: int = 0
     bank_digest: str = ""

@@ -6,7 +6,7 @@ only in this folder and the ones below it.
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +15,10 @@ from vessa.errors import UnknownImage, VessaError
 from vessa.schemas import AdaptationInfo
 from vessa_server.adaptation import AdaptationRunner
 from vessa_server.byte_cache import ByteCache
-from vessa_server.inference.first_pass import run_first_pass
-from vessa_server.inference.fusion import fuse
-from vessa_server.inference.image_views import ImageView, ViewEncoder
+from vessa_server.inference.image_views import ImageView
 from vessa_server.inference.malloc import keep_freed_memory
-from vessa_server.inference.mask_prediction import MaskPredictor
+from vessa_server.inference.pipeline import Pipeline, or_error
 from vessa_server.inference.query import Query
-from vessa_server.inference.region_of_interest import zoom
-from vessa_server.inference.retrieval import class_queries
-from vessa_server.inference.template_memory import TemplateEncoder
 from vessa_server.model.geometry import Square
 from vessa_server.model.language.remote import VllmAddress
 from vessa_server.model.vessa import Vessa
@@ -42,8 +37,6 @@ from vessa_server.types import (
     TemplateItem,
     public_id,
 )
-
-_Result = TypeVar("_Result")
 
 
 class Annotator:
@@ -70,9 +63,7 @@ class Annotator:
             (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
         )
         self._cache = ByteCache(feature_cache_bytes)
-        self._encoder = ViewEncoder(model, self._timer)
-        self._template_encoder = TemplateEncoder(model, self._encoder)
-        self._predictor = MaskPredictor(model, self._timer, self._cache)
+        self._pipeline = Pipeline(model, self._timer, self._cache)
         self.adaptations = AdaptationRunner(banks, model, model_digest, self.decoder_lock)
         self.leave_out(without)
 
@@ -80,7 +71,7 @@ class Annotator:
         """Leave out parts from now on. Raises ValueError for an unknown one."""
         if unknown := parts - {"language", "memory"}:
             raise ValueError(f"only language and memory can be left out, got {sorted(unknown)}")
-        self._predictor.without = parts
+        self._pipeline.leave_out(parts)
         for key, view in self._cache:
             if isinstance(view, ImageView):
                 view.drop_conditioned()
@@ -101,7 +92,7 @@ class Annotator:
     @property
     def decoder_lock(self) -> threading.Lock:
         """Held while a bank's own weights are in the mask decoder."""
-        return self._predictor.decoder_lock
+        return self._pipeline.predictor.decoder_lock
 
     def compute(self, items: list[Item]) -> list[Any]:
         """Return one result or VessaError for each item, in order; kinds of items may be mixed."""
@@ -121,7 +112,7 @@ class Annotator:
     @torch.inference_mode()
     def encode_templates(self, items: list[TemplateItem]) -> list[Template | VessaError]:
         """Compute each template's feature and the memory of each class that it shows."""
-        return [_or_error(self._template_encoder.encode, item, self.model_digest) for item in items]
+        return [or_error(self._pipeline.template_encoder.encode, i, self.model_digest) for i in items]
 
     @torch.inference_mode()
     def describe(self, items: list[DescribeItem]) -> list[np.ndarray]:
@@ -134,41 +125,28 @@ class Annotator:
     def segment(self, items: list[SegmentItem]) -> list[SegmentResult | VessaError]:
         """Segment query images; an error of one item does not affect the others."""
         queries = self._queries(items)
-        if self.model.preset.closer:
-            valid = [query for query in queries if isinstance(query, Query)]
-            run_first_pass(valid, self._predictor)
-            zoom(valid, self._encoder)
-        with self._timer.stage("retrieve"):
-            plans = [q if isinstance(q, VessaError) else _or_error(class_queries, q) for q in queries]
-        flat = [one for plan in plans if not isinstance(plan, VessaError) for one in plan]
-        masks = iter(self._predictor.predict(flat))
-        results: list[SegmentResult | VessaError] = []
-        for item, query, plan in zip(items, queries, plans, strict=True):
-            if isinstance(query, VessaError):
-                results.append(query)
-                continue
-            if isinstance(plan, VessaError):
-                results.append(plan)
-                continue
-            with self._timer.stage("fuse"):
-                results.append(fuse(query, plan, [next(masks) for _ in plan]))
-            if item.image_id in self._cache:
+        answers = iter(self._pipeline.segment([q for q in queries if isinstance(q, Query)]))
+        results = [q if isinstance(q, VessaError) else next(answers) for q in queries]
+        for item, query in zip(items, queries, strict=True):
+            if isinstance(query, Query) and item.image_id in self._cache:
                 self._cache.put(item.image_id, query.whole)  # its size has grown
         return results
 
     def _queries(self, items: list[SegmentItem]) -> list[Query | VessaError]:
         """Find the bank and the view of each item's image; encode the images that are not cached."""
-        banks = {name: _or_error(self.banks.get, name) for name in {i.bank for i in items}}
+        banks = {name: or_error(self.banks.get, name) for name in {i.bank for i in items}}
         # Cached views are taken first: new images may push them out of the cache.
         views = {i.image_id: view for i in items if (view := self._cache.get(i.image_id)) is not None}
         views |= self._encode(
             {i.image_id: i.image for i in items if i.image is not None and i.image_id not in views}
         )
-        return [_or_error(_query, item, banks[item.bank], views.get(item.image_id)) for item in items]
+        return [or_error(_query, item, banks[item.bank], views.get(item.image_id)) for item in items]
 
     def _encode(self, images: dict[str, np.ndarray]) -> dict[str, ImageView]:
         """Encode whole images by id, and cache their views while the budget lasts."""
-        views = self._encoder.encode(list(images.values()), [Square(*i.shape[:2]) for i in images.values()])
+        views = self._pipeline.encoder.encode(
+            list(images.values()), [Square(*i.shape[:2]) for i in images.values()]
+        )
         for image_id, view in zip(images, views, strict=True):
             self._cache.put(image_id, view)
         return dict(zip(images, views, strict=True))
@@ -253,10 +231,3 @@ def _query(item: SegmentItem, bank: Bank | VessaError, view: ImageView | None) -
             f"Image {public_id(item.image_id)} is no longer cached. Send the image's pixels again."
         )
     return Query(item, bank, view)
-
-
-def _or_error(call: Callable[..., _Result], *arguments: object) -> _Result | VessaError:
-    try:
-        return call(*arguments)
-    except VessaError as error:
-        return error

@@ -1,4 +1,8 @@
-"""Fuse the masks of all classes into one label map: p_v = softmax over [0, z_1 .. z_K] (Sec. 3.2, p_v)."""
+"""Fuse the masks of all classes into one label map: p_v = softmax over [0, z_1 .. z_K] (Sec. 3.2, p_v).
+
+Beyond the paper, a class that no prompt asserts and whose highest probability is below the bank's absence
+threshold is left out (`calibration`).
+"""
 
 from collections.abc import Sequence
 
@@ -10,6 +14,8 @@ from vessa.schemas import TemplateUse
 from vessa_server.inference.query import ClassQuery, Query
 from vessa_server.types import SegmentResult
 
+_ABSENT = -20.0  # mask logit of a class that is left out
+
 
 def fuse(query: Query, classes: Sequence[ClassQuery], masks: Sequence[tuple[Tensor, float]]) -> SegmentResult:
     """Fuse the classes' mask logits on the image's own grid; the background has logit 0.
@@ -20,7 +26,13 @@ def fuse(query: Query, classes: Sequence[ClassQuery], masks: Sequence[tuple[Tens
     item, square = query.item, query.view.square
     size, adaptation = query.whole.image.shape[:2], query.bank.adaptation
     logits = square.leave(torch.cat([mask for mask, _ in masks], dim=1))[0]  # (K, h, w)
-    probability = torch.cat([torch.zeros_like(logits[:1]), logits]).softmax(0)
+    probability = _softmax(logits)
+    highest = probability[1:].flatten(1).amax(1).tolist()
+    threshold = query.calibration.absence
+    absent = [k for k, c in enumerate(classes) if highest[k] < threshold and not c.prompts.assert_presence]
+    if absent:
+        logits[absent] = _ABSENT
+        probability = _softmax(logits)
     confidence, winner = probability.max(0)
     ids = np.array([0] + [c.class_id for c in classes], np.uint8)
     labels, confidences = np.zeros(size, np.uint8), np.full(size, 255, np.uint8)
@@ -46,4 +58,11 @@ def fuse(query: Query, classes: Sequence[ClassQuery], masks: Sequence[tuple[Tens
         bank_version=query.bank.version,
         bank_digest=query.bank.digest,
         adaptation=None if adaptation is None else adaptation.digest,
+        absence_threshold=threshold,
+        absent=tuple(classes[k].class_name for k in absent),
     )
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Return the probabilities (K + 1, h, w), background first, of the logits (K, h, w) of K classes."""
+    return torch.cat([torch.zeros_like(logits[:1]), logits]).softmax(0)

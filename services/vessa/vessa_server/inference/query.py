@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from vessa_server.inference.calibration import Calibration
 from vessa_server.inference.image_views import FirstPass, ImageView
 from vessa_server.model.prompt_encoding import MaskPrompts
 from vessa_server.template_bank.decoder_weights import Adaptation
@@ -16,12 +17,14 @@ class Query:
     """One item with its bank and the views of its image.
 
     whole: the view of the whole image; zoomed: the view of its region of interest, once that is known
+    calibration: of the bank, by which masks are fused
     """
 
     item: SegmentItem
     bank: Bank
     whole: ImageView
     zoomed: ImageView | None = None
+    calibration: Calibration = Calibration()
 
     @property
     def view(self) -> ImageView:

@@ -27,6 +27,13 @@ class MaskPrompts:
     point_labels: np.ndarray | None = None
     mask_logits: np.ndarray | None = None
 
+    @property
+    def assert_presence(self) -> bool:
+        """Whether a prompt asserts that the structure is in the image."""
+        inside = self.point_labels is not None and bool((self.point_labels == 1).any())
+        drawn = self.mask_logits is not None and bool((self.mask_logits > 0).any())
+        return self.box is not None or inside or drawn
+
 
 def prompt_batch(
     prompts: Sequence[MaskPrompts], squares: Sequence[Square], size: int, side: int, device: torch.device

@@ -85,6 +85,7 @@ def _item(answer: Answer) -> ItemInfo:
         templates=made.templates,
         scores=made.scores,
         cleaning=made.cleaning,
+        absent=made.absent,
     )
 
 

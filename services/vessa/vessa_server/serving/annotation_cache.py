@@ -126,6 +126,8 @@ class AnnotationCache:
             templates=result.templates,
             scores=result.scores,
             cleaning=result.cleaning,
+            absence_threshold=result.absence_threshold,
+            absent=list(result.absent),
             **_prompts(item),
         )
 
