@@ -61,10 +61,15 @@ class BankInfo(_Frozen):
     shared: bool = False
 
 
+ADAPTATION_IMAGES = 400  # unlabeled images of one adaptation
+ADAPTATION_SIDE = 240  # px of their squares
+
+
 class AdaptationFigures(_Frozen):
     """What adapting to a bank was worth. before, after: mean Dice of held-out templates in [0, 1].
 
-    kept: whether it helped, and is in use; bank_version: whose templates it learned from
+    kept: whether it helped, and is in use; bank_version: whose templates it learned from; images: unlabeled
+    ones that it learned from
     """
 
     before: float
@@ -73,6 +78,7 @@ class AdaptationFigures(_Frozen):
     steps: int
     seconds: float
     bank_version: int
+    images: int = 0
 
 
 class AdaptationInfo(_Frozen):
@@ -132,8 +138,8 @@ class Provenance(_Frozen):
     templates were not used; seed: the request's; boxes: XYXY px, points: (x, y, label) px, mask_logits:
     `vessa.codec.array_digest`, each by its class; templates: those that guided each class; scores: predicted
     IoU in [0, 1]; absence_threshold: a class whose highest probability is lower, and which no prompt asserts,
-    is left out (0: none); absent: names of the classes left out; cleaning: None where labels are as they were
-    predicted
+    is left out (0: none); absent: names of the classes left out; islands: px removed from each class of one
+    piece; cleaning: None where no cleaning was requested
     """
 
     image_id: str
@@ -157,6 +163,7 @@ class Provenance(_Frozen):
     cleaning: Cleaning | None = None
     absence_threshold: float = 0.0
     absent: list[str] = []
+    islands: dict[str, int] = {}
 
 
 class SegmentAnswer(Provenance):

@@ -21,8 +21,8 @@ from vessa_server.inference.annotator import Annotator, load_annotator
 from vessa_server.model.weights import directory
 from vessa_server.observability.stage_timer import STAGES
 from vessa_server.pretraining.data.phantoms import write_phantoms
+from vessa_server.template_bank.adapted_weights import Adaptation
 from vessa_server.template_bank.bank import TemplateBanks
-from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.types import SegmentItem
 
@@ -75,7 +75,7 @@ def test_a_bank_is_adapted_to_and_served_without_again(
 
     monkeypatch.setattr(evaluation, "_annotate", annotate)
     figures = AdaptationFigures(before=0.5, after=0.6, kept=True, steps=1, seconds=2.0, bank_version=1)
-    learned = Adaptation({"a": np.zeros(1, np.float32)}, directory.digest(nano_weights), figures)
+    learned = Adaptation({"a": np.zeros(1, np.float16)}, directory.digest(nano_weights), figures)
     asked: list[float] = []
 
     def adapt(*_: object, seconds: float, **__: object) -> tuple[Adaptation, AdaptationFigures]:
@@ -83,7 +83,7 @@ def test_a_bank_is_adapted_to_and_served_without_again(
         return learned, figures
 
     monkeypatch.setattr(finetune, "adapt", adapt)
-    evaluate(
+    report = evaluate(
         hearts,
         [["heart000", "heart001", "heart002"]],
         ["heart004"],
@@ -97,6 +97,7 @@ def test_a_bank_is_adapted_to_and_served_without_again(
     )
     assert served == [False, True, False]
     assert asked == [6]
+    assert report["adaptations"] == [figures.model_dump()]
 
 
 def test_leaving_out_a_part_changes_the_answer(hearts: Dataset, nano_weights: Path, tmp_path: Path) -> None:

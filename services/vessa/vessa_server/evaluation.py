@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from vessa.bulk.adapt_bank import gray_squares
 from vessa.codec import image_digest
 from vessa.datasets import Case, Dataset, Slice
 from vessa.datasets.base import IGNORE
@@ -22,6 +23,7 @@ from vessa.masks.geometry import box_and_point
 from vessa.report.cases import annotated, best_median_worst, score_labels
 from vessa.report.page import Page
 from vessa.report.tables import Row, cards, missed, table
+from vessa.schemas import ADAPTATION_IMAGES
 from vessa_server.inference.annotator import Annotator, load_annotator
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
@@ -82,17 +84,21 @@ def evaluate(
     seeds: int,
     out: Path,
     console: Console,
-    adapt_seconds: float = 120.0,
+    adapt_seconds: float = 1200.0,
+    unlabeled: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Score variants on the test groups, once for each bank and, where it matters, for each seed.
 
-    banks: groups of each draw; test: None for all groups outside the bank. Writes out/report.html and
-    returns the figures of the JSON line, those of the first variant at the top. Raises InvalidDataset
-    when a bank or the test groups hold no annotation, or share a group.
+    banks: groups of each draw; test: None for all groups outside the bank; unlabeled: groups whose images,
+    without masks, the variant 'adapted' learns from; None for all that are neither in the bank nor under
+    test, and where there are none, for those under test. Writes out/report.html and returns the figures of
+    the JSON line, those of the first variant at the top. Raises InvalidDataset when a bank or the test groups
+    hold no annotation, or share a group.
     """
     rows = {name: Row(VARIANTS[name].name, []) for name in variants}
     stages: dict[str, float] = {}
     labels: dict[str, dict[str, list[np.ndarray]]] = {}
+    adapted: list[dict[str, Any]] = []
     for draw, groups in enumerate(banks):
         cases = _cases(dataset, groups, test)
         with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +107,11 @@ def evaluate(
             seed_bank(annotator, dataset, groups)
             for name in variants:
                 variant = VARIANTS[name]
-                _adapt(annotator, adapt_seconds if variant.adapted else None)
+                if variant.adapted:
+                    own = _unlabeled(dataset, groups, cases, unlabeled)
+                    adapted.append(_adapt(annotator, own, adapt_seconds))
+                else:
+                    annotator.banks.adapt("evaluation", None)
                 for seed in range(seeds if variant.drawn else 1):
                     title = f"bank {draw + 1} of {len(banks)}: {variant.name}"
                     found = dict(_annotate(annotator, dataset, cases, variant, seed, title, console))
@@ -118,6 +128,8 @@ def evaluate(
         "ms_per_image": {k: round(1000 * v / images, 2) for k, v in stages.items()},
         "report": str(out / "report.html"),
     }
+    if adapted:
+        figures["adaptations"] = adapted
     _write(out, dataset, list(rows.values()), labels, cases, figures)
     return figures
 
@@ -147,12 +159,23 @@ def seed_bank(annotator: Annotator, dataset: Dataset, groups: Sequence[str]) -> 
     annotator.banks.add("evaluation", [_result(t) for t in annotator.encode_templates(items)])
 
 
-def _adapt(annotator: Annotator, seconds: float | None) -> None:
-    """Adapt to the bank "evaluation" for `seconds`; None serves it by the common weights."""
-    banks, found = annotator.banks, None
-    if seconds is not None:
-        found, _ = annotator.adaptations.fit(banks.get("evaluation"), seconds)
-    banks.adapt("evaluation", found)
+def _unlabeled(
+    dataset: Dataset, bank: Sequence[str], cases: Sequence[Case], groups: Sequence[str] | None
+) -> list[np.ndarray]:
+    """Return the images that the variant 'adapted' learns from, see `evaluate`."""
+    test = {c.group for c in cases}
+    chosen = set(dataset.groups()) - set(bank) - test if groups is None else set(groups) - set(bank)
+    slices = [s for s in dataset.slices() if s.group in (chosen or test)]
+    rows = np.linspace(0, len(slices) - 1, min(len(slices), ADAPTATION_IMAGES)).round().astype(int)
+    return [dataset.image(slices[row]) for row in rows]
+
+
+def _adapt(annotator: Annotator, images: Sequence[np.ndarray], seconds: float) -> dict[str, Any]:
+    """Adapt to the bank "evaluation" for `seconds`; return what it was worth on held-out templates."""
+    bank = annotator.banks.get("evaluation")
+    found, figures = annotator.adaptations.fit(bank, seconds, gray_squares(images))
+    annotator.banks.adapt("evaluation", found)
+    return figures.model_dump()
 
 
 def _annotate(

@@ -77,7 +77,7 @@ class Limits(_Group):
         30.0, description="for the client to read an answer, plus 1 s for each 256 KiB of it"
     )
     suggest_timeout_s: Seconds = Field(60.0, description="longest computation of one suggestion")
-    adapt_s: Seconds = Field(600.0, description="longest adaptation to a bank that may be requested")
+    adapt_s: Seconds = Field(3600.0, description="longest adaptation to a bank that may be requested")
 
 
 class Queue(_Group):

@@ -1,7 +1,7 @@
 """Inputs and results of the annotator: templates and images in, labels out."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -113,7 +113,7 @@ class SegmentResult:
     probabilities: float16 (K + 1, H, W), background first, or None
     adaptation: digest of the bank's own weights, None where the common weights served
     cleaning: what cleaning did, None where labels are as they were predicted
-    absence_threshold, absent: see Provenance
+    absence_threshold, absent, islands: see Provenance
     """
 
     image_id: str
@@ -130,6 +130,7 @@ class SegmentResult:
     cleaning: Cleaning | None = None
     absence_threshold: float = 0.0
     absent: tuple[str, ...] = ()
+    islands: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """`vessa seed|banks|adapt`: fill, list and adapt template banks."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -8,14 +7,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vessa.bulk.adapt_bank import adapt_bank
 from vessa.bulk.seed_bank import seed_bank
-from vessa.cli.options import Bank, Json, Key, Url, console, finish, progress_bar, say
+from vessa.bulk.unlabeled_pool import Candidate, Pixels, find_candidates
+from vessa.cli.options import Bank, Json, Key, Url, complain, console, finish, progress_bar, say
 from vessa.client import AnnotatorClient
 from vessa.datasets import Dataset, open_dataset
-from vessa.errors import InvalidDataset, ServiceError
-from vessa.schemas import AdaptationInfo
-
-_POLL_S = 1.0
+from vessa.errors import InvalidDataset, VessaError
 
 
 def seed(
@@ -73,32 +71,48 @@ def banks(url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
 
 def adapt(
     bank: Annotated[str, typer.Argument(help="Template bank.")],
-    seconds: Annotated[float, typer.Option(help="Longest training time in seconds.")] = 120.0,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder with unlabeled images, or a data folder; at most 400 of them are used."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Only the groups of this split file of a data folder.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Longest training time in minutes.")] = 20.0,
     forget: Annotated[bool, typer.Option("--forget", help="Delete the bank's adapted weights.")] = False,
     url: Url = None,
     api_key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Train the annotator on a bank's templates; keep the weights only if held-out Dice improves."""
+    """Train the annotator on a bank's templates and unlabeled images; keep the weights only if they help."""
+    skipped: list[str] = []
     with AnnotatorClient(url, api_key) as client:
         if forget:
             client.forget_adaptation(bank)
             info = client.adaptation(bank)
         else:
-            info = _wait_for_adaptation(client, client.adapt(bank, seconds))
+            found = [] if images is None else _unlabeled(images, split, skipped)
+            with progress_bar() as bar:
+                task = bar.add_task(f"adapting to {bank}", total=1.0)
+                info = adapt_bank(
+                    client, bank, 60 * minutes, Pixels(found), lambda done: bar.update(task, completed=done)
+                )
     if info.figures is not None:
-        kept = "the adapted weights are in use" if info.figures.kept else "no gain, the common weights stay"
-        say(f"Dice of held-out templates {info.figures.before:.3f} -> {info.figures.after:.3f}: {kept}")
-    finish(info.model_dump(), as_json)
+        figures = info.figures
+        kept = "the adapted weights are in use" if figures.kept else "no gain, the common weights stay"
+        say(f"{figures.images} unlabeled images, {figures.steps} steps in {figures.seconds:.0f} s")
+        say(f"Dice of held-out templates {figures.before:.3f} -> {figures.after:.3f}: {kept}")
+    finish({**info.model_dump(), "skipped": skipped}, as_json)
 
 
-def _wait_for_adaptation(client: AnnotatorClient, info: AdaptationInfo) -> AdaptationInfo:
-    with progress_bar() as bar:
-        task = bar.add_task(f"adapting to {info.bank}", total=1.0)
-        while info.state == "running":
-            time.sleep(_POLL_S)
-            info = client.adaptation(info.bank)
-            bar.update(task, completed=info.progress)
-    if info.state == "failed":
-        raise ServiceError(f"the adaptation to bank {info.bank} failed: {info.error}")
-    return info
+def _unlabeled(folder: Path, split: str | None, skipped: list[str]) -> list[Candidate]:
+    """Return the unlabeled images of a folder. Raises InvalidDataset when there is none."""
+
+    def skip(name: str, error: VessaError) -> None:
+        skipped.append(name)
+        complain(f"{name} is skipped: {error}")
+
+    found = list(find_candidates(folder, split=split, skip=skip))
+    if not found:
+        raise InvalidDataset(f"{folder} contains no readable image without a mask: choose another folder")
+    return found

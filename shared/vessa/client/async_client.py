@@ -146,17 +146,19 @@ class AsyncAnnotatorClient(Connection):
         """Delete a bank with all its templates. Raises UnknownBank."""
         await self._send(endpoints.delete_bank(name))
 
-    async def adapt(self, bank: str, seconds: float = 120.0) -> AdaptationInfo:
+    async def adapt(self, bank: str, seconds: float = 1200.0, images: Image | None = None) -> AdaptationInfo:
         """Start to train the annotator on a bank's templates, in the background, for at most `seconds`.
 
+        images: unlabeled images of the lab, uint8 (M, 240, 240) with M at most 400; `vessa.bulk.adapt_bank`
+            makes them of any images and waits for the end
         `adaptation` returns the progress. Raises UnknownBank, InvalidRequest when the bank has too few
         templates or the time is too long, QueueFull while the annotator adapts to another bank.
         """
-        return await self._send(endpoints.adapt(bank, seconds))
+        return await self._send(endpoints.adapt(bank, seconds, images))
 
     async def adaptation(self, bank: str) -> AdaptationInfo:
         """Return the progress or the result of a bank's adaptation. Raises UnknownBank."""
-        return await self._send(endpoints.adapt(bank))
+        return await self._send(endpoints.adaptation(bank))
 
     async def forget_adaptation(self, bank: str) -> None:
         """Delete a bank's adapted weights; the common weights serve it again. Raises UnknownBank."""

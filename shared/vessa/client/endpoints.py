@@ -120,12 +120,18 @@ def bank(name: str) -> Call[BankInfo]:
     return Call("GET", f"/banks/{quoted(name)}", reads(TypeAdapter(BankInfo)))
 
 
-def adapt(bank: str, seconds: float | None = None) -> Call[AdaptationInfo]:
-    """Build POST /banks/{bank}/adapt, or GET without `seconds`."""
+def adapt(bank: str, seconds: float, images: Image | None) -> Call[AdaptationInfo]:
+    """Build POST /banks/{bank}/adapt."""
+    options: dict[str, Any] = {"params": {"seconds": seconds}}
+    if images is not None and len(images):
+        options |= {"content": encode({"images": images}, {}), "headers": {"content-type": MEDIA_TYPE}}
     path, read = f"/banks/{quoted(bank)}/adapt", reads(TypeAdapter(AdaptationInfo))
-    if seconds is None:
-        return Call("GET", path, read)
-    return Call("POST", path, read, {"params": {"seconds": seconds}}, "unsent")
+    return Call("POST", path, read, options, "unsent")
+
+
+def adaptation(bank: str) -> Call[AdaptationInfo]:
+    """Build GET /banks/{bank}/adapt."""
+    return Call("GET", f"/banks/{quoted(bank)}/adapt", reads(TypeAdapter(AdaptationInfo)))
 
 
 def forget_adaptation(bank: str) -> Call[None]:

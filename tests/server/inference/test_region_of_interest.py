@@ -188,7 +188,7 @@ def test_many_windows_on_one_image_in_one_batch(annotator, monkeypatch):
     for item, result in zip(items, together, strict=True):
         alone = annotator.segment([item])[0]
         assert (alone.labels != result.labels).mean() < 1e-2
-    view = annotator._cache.get(items[0].image_id)
+    view = annotator._cache.get(items[0].image_id).views[None]
     assert len(view.zoomed) == 4
     assert annotator._cache.nbytes == sum(held.nbytes for _, held in annotator._cache)
 

@@ -1,34 +1,39 @@
-"""Fine-tune the mask decoder on one bank's own templates (beyond the paper).
+"""Fine-tune a copy of the segmenter for one bank (beyond the paper).
 
-Each template is predicted from others, augmented as in Stage 1. A third of the patients is held out, or of
-the slices when there are fewer than three patients. The adaptation is kept only if it improves the Dice of
-the held-out templates, so that a bank never gets worse masks.
+Half of the episodes are region tasks, superpixels of the lab's own unlabeled images, as in SSL-ALPNet. The
+other half predict the bank's templates from one another, and from augmented views of themselves. The average
+of the weights is scored on held-out templates and kept only if it improves their Dice.
 """
 
 import copy
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vessa.errors import InvalidRequest
 from vessa.schemas import AdaptationFigures
-from vessa_server.model.segmenter import ImageFeatures, PromptBatch
-from vessa_server.model.vessa import Vessa
-from vessa_server.pretraining.data.pools import Episode, Pool, pool_size, squares_of
-from vessa_server.pretraining.losses import LossWeights, mask_loss, soft_dice
-from vessa_server.pretraining.step import TaskBatch, prepare, served
-from vessa_server.template_bank.decoder_weights import Adaptation
+from vessa_server.adaptation.episodes import episodes_of, held_out_pairs
+from vessa_server.adaptation.segmenters import parameters_of
+from vessa_server.model.geometry import resize
+from vessa_server.model.segmenter import Segmenter
+from vessa_server.model.vessa import Vessa, overlay
+from vessa_server.pretraining.data.pools import Episode, pool_size
+from vessa_server.pretraining.losses import LossWeights, iou_loss, mask_loss, presence_loss, soft_dice
+from vessa_server.pretraining.step import TaskBatch, encode_episodes, prepare, served
+from vessa_server.template_bank.adapted_weights import Adaptation
 from vessa_server.template_bank.retrieval import Bank
 
-LEAST_TEMPLATES = 6
 LEAST_GAIN = 0.005  # of Dice on held-out templates; less is noise
-HELD_PAIRS, BATCH, LR, WARMUP = 24, 4, 3e-5, 10
-CHECK_EVERY = 20  # steps
+BATCH = 5  # episodes a step
+LR, WARMUP = 1e-4, 20
+CHECKS = 6  # of the average on held-out templates, evenly over the time
+HELD_PAIRS = 24
+AVERAGE = 0.99  # decay of the averaged weights
+LANGUAGE_SHARE = 0.5  # of the steps also use the language model's state
+QUALITY = 0.1  # weight of the predicted IoU and presence
 
 Progress = Callable[[float, int, float], None]
 
@@ -36,56 +41,42 @@ Progress = Callable[[float, int, float], None]
 def adapt(
     model: Vessa,
     bank: Bank,
+    unlabeled: NDArray[np.uint8],
     digest: str,
     *,
     seconds: float,
-    lock: AbstractContextManager[object],
     seed: int = 0,
     progress: Progress = lambda share, step, dice: None,
 ) -> tuple[Adaptation | None, AdaptationFigures]:
-    """Fine-tune a copy of the mask decoder for a bank, for `seconds` at most; `model` is not changed.
+    """Fine-tune a copy of the segmenter for `seconds` at most; `model` is not changed.
 
-    digest: of the model's weights; lock: held while the decoder is copied
+    unlabeled: gray squares, uint8 (M, S, S); digest: of the model's weights
     progress(share done, step, best held-out Dice): called between steps, may raise to stop
     Returns the adaptation, None when it does not help, and its figures. Raises InvalidRequest when the bank
     holds too few templates.
     """
     rng = np.random.default_rng(seed)
-    train, held = _pools(model, bank, rng)
+    size = model.preset.segmenter.image_size
+    episodes, whole = episodes_of(bank, _squares(unlabeled, pool_size(size)), pool_size(size), rng)
     started = time.monotonic()
-    with lock:
-        student = _Student(model)
-    pairs = _held_pairs(held, rng)
-    size, side = model.preset.segmenter.image_size, 4 * model.segmenter.side
-    exam = []
-    for first in range(0, len(pairs), BATCH):
-        some = pairs[first : first + BATCH]
-        exam.append(student.see(prepare(some, torch.arange(first, first + len(some)), size, side)))
+    student = _Student(model)
+    exam = student.batches(held_out_pairs(whole, HELD_PAIRS, rng))
     before = best = student.score(exam)
-    kept: dict[str, Tensor] | None = None
-    weights = list(student.decoder.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.01)
-    step = 0
+    kept: dict[str, NDArray[np.float16]] | None = None
+    step, checks = 0, 0
     while (spent := time.monotonic() - started) < seconds:
         share = spent / seconds
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1.0, (step + 1) / WARMUP) * (1 - 0.9 * share)
-        train.bank = rng.permutation(len(train.group_names))[: max(1, len(train.group_names) // 2)]
-        drawn = [p for p in (train.draw(rng) for _ in range(4 * BATCH)) if p is not None][:BATCH]
-        if drawn:
-            seeds = torch.from_numpy(rng.integers(2**62, size=len(drawn)))
-            loss = student.loss(student.see(prepare(drawn, seeds, size, side)))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward(inputs=weights)  # the prompt encoder, which is shared, gets no gradient
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
+        student.learn([episodes.draw(rng) for _ in range(BATCH)], _rate(step, share), rng)
         step += 1
-        if step % CHECK_EVERY == 0:
+        if share >= (checks + 1) / CHECKS:
+            checks += 1
             dice = student.score(exam)
             if dice > best:
-                best = dice
-                kept = {k: v.detach().clone() for k, v in student.decoder.state_dict().items()}
+                best, kept = dice, parameters_of(student.average)
         progress(share, step, best)
+    dice = student.score(exam)
+    if dice > best:
+        best, kept = dice, parameters_of(student.average)
     figures = AdaptationFigures(
         before=round(before, 4),
         after=round(best, 4),
@@ -93,96 +84,99 @@ def adapt(
         steps=step,
         seconds=round(time.monotonic() - started, 1),
         bank_version=bank.version,
+        images=len(unlabeled),
     )
     if kept is None or not figures.kept:
         return None, figures
-    return Adaptation({k: v.float().cpu().numpy() for k, v in kept.items()}, digest, figures), figures
+    return Adaptation(kept, digest, figures), figures
 
 
-@dataclass(frozen=True)
-class _EncodedBatch:
-    """A batch with all inputs of the decoder; nothing here has a gradient."""
+def _rate(step: int, share: float) -> float:
+    """Return the learning rate: a warm-up, then constant, and a linear decay in the second half."""
+    return LR * min(1.0, (step + 1) / WARMUP) * min(1.0, 2 * (1 - share) + 0.02)
 
-    batch: TaskBatch
-    embedding: Tensor
-    h_seg: Tensor | None
-    features: ImageFeatures
+
+def _squares(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize gray squares (M, S, S) uint8 to `size` px."""
+    resized = [resize(torch.from_numpy(i)[None, None].float(), (size, size)).round().byte() for i in images]
+    return torch.cat([*resized, torch.zeros(0, 1, size, size, dtype=torch.uint8)])[:, 0].numpy()
 
 
 class _Student:
-    """The annotator with its own decoder; everything else is shared, in eval mode and never changed."""
+    """The annotator with a segmenter of its own, and the average of its weights.
+
+    The retriever and the language model are shared and never changed.
+    """
 
     def __init__(self, model: Vessa) -> None:
-        self.model = model
-        self.segmenter = copy.copy(model.segmenter)
-        self.segmenter._modules = dict(model.segmenter._modules)
-        sam = copy.copy(model.segmenter.sam)
-        sam._modules = dict(model.segmenter.sam._modules)
-        self.decoder = copy.deepcopy(model.segmenter.sam.sam_mask_decoder).requires_grad_()
-        sam.sam_mask_decoder = self.decoder
-        self.segmenter.sam = sam
+        own: Segmenter = copy.deepcopy(model.segmenter).requires_grad_()
+        self.average: Segmenter = copy.deepcopy(model.segmenter).requires_grad_(False)
+        self.model, self.averaged = model.with_segmenter(own), model.with_segmenter(self.average)
+        own.train()
+        for module in own.modules():
+            if isinstance(module, nn.BatchNorm2d):  # a few images give no better statistics than Stage 1
+                module.eval()
+        self._weights = list(own.parameters())
+        self._optimizer = torch.optim.AdamW(self._weights, lr=LR, weight_decay=0.01)
+        self._steps = 0
+        self._size, self._side = model.preset.segmenter.image_size, 4 * own.side
+
+    def batches(self, pairs: Sequence[Episode]) -> list[TaskBatch]:
+        """Augment held-out episodes by fixed seeds."""
+        parts = [list(pairs[first : first + BATCH]) for first in range(0, len(pairs), BATCH)]
+        return [
+            prepare(part, torch.arange(i * BATCH, i * BATCH + len(part)), self._size, self._side)
+            for i, part in enumerate(parts)
+        ]
+
+    def learn(self, drawn: Sequence[Episode], rate: float, rng: np.random.Generator) -> None:
+        """Take one step on episodes; some masks are drawn with the prompts that a student would send."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        seeds = torch.from_numpy(rng.integers(2**62, size=len(drawn)))
+        batch = prepare(list(drawn), seeds, self._size, self._side).to(self.model.device)
+        loss = self._loss(batch, language=rng.random() < LANGUAGE_SHARE)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=self._weights)
+        nn.utils.clip_grad_norm_(self._weights, 1.0)
+        self._optimizer.step()
+        self._steps += 1
+        decay = min(AVERAGE, self._steps / (self._steps + 10))
+        with torch.no_grad():
+            for mean, own in zip(self.average.parameters(), self._weights, strict=True):
+                mean.lerp_(own, 1 - decay)
+
+    def _loss(self, batch: TaskBatch, language: bool) -> Tensor:
+        with torch.autocast(
+            batch.targets.device.type, torch.bfloat16, enabled=_fast_bfloat16(batch.targets.device)
+        ):
+            features, memories = encode_episodes(self.model.segmenter, batch)
+            h_seg = None
+            if language and self.model.language is not None:
+                seen = overlay(batch.templates[batch.rows, 0], batch.template_masks[:, :1])
+                with torch.no_grad():
+                    h_seg, _ = self.model.see(
+                        seen, batch.targets[batch.rows], batch.spoken, batch.instructions
+                    )
+            logits, iou, presence = self.model.draw(features, memories, h_seg, batch.prompts, batch.rows)
+        logits = logits.float()
+        quality = iou_loss(iou.float(), logits, batch.truth) + presence_loss(presence.float(), batch.truth)
+        return mask_loss(logits, batch.truth, LossWeights(dice=1.0)) + QUALITY * quality
 
     @torch.no_grad()
-    def see(self, batch: TaskBatch) -> _EncodedBatch:
-        """Run the frozen parts: encoders, memory attention and language model."""
-        batch = batch.to(self.model.device)
-        features, memories, h_seg = served(self.model, batch)
-        embedding = self.segmenter.attend(features, memories, batch.rows)
-        return _EncodedBatch(batch, embedding, h_seg, features[batch.rows])
-
-    def loss(self, seen: _EncodedBatch) -> Tensor:
-        """Eq. 3; a share of the masks is drawn with the prompts that a student would send."""
-        self.segmenter.training = True  # of this copy alone: logits keep their gradient where nothing is
-        logits, _, _ = self.segmenter.decode(
-            seen.embedding, seen.features.details, seen.h_seg, seen.batch.prompts
-        )
-        return mask_loss(logits.float(), seen.batch.truth, LossWeights(dice=1.0))
-
-    @torch.no_grad()
-    def score(self, exam: list[_EncodedBatch]) -> float:
-        """Mean Dice without prompts."""
-        self.segmenter.training = False
+    def score(self, exam: Sequence[TaskBatch]) -> float:
+        """Return the mean Dice of the averaged weights on held-out episodes, without prompts."""
         scores = []
-        for seen in exam:
-            logits, _, _ = self.segmenter.decode(
-                seen.embedding, seen.features.details, seen.h_seg, PromptBatch()
-            )
-            scores.append(soft_dice((logits.float() > 0) * 40.0 - 20.0, seen.batch.truth, 1e-3))
+        for batch in exam:
+            batch = batch.to(self.model.device)
+            features, memories, h_seg = served(self.averaged, batch)
+            logits, _, _ = self.averaged.draw(features, memories, h_seg, rows=batch.rows)
+            scores.append(soft_dice((logits.float() > 0) * 40.0 - 20.0, batch.truth, 1e-3))
         return float(torch.cat(scores).mean())
 
 
-def _pools(model: Vessa, bank: Bank, rng: np.random.Generator) -> tuple[Pool, Pool]:
-    """Return the pool to learn from, and the pool of the whole bank with held-out slices as targets."""
-    templates = bank.templates
-    if len(templates) < LEAST_TEMPLATES:
-        raise InvalidRequest(
-            f"bank '{bank.name}' holds {len(templates)} templates; "
-            f"adaptation needs at least {LEAST_TEMPLATES}: add more annotated slices"
-        )
-    size = pool_size(model.preset.segmenter.image_size)
-    images, masks = zip(*(squares_of(t.image, t.mask, size) for t in templates), strict=True)
-    patients = sorted({t.group for t in templates})
-    keys = [t.group for t in templates] if len(patients) >= 3 else [f"{i:05d}" for i in range(len(templates))]
-    names = rng.permutation(sorted(set(keys))).tolist()
-    held = set(names[: max(1, len(names) // 3)])
-    rows = [i for i, key in enumerate(keys) if key not in held]
-    all_images, all_masks = np.stack(images), np.stack(masks)
-    train = Pool(bank.name, all_images[rows], all_masks[rows], [keys[i] for i in rows], bank.classes)
-    whole = Pool(bank.name, all_images, all_masks, keys, bank.classes)
-    whole.bank = np.flatnonzero([name not in held for name in whole.group_names])
-    if not train.classes or not whole.classes:
-        raise InvalidRequest(
-            f"no class of bank '{bank.name}' is shown, and not too small, by enough of its templates "
-            "to learn from some and be tested on others"
-        )
-    return train, whole
-
-
-def _held_pairs(pool: Pool, rng: np.random.Generator) -> list[Episode]:
-    drawn = (pool.draw(rng) for _ in range(20 * HELD_PAIRS))
-    pairs = [p for p in drawn if p is not None and all((p.target_mask == c).any() for c in p.classes)]
-    if not pairs:
-        raise InvalidRequest(
-            f"the held-out templates of bank '{pool.name}' show no class that the others show"
-        )
-    return pairs[:HELD_PAIRS]
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 faster than in float32; a processor may emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

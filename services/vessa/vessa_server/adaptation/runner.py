@@ -3,17 +3,21 @@
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vessa.errors import QueueFull, UnknownBank, VessaError
 from vessa.schemas import AdaptationFigures, AdaptationInfo
 from vessa_server.model.vessa import Vessa
+from vessa_server.template_bank.adapted_weights import Adaptation
 from vessa_server.template_bank.bank import TemplateBanks
-from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.retrieval import Bank
 
 log = logging.getLogger(__name__)
+
+Squares = NDArray[np.uint8]
 
 
 class _ShutdownError(Exception):
@@ -25,25 +29,23 @@ class AdaptationRunner:
 
     A kept adaptation is stored with its bank; the states of all others are kept here, in memory.
 
-    digest: of the model's weights; decoder_lock: held while the mask decoder is copied
+    digest: of the model's weights
     """
 
-    def __init__(
-        self,
-        banks: TemplateBanks,
-        model: Vessa,
-        digest: str,
-        decoder_lock: AbstractContextManager[object],
-    ) -> None:
-        self._banks, self._model, self._digest, self._decoder_lock = banks, model, digest, decoder_lock
+    def __init__(self, banks: TemplateBanks, model: Vessa, digest: str) -> None:
+        self._banks, self._model, self._digest = banks, model, digest
         self._states: dict[tuple[str, str | None], AdaptationInfo] = {}  # by bank and owner
         self._lock = threading.Lock()
         self._cancelled: set[tuple[str, str | None]] = set()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, name: str, seconds: float) -> AdaptationInfo:
-        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
+    def start(self, name: str, seconds: float, images: Squares | None = None) -> AdaptationInfo:
+        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs.
+
+        images: the lab's unlabeled images as gray squares, uint8 (M, S, S); in memory until the end, never
+        stored
+        """
         bank = self._banks.get(name)
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
@@ -54,7 +56,7 @@ class AdaptationRunner:
             self._cancelled.discard(_key(bank))
             self._states[_key(bank)] = AdaptationInfo(bank=name, state="running")
             self._thread = threading.Thread(
-                target=self._run, args=(bank, seconds), name="vessa-adapt", daemon=True
+                target=self._run, args=(bank, seconds, images), name="vessa-adapt", daemon=True
             )
             self._thread.start()
             return self._states[_key(bank)]
@@ -87,6 +89,7 @@ class AdaptationRunner:
         self,
         bank: Bank,
         seconds: float,
+        images: Squares | None = None,
         progress: Callable[[float, int, float], None] = lambda share, step, dice: None,
     ) -> tuple[Adaptation | None, AdaptationFigures]:
         """Adapt to a bank in the calling thread; nothing is stored.
@@ -100,13 +103,13 @@ class AdaptationRunner:
         return adapt(
             self._model,
             replace(bank, adaptation=None),
+            np.zeros((0, 1, 1), np.uint8) if images is None else images,
             self._digest,
             seconds=seconds,
-            lock=self._decoder_lock,
             progress=progress,
         )
 
-    def _run(self, bank: Bank, seconds: float) -> None:
+    def _run(self, bank: Bank, seconds: float, images: Squares | None) -> None:
         def progress(share: float, step: int, dice: float) -> None:
             if self._stopping.is_set() or _key(bank) in self._cancelled:
                 raise _ShutdownError
@@ -118,7 +121,7 @@ class AdaptationRunner:
             )
 
         try:
-            found, figures = self.fit(bank, seconds, progress)
+            found, figures = self.fit(bank, seconds, images, progress)
             log.info("bank %s: adaptation %s", bank.name, figures)
             if _key(bank) in self._cancelled:
                 return

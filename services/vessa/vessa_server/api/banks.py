@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 
-from vessa.errors import InvalidRequest
+from vessa.errors import InvalidRequest, UnsupportedMedia
 from vessa.schemas import AdaptationInfo, BankInfo, TemplateInfo, TemplateInfos
 from vessa_server.api.authentication import CallerDep, require_curator, require_key
 from vessa_server.api.dependencies import (
@@ -23,10 +23,11 @@ from vessa_server.api.dependencies import (
     service_of,
     unless_gone,
 )
-from vessa_server.api.openapi import TEMPLATE_BODY, answering
+from vessa_server.api.openapi import ADAPTATION_BODY, TEMPLATE_BODY, answering
+from vessa_server.serialization.adaptation_request import read_squares
 from vessa_server.serialization.overlays import overlay_png
 from vessa_server.serialization.request_parser import DEFAULT_BANK
-from vessa_server.serialization.responses import PNG
+from vessa_server.serialization.responses import PNG, SAFETENSORS
 
 banks_api = APIRouter(dependencies=[Depends(require_key)])
 CURATE = [Depends(require_curator)]
@@ -65,25 +66,36 @@ def unshare_bank(bank: BankPath, banks: BanksDep, change: ChangeDep) -> BankInfo
         return banks.share(bank, False)
 
 
-@banks_api.post("/banks/{bank}/adapt", status_code=202, dependencies=CURATE)
-def adapt_bank(
+@banks_api.post("/banks/{bank}/adapt", status_code=202, openapi_extra=ADAPTATION_BODY, dependencies=CURATE)
+async def adapt_bank(
+    request: Request,
     bank: BankPath,
-    engine: EngineDep,
-    banks: BanksDep,
+    caller: CallerDep,
     change: ChangeDep,
-    seconds: Annotated[float, Query(gt=0, description="longest time to learn, s")] = 120.0,
+    seconds: Annotated[float, Query(gt=0, description="longest time to learn, s")] = 1200.0,
 ) -> AdaptationInfo:
-    """Adapt the mask decoder to the bank's templates in the background; GET returns the state.
+    """Adapt the segmenter to the bank's templates and to unlabeled images, in the background.
 
-    Each template is predicted from others. What does not help with held-out templates is dropped. While it
-    runs it shares the device with requests. A bank has one adaptation; a new one that helps replaces it.
+    A safetensors body holds at most 400 gray squares of 240 px (images uint8 (M, 240, 240)); without a body
+    the bank learns from its templates alone. They stay in memory until the end and are never stored. GET
+    returns the state. The adaptation is kept only if it improves Dice on held-out templates. While it runs it
+    shares the device with requests. A bank has one adaptation; a new one that helps replaces it.
     """
-    longest = engine.settings.limits.adapt_s
-    if seconds > longest:
-        raise InvalidRequest(f"seconds is at most {longest:g} (VESSA_ADAPT_S), got {seconds:g}.")
-    with change("bank.adapt", bank=bank, seconds=seconds):
-        banks.get(bank)
-        return engine.worker.adapt(bank, seconds)
+    limits = limits_of(request)
+    with limits.work(caller), service_of(request).permit() as engine:
+        bounds = engine.settings.limits
+        if seconds > bounds.adapt_s:
+            raise InvalidRequest(f"seconds is at most {bounds.adapt_s:g} (VESSA_ADAPT_S), got {seconds:g}.")
+        body = await read_body(request, limit=bounds.max_body_bytes, seconds=bounds.body_timeout_s)
+        if body and media_type(request) != SAFETENSORS:
+            raise UnsupportedMedia(f"The body of an adaptation must be {SAFETENSORS}, or empty.")
+        images = await run_in_threadpool(read_squares, body, bounds.max_body_bytes)
+        limits.take(caller, len(images))
+        banks = callers_banks(engine, caller)
+        writing = change("bank.adapt", bank=bank, seconds=seconds, images=len(images))
+        async with contextmanager_in_threadpool(writing):
+            await run_in_threadpool(banks.get, bank)
+            return await run_in_threadpool(engine.worker.adapt, bank, seconds, images)
 
 
 @banks_api.get("/banks/{bank}/adapt", dependencies=READ)

@@ -32,6 +32,20 @@ TEMPLATE_BODY = _form(
     group=_text("whose image it is, such as a patient's id"),
     bank=_text("template bank, made if needed; default: default"),
 )
+ADAPTATION_BODY = {
+    "requestBody": {
+        "required": False,
+        "content": {
+            "application/vnd.safetensors": {
+                "schema": {
+                    "type": "string",
+                    "format": "binary",
+                    "description": "images: uint8 (M, 240, 240), gray squares; M at most 400",
+                }
+            }
+        },
+    }
+}
 JOB_BODY = _form(
     ["image"],
     image={

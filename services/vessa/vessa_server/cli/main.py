@@ -202,7 +202,11 @@ def evaluate(
         str | None, typer.Option(help="Only these of: top1,top3,sample,random,no-language,no-memory,box,...")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of the variants that draw a template.", min=1)] = 3,
-    adapt_seconds: Annotated[float, typer.Option(help="Time to learn of the variant 'adapted'.")] = 120.0,
+    adapt_minutes: Annotated[float, typer.Option(help="Training time of the variant 'adapted'.")] = 20.0,
+    unlabeled_split: Annotated[
+        str | None,
+        typer.Option(help="Split file of the patients whose images the variant 'adapted' learns from."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda:N or auto.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("runs/evaluate"),
     as_json: Json = False,
@@ -229,7 +233,8 @@ def evaluate(
         device=device,
         variants=chosen,
         seeds=seeds,
-        adapt_seconds=adapt_seconds,
+        adapt_seconds=60 * adapt_minutes,
+        unlabeled=None if unlabeled_split is None else dataset.split(unlabeled_split),
         out=out,
         console=Console(stderr=True),
     )

@@ -4,8 +4,8 @@ One thread of the worker process calls it. Pixels and masks come in and go out a
 only in this folder and the ones below it.
 """
 
-import threading
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,18 @@ import torch
 
 from vessa.errors import UnknownImage, VessaError
 from vessa.schemas import AdaptationInfo
-from vessa_server.adaptation import AdaptationRunner
+from vessa_server.adaptation import AdaptationRunner, load_segmenter
 from vessa_server.byte_cache import ByteCache
-from vessa_server.inference.image_views import ImageView
-from vessa_server.inference.malloc import keep_freed_memory
+from vessa_server.inference.image_views import CachedImage
 from vessa_server.inference.pipeline import Pipeline, or_error
 from vessa_server.inference.query import Query
+from vessa_server.malloc import keep_freed_memory
 from vessa_server.model.geometry import Square
 from vessa_server.model.language.remote import VllmAddress
 from vessa_server.model.vessa import Vessa
 from vessa_server.model.weights import directory
 from vessa_server.observability.stage_timer import StageTimer
+from vessa_server.template_bank.adapted_weights import Adaptation
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.retrieval import Bank
 from vessa_server.template_bank.template import Template
@@ -37,6 +38,8 @@ from vessa_server.types import (
     TemplateItem,
     public_id,
 )
+
+_ADAPTED = 4  # banks' own segmenters that stay loaded; one of nano takes 17 MB
 
 
 class Annotator:
@@ -64,7 +67,8 @@ class Annotator:
         )
         self._cache = ByteCache(feature_cache_bytes)
         self._pipeline = Pipeline(model, self._timer, self._cache)
-        self.adaptations = AdaptationRunner(banks, model, model_digest, self.decoder_lock)
+        self._adapted: OrderedDict[str, Pipeline] = OrderedDict()
+        self.adaptations = AdaptationRunner(banks, model, model_digest)
         self.leave_out(without)
 
     def leave_out(self, parts: frozenset[str]) -> None:
@@ -72,10 +76,12 @@ class Annotator:
         if unknown := parts - {"language", "memory"}:
             raise ValueError(f"only language and memory can be left out, got {sorted(unknown)}")
         self._pipeline.leave_out(parts)
-        for key, view in self._cache:
-            if isinstance(view, ImageView):
-                view.drop_conditioned()
-                self._cache.put(key, view)
+        self._adapted.clear()  # they are made again without the parts
+        for key, cached in self._cache:
+            if isinstance(cached, CachedImage):
+                for view in cached.views.values():
+                    view.drop_conditioned()
+                self._cache.put(key, cached)
 
     @property
     def info(self) -> ModelInfo:
@@ -88,11 +94,6 @@ class Annotator:
             self.model.reader is not None,
             None if data is None else tuple(entry["name"] for entry in data),
         )
-
-    @property
-    def decoder_lock(self) -> threading.Lock:
-        """Held while a bank's own weights are in the mask decoder."""
-        return self._pipeline.predictor.decoder_lock
 
     def compute(self, items: list[Item]) -> list[Any]:
         """Return one result or VessaError for each item, in order; kinds of items may be mixed."""
@@ -117,39 +118,92 @@ class Annotator:
     @torch.inference_mode()
     def describe(self, items: list[DescribeItem]) -> list[np.ndarray]:
         """Return each image's retrieval feature: (D,) float32 of unit norm."""
-        views = {i.image_id: view for i in items if (view := self._cache.get(i.image_id)) is not None}
-        views |= self._encode({i.image_id: i.image for i in items if i.image_id not in views})
-        return [views[i.image_id].vector for i in items]
+        images = self._images(items)
+        self._encode(images, None, [key for key, cached in images.items() if not cached.views])
+        return [next(iter(images[i.image_id].views.values())).vector for i in items]
 
     @torch.inference_mode()
     def segment(self, items: list[SegmentItem]) -> list[SegmentResult | VessaError]:
         """Segment query images; an error of one item does not affect the others."""
-        queries = self._queries(items)
-        answers = iter(self._pipeline.segment([q for q in queries if isinstance(q, Query)]))
-        results = [q if isinstance(q, VessaError) else next(answers) for q in queries]
-        for item, query in zip(items, queries, strict=True):
-            if isinstance(query, Query) and item.image_id in self._cache:
-                self._cache.put(item.image_id, query.whole)  # its size has grown
+        banks = {name: or_error(self.banks.get, name) for name in {i.bank for i in items}}
+        images = self._images(items)
+        results: list[SegmentResult | VessaError | None] = [None] * len(items)
+        rows: dict[str | None, list[int]] = {}
+        for row, item in enumerate(items):
+            bank = banks[item.bank]
+            if isinstance(bank, VessaError):
+                results[row] = bank
+            elif item.image_id not in images:
+                results[row] = UnknownImage(
+                    f"Image {public_id(item.image_id)} is no longer cached. Send the image's pixels again."
+                )
+            else:
+                digest = None if bank.adaptation is None else bank.adaptation.digest
+                rows.setdefault(digest, []).append(row)
+        for some in rows.values():
+            found = or_error(self._segment, [items[row] for row in some], banks, images)
+            answers = [found] * len(some) if isinstance(found, VessaError) else found
+            for row, answer in zip(some, answers, strict=True):
+                results[row] = answer
+        return [result for result in results if result is not None]
+
+    def _segment(
+        self,
+        items: Sequence[SegmentItem],
+        banks: Mapping[str, Bank | VessaError],
+        images: Mapping[str, CachedImage],
+    ) -> list[SegmentResult | VessaError]:
+        """Segment items whose banks have one segmenter. Raises InvalidWeights when it cannot be loaded."""
+        named = [(item, bank) for item in items if isinstance(bank := banks[item.bank], Bank)]
+        adaptation = named[0][1].adaptation
+        digest = None if adaptation is None else adaptation.digest
+        ids = list(dict.fromkeys(item.image_id for item in items))
+        self._encode(images, adaptation, [i for i in ids if digest not in images[i].views])
+        queries = [Query(item, bank, images[item.image_id].views[digest]) for item, bank in named]
+        results = self._pipeline_of(adaptation).segment(queries)
+        for image_id in ids:
+            if image_id in self._cache:
+                self._cache.put(image_id, images[image_id])  # its size has grown
         return results
 
-    def _queries(self, items: list[SegmentItem]) -> list[Query | VessaError]:
-        """Find the bank and the view of each item's image; encode the images that are not cached."""
-        banks = {name: or_error(self.banks.get, name) for name in {i.bank for i in items}}
+    def _images(self, items: Sequence[SegmentItem | DescribeItem]) -> dict[str, CachedImage]:
+        """Return the images of items by id, cached ones with their views; unknown ones are left out."""
         # Cached views are taken first: new images may push them out of the cache.
-        views = {i.image_id: view for i in items if (view := self._cache.get(i.image_id)) is not None}
-        views |= self._encode(
-            {i.image_id: i.image for i in items if i.image is not None and i.image_id not in views}
-        )
-        return [or_error(_query, item, banks[item.bank], views.get(item.image_id)) for item in items]
+        images: dict[str, CachedImage] = {}
+        for item in items:
+            cached = images.get(item.image_id) or self._cache.get(item.image_id)
+            if cached is None and item.image is not None:
+                cached = CachedImage(item.image)
+            if cached is not None:
+                images[item.image_id] = cached
+        return images
 
-    def _encode(self, images: dict[str, np.ndarray]) -> dict[str, ImageView]:
-        """Encode whole images by id, and cache their views while the budget lasts."""
-        views = self._pipeline.encoder.encode(
-            list(images.values()), [Square(*i.shape[:2]) for i in images.values()]
-        )
-        for image_id, view in zip(images, views, strict=True):
-            self._cache.put(image_id, view)
-        return dict(zip(images, views, strict=True))
+    def _encode(
+        self, images: Mapping[str, CachedImage], adaptation: Adaptation | None, ids: Sequence[str]
+    ) -> None:
+        """Encode whole images by one segmenter, and cache their views while the budget lasts."""
+        pixels = [images[key].image for key in ids]
+        squares = [Square(*image.shape[:2]) for image in pixels]
+        views = self._pipeline_of(adaptation).encoder.encode(pixels, squares)
+        for key, view in zip(ids, views, strict=True):
+            images[key].add(None if adaptation is None else adaptation.digest, view)
+            self._cache.put(key, images[key])
+
+    def _pipeline_of(self, adaptation: Adaptation | None) -> Pipeline:
+        """Return the pipeline of the common segmenter, or of a bank's own; the latest ones stay loaded."""
+        if adaptation is None:
+            return self._pipeline
+        found = self._adapted.get(adaptation.digest)
+        if found is None:
+            segmenter = load_segmenter(self.model.segmenter, adaptation)
+            model = self.model.with_segmenter(segmenter)
+            found = Pipeline(model, self._timer, self._cache, adaptation.digest)
+            found.leave_out(self._pipeline.predictor.without)
+            if len(self._adapted) >= _ADAPTED:
+                self._adapted.popitem(last=False)
+            self._adapted[adaptation.digest] = found
+        self._adapted.move_to_end(adaptation.digest)
+        return found
 
     def release_memory(self, everything: bool) -> None:
         """Return free memory to the device; everything: drop cached images and templates too."""
@@ -178,9 +232,9 @@ class Annotator:
             held["device_reserved"] = torch.cuda.memory_reserved(self.model.device)
         return held
 
-    def adapt(self, bank: str, seconds: float) -> AdaptationInfo:
-        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
-        return self.adaptations.start(bank, seconds)
+    def adapt(self, bank: str, seconds: float, images: np.ndarray | None = None) -> AdaptationInfo:
+        """Start to adapt to a bank; see `AdaptationRunner.start`."""
+        return self.adaptations.start(bank, seconds, images)
 
     def adaptation(self, bank: str) -> AdaptationInfo:
         """Return the state of a bank's adaptation; UnknownBank."""
@@ -221,13 +275,3 @@ def load_annotator(
         keep_freed_memory()
     model, digest = directory.read(weights, device, vllm=vllm)
     return Annotator(model, banks, feature_cache_bytes, digest, without)
-
-
-def _query(item: SegmentItem, bank: Bank | VessaError, view: ImageView | None) -> Query:
-    if isinstance(bank, VessaError):
-        raise bank
-    if view is None:
-        raise UnknownImage(
-            f"Image {public_id(item.image_id)} is no longer cached. Send the image's pixels again."
-        )
-    return Query(item, bank, view)

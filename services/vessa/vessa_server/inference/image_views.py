@@ -21,6 +21,7 @@ from vessa_server.observability.stage_timer import StageTimer
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in px of the image
 
 _ZOOMED_VIEWS = 4  # cached per image, so that prompts that move around do not fill the memory
+_SEGMENTERS = 4  # whose views of an image are cached
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,28 @@ class ImageView:
             tensors += [state.embedding] if state.h_seg is None else [state.embedding, state.h_seg]
         zoomed = sum(view.nbytes - view.image.nbytes for view in self.zoomed.values())
         return self.image.nbytes + zoomed + sum(t.nbytes for t in tensors)
+
+
+@dataclass
+class CachedImage:
+    """An image with its whole view by each segmenter that encoded it.
+
+    views: by digest of the adaptation, None for the common segmenter
+    """
+
+    image: np.ndarray
+    views: "OrderedDict[str | None, ImageView]" = field(default_factory=OrderedDict)
+
+    def add(self, adaptation: str | None, view: ImageView) -> None:
+        """Store a view; the oldest one beyond the limit is dropped."""
+        self.views[adaptation] = view
+        if len(self.views) > _SEGMENTERS:
+            self.views.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the image and of all views."""
+        return self.image.nbytes + sum(v.nbytes - v.image.nbytes for v in self.views.values())
 
 
 class ViewEncoder:

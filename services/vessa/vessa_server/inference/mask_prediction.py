@@ -5,10 +5,7 @@ m_v = D_mask(p_VESSA, q_prompt) (Sec. 3.2, Teacher-to-VESSA Feedback). q and h_s
 and are cached with the image.
 """
 
-import contextlib
-import itertools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +19,6 @@ from vessa_server.model.prompt_encoding import hold_to_box, prompt_batch
 from vessa_server.model.segmenter import ImageFeatures, PromptBatch
 from vessa_server.model.vessa import Vessa
 from vessa_server.observability.stage_timer import StageTimer
-from vessa_server.template_bank.decoder_weights import Adaptation
 
 # Class queries in one forward pass: eight images of three classes. This bounds memory, not a request.
 _CONCURRENT_MASKS = 24
@@ -32,43 +28,23 @@ _EXCLUDED = -20.0  # mask logit outside a box prompt
 class MaskPredictor:
     """Predicts the masks of class queries. Only the batch thread uses it.
 
-    cache: holds what was computed of templates; without: parts left out, see `Annotator`
-    decoder_lock: held while a bank's own weights are in the mask decoder
+    cache: holds what the language model read of templates; without: parts left out, see `Annotator`
     """
 
-    def __init__(self, model: Vessa, timer: StageTimer, cache: ByteCache) -> None:
+    def __init__(self, model: Vessa, timer: StageTimer, cache: ByteCache, memory: MemoryCache) -> None:
         self._model, self._timer = model, timer
         self._language = LanguagePrompter(model, cache)
-        self._memory = MemoryCache(model.device, cache)
+        self._memory = memory
         self.without: frozenset[str] = frozenset()
-        self.decoder_lock = threading.Lock()
 
     def predict(self, queries: Sequence[ClassQuery]) -> list[tuple[Tensor, float]]:
         """Return logits (1, 1, h, w) on its view's square and the predicted IoU of each class query."""
         outputs: list[tuple[Tensor, float]] = []
-        for adaptation, group in itertools.groupby(queries, lambda q: q.adaptation):
-            some = list(group)
-            with self._adapted(adaptation):
-                for start in range(0, len(some), _CONCURRENT_MASKS):
-                    outputs += self._decode(some[start : start + _CONCURRENT_MASKS])
+        for start in range(0, len(queries), _CONCURRENT_MASKS):
+            outputs += self._decode(queries[start : start + _CONCURRENT_MASKS])
         return outputs
 
-    @contextlib.contextmanager
-    def _adapted(self, adaptation: Adaptation | None) -> Iterator[None]:
-        """Load a bank's own weights into the mask decoder for the block."""
-        if adaptation is None:
-            yield
-            return
-        decoder = self._model.segmenter.sam.sam_mask_decoder
-        with self.decoder_lock:
-            common = {k: v.clone() for k, v in decoder.state_dict().items()}
-            decoder.load_state_dict({k: torch.from_numpy(v) for k, v in adaptation.tensors.items()})
-            try:
-                yield
-            finally:
-                decoder.load_state_dict(common)
-
-    def _decode(self, queries: list[ClassQuery]) -> list[tuple[Tensor, float]]:
+    def _decode(self, queries: Sequence[ClassQuery]) -> list[tuple[Tensor, float]]:
         missing = {(id(q.view), q.key): q for q in queries if q.key not in q.view.conditioned}
         self._condition(list(missing.values()))
         with self._timer.stage("draw"):
@@ -102,7 +78,7 @@ class MaskPredictor:
                 vector = None if h_seg is None else h_seg[row : row + 1].clone()
                 q.view.conditioned[q.key] = ConditionedFeatures(embedding[row : row + 1].clone(), vector)
 
-    def _prompts(self, queries: list[ClassQuery]) -> PromptBatch:
+    def _prompts(self, queries: Sequence[ClassQuery]) -> PromptBatch:
         squares = [q.view.square for q in queries]
         size, side = self._model.preset.segmenter.image_size, 4 * self._model.segmenter.side
         return prompt_batch([q.prompts for q in queries], squares, size, side, self._model.device)

@@ -7,7 +7,13 @@ from typing import TypeVar
 from vessa.codec import image_digest
 from vessa.errors import VessaError
 from vessa_server.byte_cache import ByteCache
-from vessa_server.inference.calibration import Calibration, calibrate, held_out
+from vessa_server.inference.calibration import (
+    Calibration,
+    absence_threshold,
+    classes_of_one_piece,
+    held_out,
+    sample_of,
+)
 from vessa_server.inference.first_pass import run_first_pass
 from vessa_server.inference.fusion import fuse
 from vessa_server.inference.image_views import ViewEncoder
@@ -15,7 +21,7 @@ from vessa_server.inference.mask_prediction import MaskPredictor
 from vessa_server.inference.query import Query
 from vessa_server.inference.region_of_interest import zoom
 from vessa_server.inference.retrieval import class_queries
-from vessa_server.inference.template_memory import TemplateEncoder
+from vessa_server.inference.template_memory import MemoryCache, TemplateEncoder
 from vessa_server.model.geometry import Square
 from vessa_server.model.vessa import Vessa
 from vessa_server.observability.stage_timer import StageTimer
@@ -31,14 +37,19 @@ _Result = TypeVar("_Result")
 class Pipeline:
     """Predicts queries with one segmenter. Only the batch thread uses it.
 
-    cache: holds what was computed of templates
+    cache: holds what was computed of templates; adaptation: digest of a bank's own segmenter, None for the
+    common one
     """
 
-    def __init__(self, model: Vessa, timer: StageTimer, cache: ByteCache) -> None:
+    def __init__(
+        self, model: Vessa, timer: StageTimer, cache: ByteCache, adaptation: str | None = None
+    ) -> None:
         self._model, self._timer = model, timer
         self.encoder = ViewEncoder(model, timer)
         self.template_encoder = TemplateEncoder(model, self.encoder)
-        self.predictor = MaskPredictor(model, timer, cache)
+        adapted = None if adaptation is None else self.template_encoder
+        memory = MemoryCache(model.device, cache, adapted, adaptation)
+        self.predictor = MaskPredictor(model, timer, cache, memory)
         self._calibrations: OrderedDict[tuple[str, str], Calibration] = OrderedDict()
 
     def leave_out(self, parts: frozenset[str]) -> None:
@@ -86,7 +97,8 @@ class Pipeline:
         return found
 
     def _calibrate(self, bank: Bank, choice: str) -> Calibration:
-        held = held_out(bank)
+        sample = sample_of(bank)
+        held = held_out(bank, sample)
         results = []
         for start in range(0, len(held), _CALIBRATION_BATCH):
             some = held[start : start + _CALIBRATION_BATCH]
@@ -108,7 +120,8 @@ class Pipeline:
                 for (template, others), view in zip(some, views, strict=True)
             ]
             results += list(zip([t for t, _ in some], self._predict(queries), strict=True))
-        return calibrate([(t, r) for t, r in results if not isinstance(r, VessaError)])
+        threshold = absence_threshold([(t, r) for t, r in results if not isinstance(r, VessaError)])
+        return Calibration(threshold, classes_of_one_piece(sample))
 
 
 def or_error(call: Callable[..., _Result], *arguments: object) -> _Result | VessaError:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from vessa_server.inference.calibration import Calibration
 from vessa_server.inference.image_views import FirstPass, ImageView
 from vessa_server.model.prompt_encoding import MaskPrompts
-from vessa_server.template_bank.decoder_weights import Adaptation
 from vessa_server.template_bank.retrieval import Bank
 from vessa_server.template_bank.template import Template, View
 from vessa_server.types import SegmentItem
@@ -48,7 +47,6 @@ class ClassQuery:
     """One class of one query: a mask to predict.
 
     matches: its templates with their similarity, most similar first; prompts: the caller's, in native px
-    adaptation: the bank's own decoder weights, None for the common ones
     """
 
     view: ImageView
@@ -56,7 +54,6 @@ class ClassQuery:
     class_name: str
     matches: list[tuple[Template, float]]
     prompts: MaskPrompts
-    adaptation: Adaptation | None = None
 
     @property
     def key(self) -> Hashable:

@@ -36,7 +36,7 @@ def class_queries(query: Query) -> list[ClassQuery]:
                 f"bank '{bank.name}' holds no template of '{name}' from a group other than the query's"
             )
         prompts = _class_prompts(item, index)
-        queries.append(ClassQuery(query.view, ids[name], name, matches, prompts, bank.adaptation))
+        queries.append(ClassQuery(query.view, ids[name], name, matches, prompts))
     return queries
 
 
@@ -51,7 +51,7 @@ def first_pass_queries(query: Query) -> list[ClassQuery]:
     for class_id in sorted(bank.classes):
         if matches := _matches(query, class_id, rng):
             name = bank.classes[class_id]
-            queries.append(ClassQuery(query.view, class_id, name, matches, MaskPrompts(), bank.adaptation))
+            queries.append(ClassQuery(query.view, class_id, name, matches, MaskPrompts()))
     return queries
 
 

@@ -1,5 +1,6 @@
 """Combine retriever, language model, projector and segmenter in one module."""
 
+import copy
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class Vessa(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device
+
+    def with_segmenter(self, segmenter: Segmenter) -> "Vessa":
+        """Return a model with another segmenter that shares all other parts with this one."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "segmenter": segmenter}
+        return other
 
     def see(
         self, overlays: Tensor, targets: Tensor, class_names: list[str], instructions: list[str]

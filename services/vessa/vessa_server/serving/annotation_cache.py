@@ -128,6 +128,7 @@ class AnnotationCache:
             cleaning=result.cleaning,
             absence_threshold=result.absence_threshold,
             absent=list(result.absent),
+            islands=result.islands,
             **_prompts(item),
         )
 

@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from vessa.schemas import AdaptationInfo
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
@@ -39,8 +41,11 @@ class Worker(Protocol):
     def bytes_held(self) -> Mapping[str, int]:
         """Return the bytes in use, by where they are held."""
 
-    def adapt(self, bank: str, seconds: float) -> AdaptationInfo:
-        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
+    def adapt(self, bank: str, seconds: float, images: np.ndarray | None = None) -> AdaptationInfo:
+        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs.
+
+        images: unlabeled gray squares, uint8 (M, S, S)
+        """
 
     def adaptation(self, bank: str) -> AdaptationInfo:
         """Return the state of a bank's adaptation; UnknownBank."""

@@ -15,6 +15,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 from vessa.errors import InternalError, NotReady
 from vessa.schemas import AdaptationInfo
 from vessa_server.serving.worker_main import WorkerState, run_worker
@@ -120,9 +122,12 @@ class WorkerProcess:
         """Return the bytes in use, by where they are held."""
         return self._nbytes
 
-    def adapt(self, bank: str, seconds: float) -> AdaptationInfo:
-        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs."""
-        info: AdaptationInfo = self._control_call("adapt", bank, seconds)
+    def adapt(self, bank: str, seconds: float, images: np.ndarray | None = None) -> AdaptationInfo:
+        """Start to adapt to a bank, for at most `seconds`; UnknownBank, QueueFull while another one runs.
+
+        images: unlabeled gray squares, uint8 (M, S, S)
+        """
+        info: AdaptationInfo = self._control_call("adapt", bank, seconds, images)
         return info
 
     def adaptation(self, bank: str) -> AdaptationInfo:

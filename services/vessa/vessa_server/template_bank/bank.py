@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from vessa.errors import DamagedBank, TooLarge, UnknownBank, UnknownTemplate, VessaError
 from vessa.schemas import BankInfo, TemplateInfo
-from vessa_server.template_bank.decoder_weights import Adaptation
+from vessa_server.template_bank.adapted_weights import Adaptation
 from vessa_server.template_bank.index import Entry, Index, Store, blob_digest
 from vessa_server.template_bank.retrieval import Bank, check_name, merge_classes, union_classes
 from vessa_server.template_bank.template import Template

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vessa.errors import ClassConflict, InvalidRequest, UnknownTemplate
 from vessa.masks.cleaning import single_component_classes
 from vessa.schemas import BankInfo
-from vessa_server.template_bank.decoder_weights import Adaptation
+from vessa_server.template_bank.adapted_weights import Adaptation
 from vessa_server.template_bank.index import Entry
 from vessa_server.template_bank.template import Template
 

@@ -1,4 +1,4 @@
-"""Store a bank's own mask decoder, trained by `adaptation.finetune`.
+"""Store a bank's own segmenter, trained by `adaptation.finetune`.
 
 Kept beside the bank's templates in the store, so that every annotator on it serves the same.
 """
@@ -18,16 +18,18 @@ from vessa.errors import MalformedBody
 from vessa.schemas import AdaptationFigures
 from vessa_server.template_bank.index import blob_digest
 
+_KEY = "adapted_segmenter"  # of the metadata; another key is another kind of weights
+
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
-    """Hold weights that replace the mask decoder's own for one bank.
+    """Hold weights that replace the segmenter's common ones for one bank.
 
-    tensors: by name within the decoder, float32; model: digest of the weights they were trained from, for
+    tensors: its parameters by name, float16; model: digest of the weights they were trained from, for
     which alone they hold; figures: what they were worth on templates held out
     """
 
-    tensors: dict[str, NDArray[np.float32]]
+    tensors: dict[str, NDArray[np.float16]]
     model: str
     figures: AdaptationFigures
 
@@ -40,14 +42,14 @@ class Adaptation:
         """Return safetensors bytes."""
         about = {"model": self.model, "figures": self.figures.model_dump()}
         tensors = {k: np.ascontiguousarray(v) for k, v in self.tensors.items()}
-        return save_tensors(tensors, {"adaptation": json.dumps(about)})
+        return save_tensors(tensors, {_KEY: json.dumps(about)})
 
     @classmethod
     def from_blob(cls, data: bytes) -> "Adaptation":
         """Read what `to_blob` wrote. Raises ValueError when it is something else."""
         try:
             header, _ = read_header(data)
-            about = json.loads(header["__metadata__"]["adaptation"])
+            about = json.loads(header["__metadata__"][_KEY])
             return cls(load_tensors(data), about["model"], AdaptationFigures(**about["figures"]))
         except (MalformedBody, SafetensorError, KeyError, TypeError) as error:
-            raise ValueError("the blob is no adaptation") from error
+            raise ValueError("the blob is no adapted segmenter; adapt the bank again") from error
