@@ -229,6 +229,7 @@ def _check(config: Config) -> None:
     if config.cache.expire_s is not None:
         positive["cache.expire_s"] = config.cache.expire_s
     not_negative = {
+        "annotator.adapt": config.annotator.adapt,
         "annotator.lookahead_batches": config.annotator.lookahead_batches,
         "annotator.max_wait_s": config.annotator.max_wait_s or 0,
         "threads": config.threads,

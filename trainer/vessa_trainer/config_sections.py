@@ -207,6 +207,8 @@ class AnnotatorConfig:
     template_choice: top1 takes the most similar template, top3 puts three in memory, sample draws one (Eq. 1)
     clean: whether labels are cleaned volume by volume before use: smoothed along z, islands removed of the
         classes that form one component in every labeled volume
+    adapt: minutes for which the annotator trains on the labeled slices and on unlabeled training images
+        before it gives the first labels; 0 uses the common weights. The adapted bank has a name of its own
     serves: what the annotator must be; null takes any. vessa: language model and memory; no_language,
     no_memory:
         Stage 1's annotator without one of them; sam2: SAM 2.1's memory with official weights, no language
@@ -230,6 +232,7 @@ class AnnotatorConfig:
     lookahead_batches: int = 4
     template_choice: Literal["top1", "top3", "sample"] = "top1"
     clean: bool = True
+    adapt: float = 0.0
     patience_s: float = 300.0
     max_wait_s: float | None = None
     labels: str | None = None

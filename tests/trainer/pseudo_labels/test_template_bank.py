@@ -14,7 +14,13 @@ from vessa.client import AnnotatorClient
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig, InvalidDataset, UnknownBank
 from vessa_trainer.data.splits import read_splits, slices_of
-from vessa_trainer.pseudo_labels.template_bank import bank_name, find_bank, seed_groups, seed_labeled
+from vessa_trainer.pseudo_labels.template_bank import (
+    adapt_to_unlabeled,
+    bank_name,
+    find_bank,
+    seed_groups,
+    seed_labeled,
+)
 
 LABELED = "splits/labeled_1.txt"
 
@@ -147,3 +153,24 @@ def test_a_second_key_gets_a_bank_of_its_own(annotator, dataset, tiny, key_of, c
         pytest.raises(InvalidConfig, match="belongs to another key. Choose another annotator.bank"),
     ):
         seed_labeled(client, dataset, tiny(f"annotator.bank={names['anna']}", f"annotator.api_key={key}"))
+
+
+def test_a_bank_is_adapted_once_to_the_unlabeled_images_and_keeps_the_plain_bank_apart(
+    client, own, tiny, caplog
+):
+    caplog.set_level("INFO")
+    train = own.split("splits/train.txt")
+    (own.root / "splits" / "labeled_2.txt").write_text("\n".join(train[:2]))
+    plain = tiny(f"data.root={own.root}", "data.labeled=splits/labeled_2.txt")
+    config = tiny(f"data.root={own.root}", "data.labeled=splits/labeled_2.txt", "annotator.adapt=0.05")
+    bank = seed_labeled(client, own, config)
+    assert bank.name != seed_labeled(client, own, plain).name
+    assert find_bank(client, own, config).name == bank.name
+    adapt_to_unlabeled(client, own, config, bank.name)
+    info = client.adaptation(bank.name)
+    assert info.state == "done"
+    splits = read_splits(own, config.data)
+    assert info.figures.images == len(slices_of(own, splits.unlabeled))
+    assert "Dice of held-out templates" in caplog.text
+    adapt_to_unlabeled(client, own, config, bank.name)
+    assert client.adaptation(bank.name) == info  # it was not trained a second time

@@ -31,7 +31,7 @@ from vessa_trainer.pseudo_labels.cache import FolderCache, LabelCache, open_cach
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
 from vessa_trainer.pseudo_labels.offline import OfflineAnnotator, write_labels
 from vessa_trainer.pseudo_labels.prefetcher import COUNTS, AnnotationFeed
-from vessa_trainer.pseudo_labels.template_bank import find_bank, seed_labeled
+from vessa_trainer.pseudo_labels.template_bank import adapt_to_unlabeled, find_bank, seed_labeled
 from vessa_trainer.reporting.diagnostics import Advice, never_labeled, over_run
 from vessa_trainer.reporting.plots import read_metrics, write_progress
 from vessa_trainer.reporting.run_report import SUMMARY, write_run_report
@@ -108,7 +108,9 @@ def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: 
             bank = client.bank()
         else:
             if processes.first:
-                seed_labeled(client, data, config)
+                seeded = seed_labeled(client, data, config)
+                if config.annotator.adapt:
+                    adapt_to_unlabeled(client, data, config, seeded.name)
             processes.wait()
             bank = find_bank(client, data, config)
         source = hold_to_annotator(out, info, bank, config.annotator, write=processes.first)

@@ -4,13 +4,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from vessa.bulk.adapt_bank import gray_squares, wait_for_adaptation
 from vessa.bulk.seed_bank import annotated_slices, seed_bank
+from vessa.bulk.unlabeled_pool import Candidate, Pixels
 from vessa.client import AnnotatorClient
 from vessa.client.transport import find_key
 from vessa.codec import image_digest
@@ -24,14 +27,18 @@ _log = logging.getLogger(__name__)
 _LONGEST = 55  # characters before the digest: the annotator takes names of 64
 
 
-def bank_name(dataset: Dataset, split: str, groups: Sequence[str], owner: str = "") -> str:
+def bank_name(
+    dataset: Dataset, split: str, groups: Sequence[str], owner: str = "", adapted: float = 0.0
+) -> str:
     """Name the bank of some labeled groups: data set, split and a digest of all that goes into it.
 
     Two splits of one name, two drawn splits or two data sets of one name never share a bank:
     templates of one would leak into the other. A corrected mask is another bank too.
-    owner: sets the banks of several keys apart, where the common name is taken
+    owner: sets the banks of several keys apart, where the common name is taken; adapted: minutes of its
+    adaptation, 0 for the common weights: runs with and without one must not share a bank either
     """
     parts: list[Any] = [sorted(groups), sorted(dataset.classes.items()), *([owner] if owner else [])]
+    parts += [adapted] if adapted else []
     parts += [
         [item.name, image_digest(dataset.image(item)), image_digest(mask)]
         for item, mask in annotated_slices(dataset, groups)
@@ -62,6 +69,32 @@ def seed_labeled(client: AnnotatorClient, dataset: Dataset, config: Config) -> B
     return seed_groups(client, dataset, labeled, own)
 
 
+def adapt_to_unlabeled(client: AnnotatorClient, dataset: Dataset, config: Config, bank: str) -> None:
+    """Adapt the bank to the unlabeled training images, unless that was done before; wait for the end.
+
+    Raises ServiceError when the adaptation fails.
+    """
+    info = client.adaptation(bank)
+    if info.state in ("none", "failed"):
+        groups = set(read_splits(dataset, config.data).unlabeled)
+        slices = [item for item in dataset.slices() if item.group in groups]
+        images = gray_squares(Pixels([Candidate(s.name, s.group, partial(dataset.image, s)) for s in slices]))
+        info = client.adapt(bank, 60 * config.annotator.adapt, images)
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"adapting bank {bank}", total=1.0)
+        info = wait_for_adaptation(client, info, lambda share: bar.update(task, completed=share))
+    figures = info.figures
+    assert figures is not None  # of a finished adaptation
+    _log.info(
+        "bank %s: adapted to %d unlabeled images, Dice of held-out templates %.3f -> %.3f; %s",
+        bank,
+        figures.images,
+        figures.before,
+        figures.after,
+        "in use" if figures.kept else "no gain, the common weights stay",
+    )
+
+
 def find_bank(client: AnnotatorClient, dataset: Dataset, config: Config) -> BankInfo:
     """Return the bank that `seed_labeled` filled. Raises UnknownBank where there is none."""
     name, own = _names(dataset, read_splits(dataset, config.data).labeled, config)
@@ -79,8 +112,9 @@ def _names(dataset: Dataset, labeled: Sequence[str], config: Config) -> tuple[st
         return config.annotator.bank, None
     key = config.annotator.api_key or find_key() or ""
     owner = hashlib.sha256(key.encode()).hexdigest() if key else "no key"
-    split = config.data.labeled
-    return bank_name(dataset, split, labeled), bank_name(dataset, split, labeled, owner)
+    split, adapted = config.data.labeled, config.annotator.adapt
+    names = [bank_name(dataset, split, labeled, who, adapted) for who in ("", owner)]
+    return names[0], names[1]
 
 
 def seed_groups(client: AnnotatorClient, dataset: Dataset, groups: Sequence[str], bank: str) -> BankInfo:
