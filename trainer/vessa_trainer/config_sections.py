@@ -209,6 +209,8 @@ class AnnotatorConfig:
         classes that form one component in every labeled volume
     adapt: minutes for which the annotator trains on the labeled slices and on unlabeled training images
         before it gives the first labels; 0 uses the common weights. The adapted bank has a name of its own
+    views: average each label over the image and four views of it, turned by 10 degrees and scaled by 0.85 and
+        1.2, with a confidence that falls where they disagree. Takes five times the annotator's time
     serves: what the annotator must be; null takes any. vessa: language model and memory; no_language,
     no_memory:
         Stage 1's annotator without one of them; sam2: SAM 2.1's memory with official weights, no language
@@ -233,6 +235,7 @@ class AnnotatorConfig:
     template_choice: Literal["top1", "top3", "sample"] = "top1"
     clean: bool = True
     adapt: float = 0.0
+    views: bool = False
     patience_s: float = 300.0
     max_wait_s: float | None = None
     labels: str | None = None
@@ -261,9 +264,6 @@ class FeedbackConfig:
     prompts: kinds of prompts: boxes, points, mask_logits
     source: whose predictions are sent back
     min_confidence: confidence at which a pixel of the source counts
-    accept: 'all' takes refined labels as they come; 'views' takes their pixels only where more views of the
-        image (turned by 10 degrees, scaled by 0.85 and 1.2) agree with them than with the label without
-        prompts. It asks the annotator four more times for each image, once
     """
 
     enabled: bool = True
@@ -272,4 +272,3 @@ class FeedbackConfig:
     prompts: tuple[str, ...] = ("boxes",)
     source: Literal["teacher", "student"] = "teacher"
     min_confidence: float = 0.8
-    accept: Literal["all", "views"] = "all"

@@ -129,7 +129,6 @@ def _fit_annotated(config: Config, found: RunData, resume_line: str, processes: 
             learned=splits.unlabeled,
             incidents=incidents,
             cleaner=cleaner,
-            by_views=config.feedback.accept == "views",
         )
 
         def unprompted() -> AnnotationFeed:

@@ -26,7 +26,7 @@ from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
 from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
 from vessa_trainer.pseudo_labels.quality import EchoCheck, PooledDice
 from vessa_trainer.pseudo_labels.types import LabelBatch, LabelService, PseudoLabel
-from vessa_trainer.pseudo_labels.view_agreement import ViewAgreement
+from vessa_trainer.pseudo_labels.view_average import ViewAverage
 
 _log = logging.getLogger(__name__)
 _ELSEWHERE_PAUSE = 0.05  # seconds until the cache is asked again for what another process is asking for
@@ -66,7 +66,6 @@ class AnnotationFeed:
         learned: Collection[str] | None = None,
         incidents: Incidents | None = None,
         cleaner: VolumeCleaner | None = None,
-        by_views: bool = False,
     ) -> None:
         """Start the background thread.
 
@@ -77,15 +76,18 @@ class AnnotationFeed:
         learned: groups whose labels `stats` judges, None for all
         incidents: log of the annotator's absences
         cleaner: cleans the labels of whole volumes; None delivers them as they come
-        by_views: take refined labels only where more views agree (`pseudo_labels.view_agreement`)
         Raises VessaError when the annotator does not answer.
         """
 
         def fetcher_of(images: Dataset) -> LabelFetcher:
             return LabelFetcher(client, images, bank, cache, config, seed)
 
-        self._fetcher = fetcher_of(dataset)
-        self._agreement = ViewAgreement(dataset, fetcher_of) if by_views else None
+        self._source: LabelFetcher | ViewAverage
+        if config.views:
+            views = ViewAverage(dataset, fetcher_of)
+            self._source, self._fetcher = views, views.plain
+        else:
+            self._source = self._fetcher = fetcher_of(dataset)
         self.class_ids = self._fetcher.class_ids  # the K classes of prompts, in this order
         self._dataset, self._cache, self._config, self._kept = dataset, cache, config, kept
         self._slices = {s.name: s for s in dataset.slices()}
@@ -228,16 +230,15 @@ class AnnotationFeed:
         Of learned groups alone: refreshed, labels that came again with prompts; label_dice, Dice of the
         newest labels with existing masks (never learned from); echo_before, echo_after, Dice of the replaced
         and of the new labels with the prompts that the new ones answer.
-        removed_share: share of foreground pixels that cleaning removed; refined_share: share of the pixels
-        changed by refining that the views accepted
+        removed_share: share of foreground pixels that cleaning removed
         """
         with self._changed:
             counts: dict[str, float] = {
-                "requests": self._fetcher.requests,
-                "images": self._fetcher.images,
-                "cache_hits": self._fetcher.cache_hits,
+                "requests": self._source.requests,
+                "images": self._source.images,
+                "cache_hits": self._source.cache_hits,
                 "cache_failures": self._cache.failures,
-                "failed_items": self._fetcher.failed_items,
+                "failed_items": self._source.failed_items,
                 "refreshed": self._refreshed,
                 "interruptions": self._interruptions,
                 "wait_seconds": self._wait_seconds,
@@ -248,7 +249,6 @@ class AnnotationFeed:
                 "label_dice": self._quality.value(),
                 "echo_before": self._echo.before.value(),
                 "echo_after": self._echo.after.value(),
-                "refined_share": self._agreement.taken_share() if self._agreement is not None else None,
                 "removed_share": self._cleaner.removed_share() if self._cleaner is not None else None,
             }
             return counts | {k: round(v, 4) for k, v in worth.items() if v is not None}
@@ -264,9 +264,7 @@ class AnnotationFeed:
         pause = _FIRST_PAUSE
         while (batch := self._next_batch()) is not None:
             try:
-                result = self._fetcher.fetch(batch)
-                if self._agreement is not None:
-                    self._agreement.judge(result)
+                result = self._source.fetch(batch)
                 for wanted, label in result.labels:
                     self._keep(wanted, label)
                 self._deliver([wanted.item.name for wanted, _ in result.labels])
