@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vessa.client import Prompts
-from vessa_trainer.pseudo_labels.quality import EchoCheck, PooledDice
+from vessa_trainer.pseudo_labels.quality import Calibration, EchoCheck, PooledDice
 
 
 def test_dice_is_pooled_over_images_and_averaged_over_classes():
@@ -37,6 +37,21 @@ def test_masks_may_be_given_class_by_class():
     ours = np.array([[[True, True]], [[False, False]]])
     dice.add("a", ours, np.array([[[True, False]], [[False, True]]]))
     assert dice.value() == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_the_calibration_error_is_the_distance_from_how_often_labels_are_right():
+    """Five pixels of a structure: two of confidence 1 of which one is right, three of 0.6, all right."""
+    calibration = Calibration()
+    assert calibration.value() is None
+    labels, truth = np.array([[1, 1, 2, 2, 2, 0, 1, 1]]), np.array([[1, 0, 2, 2, 2, 0, 255, 1]])
+    confidence = np.array([[255, 255, 153, 153, 153, 255, 255, 0]], np.uint8)
+    calibration.add("a", labels, confidence, truth)
+    assert calibration.value() == pytest.approx((2 * abs(1 - 0.5) + 3 * abs(0.6 - 1)) / 5)
+    low, high = calibration.curve()
+    assert (low["confidence"], low["right"], low["share"]) == pytest.approx((0.6, 1, 0.6))
+    assert (high["confidence"], high["right"], high["share"]) == pytest.approx((1, 0.5, 0.4))
+    calibration.add("a", truth % 255, confidence, truth)  # newer labels of the same image, all right
+    assert calibration.curve()[-1]["right"] == 1
 
 
 def logits(*masks):

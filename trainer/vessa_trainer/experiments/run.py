@@ -207,6 +207,7 @@ def _train(
     if feed is not None:
         stats = feed.stats()
         stats |= processes.total({k: stats[k] for k in COUNTS})
+        stats["reliability"] = feed.reliability()
         if processes.first:
             record_changes(run.out, source, feed.annotator_changes)
     if result is None:

@@ -24,7 +24,7 @@ from vessa_trainer.outages import ANNOTATOR, Incidents
 from vessa_trainer.pseudo_labels.cache import LabelCache
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
 from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
-from vessa_trainer.pseudo_labels.quality import EchoCheck, PooledDice
+from vessa_trainer.pseudo_labels.quality import Calibration, EchoCheck, PooledDice
 from vessa_trainer.pseudo_labels.types import LabelBatch, LabelService, PseudoLabel
 from vessa_trainer.pseudo_labels.view_average import ViewAverage
 
@@ -92,6 +92,7 @@ class AnnotationFeed:
         self._dataset, self._cache, self._config, self._kept = dataset, cache, config, kept
         self._slices = {s.name: s for s in dataset.slices()}
         self._quality, self._echo = PooledDice(self.class_ids), EchoCheck(self.class_ids)
+        self._calibration = Calibration()
         self._refreshed = self._interruptions = 0
         self._wait_seconds = 0.0
         self._taken = self._late = 0
@@ -229,7 +230,8 @@ class AnnotationFeed:
         taken, late: labels that steps asked for, and those of them that had not come
         Of learned groups alone: refreshed, labels that came again with prompts; label_dice, Dice of the
         newest labels with existing masks (never learned from); echo_before, echo_after, Dice of the replaced
-        and of the new labels with the prompts that the new ones answer.
+        and of the new labels with the prompts that the new ones answer; label_ece, expected calibration
+        error of their confidence where label or mask shows a structure.
         removed_share: share of foreground pixels that cleaning removed
         """
         with self._changed:
@@ -247,11 +249,17 @@ class AnnotationFeed:
             }
             worth = {
                 "label_dice": self._quality.value(),
+                "label_ece": self._calibration.value(),
                 "echo_before": self._echo.before.value(),
                 "echo_after": self._echo.after.value(),
                 "removed_share": self._cleaner.removed_share() if self._cleaner is not None else None,
             }
             return counts | {k: round(v, 4) for k, v in worth.items() if v is not None}
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Return the reliability curve of the newest labels, see `quality.Calibration`."""
+        with self._changed:
+            return self._calibration.curve()
 
     def close(self) -> None:
         """Stop the background thread; a request in flight is left to end by itself."""
@@ -356,6 +364,7 @@ class AnnotationFeed:
                     truth = truths[name]
                     if truth is not None and truth.shape == label.labels.shape:
                         self._quality.add(name, label.labels, truth)
+                        self._calibration.add(name, label.labels, label.confidence, truth)
                     self._labels[name], self._answers[name] = label, self._came_with[name]
         with self._changed:
             self._forget_oldest()

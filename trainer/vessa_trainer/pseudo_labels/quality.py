@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vessa.client import Prompts
+from vessa.datasets.base import IGNORE
 
 
 class PooledDice:
@@ -33,6 +34,47 @@ class PooledDice:
         overlap, areas = self._total.T
         there = areas > 0
         return float((overlap[there] / areas[there]).mean()) if there.any() else None
+
+
+class Calibration:
+    """Compare the confidence of labels with how often they are right; an image seen again replaces itself.
+
+    Pixels count where the label or the truth shows a structure: background is nearly always right.
+    """
+
+    BINS = 10
+
+    def __init__(self) -> None:
+        self._counts: dict[str, np.ndarray] = {}  # name to (BINS, 3): pixels, sum of confidence, right ones
+        self._total = np.zeros((self.BINS, 3))
+
+    def add(self, name: str, labels: np.ndarray, confidence: np.ndarray, truth: np.ndarray) -> None:
+        """Count one image.
+
+        labels, truth: (H, W) class ids; truth is 255 where not annotated
+        confidence: (H, W) uint8 0..255, 0 where there is no label
+        """
+        counted = (confidence > 0) & (truth != IGNORE) & ((labels > 0) | (truth > 0))
+        sure = confidence[counted] / 255
+        bins = np.minimum((sure * self.BINS).astype(int), self.BINS - 1)
+        right = (labels == truth)[counted]
+        fresh = np.stack([np.bincount(bins, w, self.BINS) for w in (np.ones_like(sure), sure, right)], 1)
+        self._total += fresh - self._counts.get(name, 0)
+        self._counts[name] = fresh
+
+    def curve(self) -> list[dict[str, float]]:
+        """Return the reliability curve: confidence, share that is right, and share of the pixels, by bin."""
+        pixels = float(self._total[:, 0].sum())
+        return [
+            {"confidence": sure / n, "right": right / n, "share": n / pixels}
+            for n, sure, right in self._total.tolist()
+            if n > 0
+        ]
+
+    def value(self) -> float | None:
+        """Compute the expected calibration error: mean of |confidence - share right|; None when empty."""
+        curve = self.curve()
+        return sum(b["share"] * abs(b["confidence"] - b["right"]) for b in curve) if curve else None
 
 
 class EchoCheck:

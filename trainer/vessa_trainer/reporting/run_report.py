@@ -61,6 +61,15 @@ def write_run_report(
             f"predict --with-vessa fuses the student with VESSA's labels at weight {fusion['weight']}: "
             f"validation Dice {fusion['before']:.3f} of the student alone, {fusion['after']:.3f} fused."
         )
+    if curve := (summary["feed"] or {}).get("reliability"):
+        page.heading("Confidence of VESSA's labels")
+        shares = [[f"{b[k]:.3f}" for k in ("confidence", "right", "share")] for b in curve]
+        page.table(["mean confidence", "share right", "share of pixels"], shares, set())
+        page.note(
+            "Pixels of unlabeled patients with existing masks, where label or mask shows a structure. "
+            "The masks are never learned from. "
+            f"Expected calibration error {summary['feed']['label_ece']:.3f}."
+        )
     if summary["advice"]:
         page.heading("What to look at")
         lines = [[one["kind"], str(one["step"]), one["text"]] for one in summary["advice"]]
