@@ -17,7 +17,7 @@
 #   bench-student    a student against VESSA alone and UniMatch V2: ARGS="--data FOLDER"; resumed; ends in JSON
 #   bench-scale      two replicas behind nginx against one, and kill -9 under load; ends in JSON
 #   bench-suggest    suggested patients against random ones: ARGS="--data FOLDER"; minutes, resumed
-#   proving          the proving ground with PROVING_EFFORT=20 times the inputs (docs/explanation/reliability.md)
+#   proving          all attacks, with PROVING_EFFORT=20 times the inputs (docs/explanation/reliability.md); ends in JSON
 #   soak             20 minutes of mixed load and the slope of memory: ARGS="--minutes N"; ends in JSON
 #   test-browser     the console in chromium, with its unit tests and types; ends in JSON
 #   test-viewers     real clients of 3D Slicer, Label Studio, CVAT, OHIF and Orthanc; ends in JSON
@@ -29,11 +29,15 @@
 # the benchmarks. WORKERS=4 runs the tests in four processes.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-# The proving ground. `test` runs all of it too, with fewer inputs.
-PROVING := tests/e2e/test_openapi.py tests/e2e/test_bombs.py tests/e2e/test_faults.py tests/e2e/test_overload.py \
-           tests/e2e/test_sick.py tests/server/serialization/test_decoders.py tests/server/api/test_bad_input.py \
-           tests/server/auth/test_security.py tests/server/auth/test_keys.py tests/server/template_bank/test_permissions.py
-.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-browser test-viewers test-compose test-files test-vllm test-ray nginx docs docs-serve dist layout check-prose
+# The proving ground: each test is an attack of docs/explanation/reliability.md. `test` runs all of it too, with
+# fewer inputs.
+PROVING := $(addprefix tests/e2e/,test_openapi.py test_bombs.py test_faults.py test_overload.py test_sick.py test_bulk.py) \
+           $(addprefix tests/server/,serialization/test_decoders.py api/test_bad_input.py api/test_limits.py auth \
+             template_bank volume_jobs cli/test_store_cli.py observability adaptation serving/test_annotation_cache.py) \
+           $(addprefix tests/shared/,test_redaction.py test_redis_url.py test_cli.py bulk/test_manifest.py \
+             volumes/test_volumes_refused.py volumes/test_dicom_pixels.py) \
+           tests/trainer/students/test_checkpoint.py tests/trainer/test_user_reports.py tests/test_deploy.py
+.PHONY: help proving soak setup redis demo test test-all check format lock bench-annotator bench-suggest bench-service bench-trainer bench-student bench-scale test-browser test-viewers test-compose test-files test-vllm test-ray nginx docs docs-serve dist layout check-prose sbom audit
 
 BIN := .venv/bin
 # The stamp is named by a checksum of its inputs: a changed lock is noticed, and the file times of a fresh
@@ -157,7 +161,7 @@ docs-serve: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 proving: setup redis
-	PROVING_EFFORT=$(or $(PROVING_EFFORT),20) $(PYTEST) $(PROVING) $(PYTEST_ARGS)
+	PROVING_JSON=1 PROVING_EFFORT=$(or $(PROVING_EFFORT),20) $(PYTEST) $(PROVING) $(PYTEST_ARGS)
 
 soak: setup
 	@$(BIN)/python benchmarks/soak.py $(ARGS)

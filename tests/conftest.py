@@ -6,6 +6,7 @@ is interrupted or killed.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -231,3 +232,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if proving.tried:
         counts = ", ".join(f"{what} {count}" for what, count in sorted(proving.tried.items()))
         terminalreporter.write_line(f"inputs tried: {proving.tried.total()} ({counts})")
+    results = {
+        name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "failed", "error", "skipped")
+    }
+    proving.results.update(results)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Print the figures of `make proving` as its last line: one JSON object."""
+    if "PROVING_JSON" in os.environ and not hasattr(config, "workerinput"):
+        results = proving.results
+        failed = results["failed"] + results["error"]
+        figures = {"inputs": proving.tried.total(), "attacks": results["passed"] + failed, "failed": failed}
+        print(
+            json.dumps(
+                {**figures, "skipped": results["skipped"], "by_kind": dict(sorted(proving.tried.items()))}
+            )
+        )

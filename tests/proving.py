@@ -15,6 +15,7 @@ EFFORT = int(os.environ.get("PROVING_EFFORT", "1"))  # `make proving` raises it
 MEGABYTE = 1 << 20
 
 tried: Counter[str] = Counter()  # inputs, by what they were given to; printed when the tests end
+results: Counter[str] = Counter()  # tests by outcome
 
 
 def settings(examples: int) -> hypothesis.settings:

@@ -178,6 +178,38 @@ def test_a_volume_bomb_does_not_go_off(victim: Any, http: Any, bank: str) -> Non
             assert code(http.post("/jobs", files={"image": ("i", data)}, data={"bank": bank})) == expected
 
 
+def test_zeros_that_inflate_to_a_volume_are_read_beside_the_service(
+    victim: Any, http: Any, bank: str
+) -> None:
+    """60 MiB of zeros are 60 kB: a child process with limits inflates them, or nobody does."""
+    head = bytearray(nifti(np.zeros((4, 4, 4), np.int16), np.eye(4))[:352])
+    struct.pack_into("<hhh", head, 42, 256, 256, 480)
+    data = gzip.compress(bytes(head) + bytes(256 * 256 * 480 * 2))
+    assert len(data) < 100_000
+    proving.tried["bombs"] += 2
+    with proving.grows_at_most(64 * proving.MEGABYTE, victim.process.pid):
+        answer = http.post("/jobs", files={"image": ("i", data)}, data={"bank": bank})
+        assert code(answer) in (None, "too_large")
+        if answer.is_success:
+            assert http.delete(f"/jobs/{answer.json()['id']}").status_code == 204
+        assert (
+            code(http.post("/segment", files={"image": ("i", data)}, data={"bank": bank})) == "invalid_image"
+        )
+    assert http.get("/readyz").status_code == 200
+
+
+def test_the_upload_of_a_job_goes_to_disk(annotator: Any) -> None:
+    proving.tried["bombs"] += 1
+    size = 160 * proving.MEGABYTE
+    headers = {"Authorization": f"Bearer {annotator.api_key}"}
+    with (
+        httpx.Client(base_url=annotator.url, headers=headers, timeout=240) as client,
+        proving.grows_at_most(size // 2, annotator.process.pid),
+    ):
+        answer = client.post("/jobs", files={"image": ("i", b"no volume" + bytes(size))}, data={"bank": "b"})
+        assert code(answer) in ("unknown_bank", "invalid_image")
+
+
 def test_a_form_and_prompts_that_grow_when_they_are_read_are_refused(
     victim: Any, http: Any, bank: str
 ) -> None:

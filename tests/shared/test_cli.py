@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vessa import cli
+from vessa.errors import InvalidRequest
 
 NO_SERVICE = "http://127.0.0.1:9"  # the discard port: no service listens there
 
@@ -182,6 +183,27 @@ def test_banks_are_listed_as_json(run: Any, folder: Path, bank: str) -> None:
     run("seed", folder, "--bank", bank)
     listed = {info["name"]: info for info in last(run("banks", "--json")[1])["banks"]}
     assert (listed[bank]["templates"], listed[bank]["classes"]) == (2, {"1": "disk"})
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(run: Any, folder: Path, bank: str) -> None:
+    """A class or a bank named as a closing tag of rich ended the command with a traceback."""
+    (folder / "meta.json").write_text('{"classes": {"1": "[/nope]"}}')
+    (folder / "images" / "p3_00.png").rename(folder / "images" / "[bold]p3_00.png")
+    image = folder / "images" / "[bold]p3_00.png"
+    with pytest.raises(InvalidRequest, match=r"Got '\[/nope\]'"):
+        run("seed", folder, "--bank", "[/nope]")
+    assert run("seed", folder, "--bank", bank)[0] == 0
+    for arguments in (
+        ("banks",),
+        ("segment", image, "--bank", bank),
+        ("suggest", folder, "--bank", bank),
+        ("verify", folder),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 0, err
+        assert (
+            "[bold]p3" if arguments[0] == "suggest" else "[/nope]" if arguments[0] != "verify" else ""
+        ) in err
 
 
 @pytest.mark.parametrize("option", ["--out", "--overlay"])

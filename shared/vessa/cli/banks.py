@@ -29,7 +29,7 @@ def seed(
     dataset = open_dataset(folder)
     chosen = _chosen_groups(dataset, groups, split)
     with AnnotatorClient(url, api_key) as client, progress_bar() as bar:
-        task = bar.add_task(f"seeding {bank}")
+        task = bar.add_task(f"seeding {escape(bank)}")
         result = seed_bank(
             client,
             dataset,

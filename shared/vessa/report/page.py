@@ -147,7 +147,8 @@ class Page:
         )
 
     def write(self, path: Path) -> None:
-        """Write the page atomically."""
+        """Write the page atomically, with the line that every report ends with."""
+        self.note("Research use only. Not a medical device.")
         page = (
             "<!doctype html><html lang='en'><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width,initial-scale=1'>"

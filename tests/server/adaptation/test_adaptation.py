@@ -317,3 +317,17 @@ def test_a_bank_too_small_to_adapt_fails_with_a_reason(server: Any, bank: str) -
     info = wait_until_done(server, bank)
     assert info["state"] == "failed"
     assert "at least 6" in info["error"]
+
+
+def test_an_adaptation_ends_with_its_bank(server: Any, bank: str) -> None:
+    server.seed(bank, 6)
+    other = f"{bank}-2"
+    server.seed(other, 6)
+    assert server.http.post(f"/banks/{bank}/adapt", params={"seconds": 600}).status_code == 202
+    assert server.http.delete(f"/banks/{bank}").status_code == 204
+    assert server.http.get(f"/banks/{bank}/adapt").status_code == 404
+    deadline = time.monotonic() + 120
+    while server.http.post(f"/banks/{other}/adapt", params={"seconds": 4}).status_code != 202:
+        assert time.monotonic() < deadline  # far less than the 600 s that the deleted bank was given
+        time.sleep(0.1)
+    assert server.http.delete(f"/banks/{other}").status_code == 204

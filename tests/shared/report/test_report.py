@@ -136,6 +136,7 @@ def test_a_page_is_one_file_that_loads_nothing_and_escapes_its_text(dataset, tmp
     page.write(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
+    assert "Not a medical device." in text
     assert "a &lt;b&gt; &amp; c" in text
     assert "&lt;/pre&gt;" in text
     assert "http" not in text

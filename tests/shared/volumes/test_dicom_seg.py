@@ -101,6 +101,7 @@ def test_segments_carry_standard_codes_and_the_algorithm():
     ]  # fmt: skip
     assert kinds[1].SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning == "Left"
     assert [seg.get_segment_description(i).segment_label for i in (1, 3)] == ["liver", "Lebertumor"]
+    assert seg.ContentDescription == "Research use only. Not a medical device."
     about = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
     assert (about.AlgorithmName, about.AlgorithmVersion.split()[-1]) == ("VESSA", "nano")
 

@@ -64,6 +64,7 @@ def dicom_seg_bytes(
                 software_versions=__version__,
                 device_serial_number="0",
                 series_description=SERIES_DESCRIPTION,
+                content_description="Research use only. Not a medical device.",
                 transfer_syntax_uid=uid.ExplicitVRLittleEndian,
                 omit_empty_frames=bool(stack.any()),
                 manufacturer="VESSA",
