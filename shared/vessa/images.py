@@ -4,6 +4,7 @@ Sizes are compared with the limit before anything is decoded. Stored pixels are 
 orientation tag (EXIF, TIFF) is never applied, so that a mask of the stored size fits.
 """
 
+import contextlib
 import io
 import logging
 import warnings
@@ -36,7 +37,7 @@ _MPO_FRAMES = (
     "Multi-Frame Image: (Multi-Angle)",
 )
 _PHOTOMETRIC = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
-_PHOTOMETRIC_TAG = 262
+_PHOTOMETRIC_TAG, _ORIENTATION = 262, 274
 _ASSOCIATED = 1  # alpha that the colors are multiplied by
 _JPEG_IN_TIFF = (6, 7, 33007, 34892)
 
@@ -61,18 +62,20 @@ def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return decode_picture(data, MAX_PIXELS, path.name)
 
 
-def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS, what: str = "the image") -> Pixels:
+def decode_picture(
+    data: bytes, max_pixels: int = MAX_PIXELS, what: str = "the image", notes: list[str] | None = None
+) -> Pixels:
     """Decode one picture as uint8 (H, W) for gray or (H, W, 3) for color.
 
     data: a PNG, JPEG or TIFF file; max_pixels: limit of H x W; what: how errors name the file. Pixels of 8
     bits stay as they are. Deeper ones (16-bit, signed, float) are scaled by their `robust_range`, the
     channels of a color image by one range. Transparency is dropped; pixels that are no number become
-    background. Raises InvalidImage, TooLarge.
+    background, which is added to `notes`, or logged without it. Raises InvalidImage, TooLarge.
     """
     try:
         if is_tiff(data):
-            return _decode_tiff(data, max_pixels, what)
-        return _decode_png_or_jpeg(data, max_pixels, what)
+            return _decode_tiff(data, max_pixels, what, notes)
+        return _decode_png_or_jpeg(data, max_pixels, what, notes)
     except VessaError:
         raise
     except MemoryError:
@@ -83,9 +86,10 @@ def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS, what: str = "the i
         ) from None
 
 
-def scaled(pixels: np.ndarray[Any, Any], what: str = "the image") -> Pixels:
+def scaled(pixels: np.ndarray[Any, Any], what: str = "the image", notes: list[str] | None = None) -> Pixels:
     """Scale numbers to uint8 by their `robust_range`; pixels that are not finite become 0.
 
+    notes: gets a sentence about such pixels; without it the sentence is logged
     Raises InvalidImage when no pixel is finite.
     """
     missing = ~np.isfinite(pixels)
@@ -94,9 +98,24 @@ def scaled(pixels: np.ndarray[Any, Any], what: str = "the image") -> Pixels:
     low, high = robust_range(pixels[~missing] if missing.any() else pixels)
     if missing.any():
         count = int(missing.sum())
-        _log.warning("%s: %d pixels are NaN or infinite; they are read as background", what, count)
+        _say(f"{count} pixels are NaN or infinite; they are read as background", what, notes)
         pixels = np.where(missing, low, pixels)
     return scale_to_bytes(pixels, low, high)
+
+
+def _say(note: str, what: str, notes: list[str] | None) -> None:
+    """Add a note to the caller's list, or log it."""
+    if notes is None:
+        _log.warning("%s: %s", what, note)
+    else:
+        notes.append(note)
+
+
+def _say_orientation(orientation: object, what: str, notes: list[str] | None) -> None:
+    """Say that a tag asks viewers to turn the picture; its pixels stay as stored, as its mask is."""
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        note = f"the orientation tag ({orientation}) is not applied: pixels and labels lie as stored"
+        _say(note, what, notes)
 
 
 def _check_size(width: int, height: int, max_pixels: int, what: str) -> None:
@@ -108,7 +127,7 @@ def _check_size(width: int, height: int, max_pixels: int, what: str) -> None:
         )
 
 
-def _decode_png_or_jpeg(data: bytes, max_pixels: int, what: str) -> Pixels:
+def _decode_png_or_jpeg(data: bytes, max_pixels: int, what: str, notes: list[str] | None) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -127,6 +146,10 @@ def _decode_png_or_jpeg(data: bytes, max_pixels: int, what: str) -> Pixels:
             raise InvalidImage(
                 f"{what} is a JPEG of {_MAX_SCANS} scans or more; save it again as baseline JPEG"
             )
+        with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse the pixels
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            _say_orientation(exif.get(_ORIENTATION), what, notes)
         if data[:8] == _PNG and data[24] == 16 and data[25] in (2, 4, 6):
             return _deep_png(data, what)
         if image.mode.startswith(("I", "F")):
@@ -173,18 +196,20 @@ def _named(data: bytes) -> str:
     return f"a {kind} file" if kind else f"{len(data)} bytes of another kind"
 
 
-def _decode_tiff(data: bytes, max_pixels: int, what: str) -> Pixels:
+def _decode_tiff(data: bytes, max_pixels: int, what: str, notes: list[str] | None) -> Pixels:
     with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
         page: Any = file.pages[0]
         _check_size(int(page.imagewidth), int(page.imagelength), max_pixels, what)
         _check_layout(file, page, max_pixels, what)
         if page.compression in _JPEG_IN_TIFF and has_many_scans(data, max(1, len(page.dataoffsets))):
             raise InvalidImage(f"{what} is a TIFF whose JPEG data has {_MAX_SCANS} scans or more")
+        if _ORIENTATION in page.tags:
+            _say_orientation(page.tags[_ORIENTATION].value, what, notes)
         pixels = page.asarray(maxworkers=1)
         samples = int(page.samplesperpixel)
         if samples > 1 and int(page.planarconfig) == 2:
             pixels = np.moveaxis(pixels, 0, -1)
-        return _shown_tiff(pixels, page, what)
+        return _shown_tiff(pixels, page, what, notes)
 
 
 def _check_layout(file: tifffile.TiffFile, page: Any, max_pixels: int, what: str) -> None:
@@ -223,7 +248,7 @@ def _check_layout(file: tifffile.TiffFile, page: Any, max_pixels: int, what: str
         raise TooLarge(f"{what} is a TIFF with tiles of {tile} pixels, more than 4 x {max_pixels}")
 
 
-def _shown_tiff(pixels: np.ndarray[Any, Any], page: Any, what: str) -> Pixels:
+def _shown_tiff(pixels: np.ndarray[Any, Any], page: Any, what: str, notes: list[str] | None) -> Pixels:
     """Return decoded TIFF samples as uint8 gray or RGB."""
     kind, bits = _PHOTOMETRIC[int(page.photometric)], int(page.bitspersample)
     if kind == "palette":
@@ -247,7 +272,8 @@ def _shown_tiff(pixels: np.ndarray[Any, Any], page: Any, what: str) -> Pixels:
     elif pixels.dtype == np.uint8:
         shown = np.ascontiguousarray(pixels)
     else:
-        shown = scaled(pixels.astype(np.float32 if pixels.dtype.itemsize < 8 else np.float64), what)
+        precise = pixels.astype(np.float32 if pixels.dtype.itemsize < 8 else np.float64)
+        shown = scaled(precise, what, notes)
     white_is_low = int(page.photometric) == 0 and _PHOTOMETRIC_TAG in page.tags
     result: Pixels = 255 - shown if white_is_low else shown
     return result

@@ -71,7 +71,7 @@ def test_several_frames_are_refused_and_not_read_in_part(tmp_path):
         read_image(path)
 
 
-def test_exif_rotation_is_not_applied(tmp_path):
+def test_exif_rotation_is_not_applied_and_said(tmp_path, caplog):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = Image.fromarray(GRAY)
@@ -79,6 +79,14 @@ def test_exif_rotation_is_not_applied(tmp_path):
     assert np.array_equal(read_image(tmp_path / "r.png"), GRAY)
     picture.save(tmp_path / "r.tif", exif=exif)
     assert np.array_equal(read_image(tmp_path / "r.tif"), GRAY)
+    for name in ("r.png", "r.tif"):
+        assert f"{name}: the orientation tag (6) is not applied" in caplog.text
+    caplog.clear()
+    exif[0x0112] = 1
+    picture.save(tmp_path / "upright.jpg", exif=exif)
+    picture.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_image(tmp_path / "upright.jpg").shape == read_image(tmp_path / "broken.jpg").shape
+    assert caplog.text == ""
 
 
 def test_what_is_no_image_is_named(tmp_path):

@@ -122,4 +122,4 @@ def test_what_is_no_single_picture_is_named(data, message):
 
 def test_a_tiff_decoded_in_a_child_process_is_the_same():
     data = SAME["jpegxl TIFF"]
-    assert np.array_equal(isolated.decode_picture(data, 1 << 20, "the image"), decode_picture(data))
+    assert np.array_equal(isolated.decode_picture(data, 1 << 20, "the image", []), decode_picture(data))

@@ -64,7 +64,9 @@ def read_volume(
     )
 
 
-def decode_picture(data: bytes, max_pixels: int, what: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode_picture(
+    data: bytes, max_pixels: int, what: str, notes: list[str]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decode a picture in a child process; see `vessa.images.decode_picture`."""
     memory = (1 << 30) + 32 * max_pixels
     request = {
@@ -74,7 +76,8 @@ def decode_picture(data: bytes, max_pixels: int, what: str) -> np.ndarray[Any, n
         "memory": memory,
         "seconds": PICTURE_S,
     }
-    _, _, array = _call(request, [data], PICTURE_S)
+    reply, _, array = _call(request, [data], PICTURE_S)
+    notes += [str(note) for note in reply["notes"]]
     return np.array(array)
 
 

@@ -93,9 +93,10 @@ def _work(request: dict[str, Any], blobs: list[bytes], shared: _Shared) -> tuple
     sources: list[Source] = [Path(path) if path is not None else next(rest) for path in request["paths"]]
     if request["work"] == "picture":
         assert isinstance(sources[0], bytes)
-        pixels = decode_picture(sources[0], request["max_pixels"], request["what"])
+        notes: list[str] = []
+        pixels = decode_picture(sources[0], request["max_pixels"], request["what"], notes)
         shared.allocate(pixels.shape, np.uint8)[...] = pixels
-        return {"shape": list(pixels.shape), "dtype": "uint8"}, []
+        return {"shape": list(pixels.shape), "dtype": "uint8", "notes": notes}, []
     if request["work"] == "packed":
         assert isinstance(sources[0], bytes)
         array = unpack_bytes(sources[0], request["most"], shared.allocate)

@@ -189,7 +189,13 @@ def _header(head: bytes, bounds: Bounds) -> NiftiHeader:
     if dtype.kind not in "iuf":
         raise InvalidImage("the NIfTI file holds colors or complex numbers; expected one real number a voxel")
     if 0 <= offset < size:
-        offset = size + 4  # as ITK and FSL read a file that leaves the field empty
+        # The standard puts 4 bytes of extension flags between header and voxels. nibabel 5.4 reads the header
+        # as voxels, ITK 5.4 the flags.
+        notes.append(
+            f"the NIfTI header puts the voxels at byte {offset:g}, inside the header. They are read from "
+            f"byte {size + 4} as the standard has it; nibabel and ITK start earlier"
+        )
+        offset = size + 4
     if not size <= offset <= _MAX_OFFSET:
         raise InvalidImage(
             f"the NIfTI header puts the voxels at an offset that is not {size} to {_MAX_OFFSET}"

@@ -1,12 +1,14 @@
 """A DICOM SEG never fails for a harmless header value, and says what its segments are."""
 
 import io
+import shutil
+import subprocess
 
 import highdicom as hd
 import numpy as np
 import pytest
 from pydicom.sr._concepts_dict import concepts
-from scans import dicom_series, dicom_slice, phantom, written
+from scans import dicom_multiframe, dicom_series, dicom_slice, phantom, written
 
 from vessa.errors import InvalidImage
 from vessa.volumes import check_dicom_seg, read_volume, write_labels
@@ -90,6 +92,30 @@ def test_a_picture_without_a_place_has_a_seg_too():
     volume = read_volume([written(file)])
     assert "place in the patient is unknown" in volume.notes[0]
     assert seg_of(volume).number_of_segments == 1
+
+
+def test_a_slice_without_place_and_frame_of_reference_has_a_seg():
+    file = dicom_slice(np.ones((6, 6)))
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID"):
+        delattr(file, name)
+    volume = read_volume([written(file)])
+    assert "gets one made of the series' UID" in volume.notes[-1]
+    assert seg_of(volume).number_of_segments == 1
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="no dciodvfy (Debian package dicom3tools)")
+def test_a_validator_finds_no_error(tmp_path):
+    series = [written(file) for file in dicom_series(phantom())]
+    one, several = [written(dicom_slice(np.ones((6, 6))))], [written(dicom_multiframe(phantom()))]
+    for number, files in enumerate((series, one, several)):
+        volume = read_volume(files)
+        labels = (volume.voxels > 150).astype(np.uint8)
+        classes = {1: "left kidney", 2: "polyp"}
+        path = tmp_path / f"{number}.dcm"
+        path.write_bytes(write_labels(volume, labels, classes, "nano", "dicom-seg"))
+        said = subprocess.run(["dciodvfy", "-new", path], capture_output=True, text=True)
+        assert said.stderr.startswith("Segmentation\n") or "\nSegmentation\n" in said.stderr, said.stderr
+        assert "Error" not in said.stderr, said.stderr
 
 
 def test_segments_carry_standard_codes_and_the_algorithm():

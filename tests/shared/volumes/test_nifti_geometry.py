@@ -110,7 +110,7 @@ PLAIN = image(QFORM, QFORM, (1, 1))
         (patched(PLAIN, 123, "<B", 255), "unknown unit 7"),
         (patched(PLAIN, 123, "<B", 4), "unknown unit 4"),
         (patched(PLAIN, 123, "<B", 0), None),
-        (patched(PLAIN, 108, "<f", 0.0), None),  # offset of the voxels
+        (patched(PLAIN, 108, "<f", 0.0), "at byte 0, inside the header"),
         (patched(PLAIN, 252, "<hh", 1, 7), None),  # a code that no reader knows
         (PLAIN + bytes(100), None),
         (gzip.compress(PLAIN)[:-4], None),  # without its checksum

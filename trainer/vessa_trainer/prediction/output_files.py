@@ -31,7 +31,7 @@ class Output:
     images: reads its slices, uint8 (H, W[, 3])
     encode: makes the file's bytes of their class ids, uint8 (H, W) each
     inputs: the files it is made of
-    caution: says what differs from training, None where nothing does
+    cautions: says what was repaired in the file, and what differs from training
     is_volume: whether the images are the slices of one volume
     place: place of the one image among `images` that the file shows; None where it shows all
     """
@@ -40,7 +40,7 @@ class Output:
     images: Callable[[], Sequence[np.ndarray]]
     encode: Callable[[list[np.ndarray]], bytes]
     inputs: tuple[Path, ...] = ()
-    caution: Callable[[], str | None] = lambda: None
+    cautions: Callable[[], Sequence[str]] = tuple
     is_volume: bool = False
     place: Callable[[], int] | None = None
 
@@ -211,4 +211,5 @@ def _volume(path: Path, options: VolumeOptions) -> Output:
 
 
 def _labels_of(cut: CutVolume, name: str, kind: str, inputs: tuple[Path, ...]) -> Output:
-    return Output(name, cut.images, partial(cut.encode, kind=kind), inputs, cut.caution, is_volume=True)
+    images, encode = partial(cut.images, kind), partial(cut.encode, kind=kind)
+    return Output(name, images, encode, inputs, cut.cautions, is_volume=True)

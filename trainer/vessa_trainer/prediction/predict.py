@@ -78,7 +78,7 @@ def predict(
             except (VessaError, OSError) as error:
                 failed[output.name] = str(error)
             else:
-                cautions.update([text] if (text := output.caution()) else [])
+                cautions.update(output.cautions())
                 atomic_write.write_bytes(out / output.name, data)
             bar.advance(task)
     for text, count in cautions.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vessa.errors import InvalidDataset, VessaError
-from vessa.volumes import Volume, read_volume, write_labels
+from vessa.volumes import Volume, check_dicom_seg, read_volume, write_labels
 from vessa.volumes.grid import slice_of
 from vessa_trainer.data.geometry import Geometry, orientation_of, turned, turned_back, turned_spacing
 
@@ -43,8 +43,17 @@ class CutVolume:
     path: Path
     options: VolumeOptions
 
-    def images(self) -> list[np.ndarray]:
-        """Return the slices, uint8 (H, W) each."""
+    def images(self, kind: str) -> list[np.ndarray]:
+        """Return the slices, uint8 (H, W) each.
+
+        kind: of the labels to come. Raises InvalidDataset for a DICOM that no DICOM SEG can refer to, before
+        anything is predicted.
+        """
+        if kind == "dicom-seg":
+            try:
+                check_dicom_seg(_read(self.path))
+            except VessaError as error:
+                raise InvalidDataset(f"{self.path.name}: {error}") from error
         view, along = self._view, self._along
         return [view.image(along, i) for i in range(view.shape[along])]
 
@@ -58,7 +67,11 @@ class CutVolume:
             whole = np.ascontiguousarray(turned_back(whole, volume.affine, self._turns_to))
         return write_labels(volume, whole, self.options.classes, self.options.source, kind)
 
-    def caution(self) -> str | None:
+    def cautions(self) -> list[str]:
+        """Return what was repaired or guessed in the file, and what differs from training."""
+        return [*_read(self.path).notes, *([text] if (text := self._difference()) else [])]
+
+    def _difference(self) -> str | None:
         """Return what differs from training and cannot be followed, None where nothing does."""
         geometry = self.options.geometry
         if geometry is None:

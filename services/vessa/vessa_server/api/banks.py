@@ -27,7 +27,7 @@ from vessa_server.api.openapi import ADAPTATION_BODY, TEMPLATE_BODY, answering
 from vessa_server.serialization.adaptation_request import read_squares
 from vessa_server.serialization.overlays import overlay_png
 from vessa_server.serialization.request_parser import DEFAULT_BANK
-from vessa_server.serialization.responses import PNG, SAFETENSORS
+from vessa_server.serialization.responses import PNG, SAFETENSORS, notes_header
 
 banks_api = APIRouter(dependencies=[Depends(require_key)])
 CURATE = [Depends(require_curator)]
@@ -148,13 +148,14 @@ def delete_template(
 
 @banks_api.post("/templates", status_code=201, openapi_extra=TEMPLATE_BODY, dependencies=CURATE)
 async def add_templates(
-    request: Request, caller: CallerDep, change: ChangeDep
+    request: Request, response: Response, caller: CallerDep, change: ChangeDep
 ) -> TemplateInfo | TemplateInfos:
     """Add annotated images to a template bank.
 
     A form adds one and answers its description. A safetensors body adds many, all or none (images uint8 (B,
     H, W) or (B, H, W, 3), masks uint8 (B, H, W); metadata bank, classes, groups) and answers {"templates":
-    [...]}. What is there already is left as it is, so sending something twice does no harm.
+    [...]}. What is there already is left as it is, so sending something twice does no harm. The header
+    X-Notes lists as JSON what was repaired in the file of a form.
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as engine:
@@ -176,4 +177,5 @@ async def add_templates(
             templates = await unless_gone(request, engine.encode(wanted, banks))
             infos = await run_in_threadpool(banks.add, wanted.bank, templates)  # once begun, it is done
             more["templates"] = [info.id for info in infos if info.created]
+        response.headers.update(notes_header(wanted.notes))
         return infos[0] if kind == FORM else TemplateInfos(templates=infos)

@@ -32,6 +32,7 @@ from vessa_server.serialization.responses import (
     dicom_answer,
     json_answer,
     kept_tensor_answer,
+    notes_header,
     overlay_answer,
     tensor_answer,
 )
@@ -63,7 +64,7 @@ async def segment(
     template_choice, seed, clean. Its answer holds labels and confidence uint8 (B, H, W), on request
     probabilities float16 (B, K + 1, H, W), and in its metadata the status of each item: one that failed does
     not harm the others. GET /annotations/{id} tells what made an answer, by its annotation_id (header
-    X-Annotation-Id).
+    X-Annotation-Id). The header X-Notes lists as JSON what was repaired in the file of a form.
     """
     limits = limits_of(request)
     with limits.work(caller), service_of(request).permit() as engine:
@@ -78,7 +79,8 @@ async def segment(
         )
         if kind == FORM:
             header = request.headers["content-type"]
-            wanted = await run_in_threadpool(reader.segment_form, header, body)
+            as_seg = answer_type == DICOM
+            wanted = await run_in_threadpool(reader.segment_form, header, body, dicom_seg=as_seg)
         else:
             wanted = await run_in_threadpool(reader.segment_tensors, body)
         limits.take(caller, len(wanted.items))
@@ -89,20 +91,20 @@ async def segment(
 
         def answer() -> Response:
             answers = engine.annotations.store(wanted, results, caller)
+            headers = notes_header(wanted.notes)
             if answer_type == SAFETENSORS:
                 model, version = engine.info.model, engine.labels_version
-                return Response(tensor_answer(wanted, answers, model, version), media_type=SAFETENSORS)
+                content = tensor_answer(wanted, answers, model, version)
+                return Response(content, media_type=SAFETENSORS, headers=headers)
             if isinstance(one := answers[0], VessaError):
                 raise one
             if answer_type == DICOM:
-                content = dicom_answer(
-                    one, request.headers["content-type"], body, engine.settings.limits.max_pixels
-                )
+                content = dicom_answer(wanted, one)
             elif answer_type == JSON:
                 content = json_answer(one)
             else:
                 content = overlay_answer(wanted, one) if overlay else label_png(one.labels)
-            return Response(content, media_type=answer_type, headers={ANNOTATION_ID: one.id})
+            return Response(content, media_type=answer_type, headers={ANNOTATION_ID: one.id, **headers})
 
         return await run_in_threadpool(answer)
 

@@ -22,17 +22,22 @@ from vessa.volumes import Bounds, Volume, isolated
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int, notes: list[str] | None = None) -> NDArray[np.uint8]:
     """Return the pixels of a PNG, JPEG, TIFF or DICOM file with one frame.
+
+    notes: gets a sentence for everything that was repaired, guessed or left out
 
     Returns (H, W) uint8 for gray and (H, W, 3) uint8 RGB for color: those of `vessa.images.decode_picture`,
     and of a DICOM file as its makers want it shown. Errors: InvalidImage, TooLarge.
     """
+    notes = [] if notes is None else notes
     if is_dicom(data):
-        return decode_dicom(data, max_pixels).image(2, 0)
+        volume = decode_dicom(data, max_pixels)
+        notes += volume.notes
+        return volume.image(2, 0)
     if is_tiff(data[:HEAD]):
-        return isolated.decode_picture(data, max_pixels, "the image")
-    return images.decode_picture(data, max_pixels)
+        return isolated.decode_picture(data, max_pixels, "the image", notes)
+    return images.decode_picture(data, max_pixels, notes=notes)
 
 
 def decode_dicom(data: bytes, max_pixels: int) -> Volume:

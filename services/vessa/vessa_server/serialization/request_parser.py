@@ -22,6 +22,7 @@ from vessa.errors import (
     UnknownImage,
     VessaError,
 )
+from vessa.volumes import Volume, check_dicom_seg
 from vessa_server.serialization.fields import (
     MIN_SIDE,
     check_known,
@@ -35,7 +36,7 @@ from vessa_server.serialization.fields import (
     read_strings,
     read_switch,
 )
-from vessa_server.serialization.image_files import decode_image, decode_mask
+from vessa_server.serialization.image_files import decode_dicom, decode_image, decode_mask
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.prompt_arrays import Prompts
 from vessa_server.settings import Settings
@@ -87,10 +88,11 @@ class SeenSizes:
 
 @dataclass(frozen=True)
 class TemplateRequest:
-    """Hold annotated examples for one bank."""
+    """Hold annotated examples for one bank. notes: what was repaired in a file, one sentence each."""
 
     bank: str
     items: list[TemplateItem]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class SegmentRequest:
     size: (H, W) of the images, px; None without a usable image
     seed: random seed of the request; each item derives its own from it
     clean: whether labels are cleaned, see `serving.label_cleaning`
+    notes: what was repaired in the file of a form, one sentence each
+    volume: the DICOM image of a form whose answer is a DICOM SEG
     """
 
     bank: Bank
@@ -112,6 +116,8 @@ class SegmentRequest:
     probabilities: bool
     seed: int = 0
     clean: bool = False
+    notes: tuple[str, ...] = ()
+    volume: Volume | None = None
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,12 @@ class Reader:
         bank = check_name(form.text("bank", DEFAULT_BANK))
         classes = read_classes(form.json("classes"))
         group = read_group(form.text("group", ""), "group")
-        image = decode_image(form.file("image"), self.settings.limits.max_pixels)
+        notes: list[str] = []
+        image = decode_image(form.file("image"), self.settings.limits.max_pixels, notes)
         mask = decode_mask(form.file("mask"), image.shape[:2], self.settings.limits.max_pixels, classes)
-        return self._template_request(bank, image[None], mask[None], classes, [group])
+        return replace(
+            self._template_request(bank, image[None], mask[None], classes, [group]), notes=tuple(notes)
+        )
 
     def template_tensors(self, body: bytes) -> TemplateRequest:
         """Parse a safetensors POST /templates: many annotated images of one size."""
@@ -180,20 +189,31 @@ class Reader:
             items.append(TemplateItem(image, mask, {value: classes[value] for value in ids}, group))
         return TemplateRequest(bank, items)
 
-    def segment_form(self, content_type: str, body: bytes) -> SegmentRequest:
-        """Parse a multipart POST /segment: one image. Raises VessaError for invalid input."""
+    def segment_form(self, content_type: str, body: bytes, *, dicom_seg: bool = False) -> SegmentRequest:
+        """Parse a multipart POST /segment: one image. Raises VessaError for invalid input.
+
+        dicom_seg: the answer is a DICOM SEG, so the image must be a DICOM file that one can refer to
+        """
         form = Form(content_type, body, SEGMENT_FIELDS)
         options = {
             "template_choice": form.text("template_choice", "top1"),
             "seed": form.text("seed", "0"),
             "clean": form.text("clean", "0"),
         }
-        image = decode_image(form.file("image"), self.settings.limits.max_pixels)
+        notes: list[str] = []
+        volume = None
+        if dicom_seg:
+            volume = decode_dicom(form.file("image"), self.settings.limits.max_pixels)
+            check_dicom_seg(volume)  # before anything is computed
+            image, notes = volume.image(2, 0), list(volume.notes)
+        else:
+            image = decode_image(form.file("image"), self.settings.limits.max_pixels, notes)
         prompts = {name: form.json(name) for name in ("boxes", "points", "point_labels")}
         group = form.text("group", "") or None
-        return self.segment_image(
+        request = self.segment_image(
             image, form.text("bank", DEFAULT_BANK), form.json("classes"), group, prompts, options
         )
+        return replace(request, notes=tuple(notes), volume=volume)
 
     def segment_image(
         self,

@@ -10,10 +10,8 @@ from vessa.codec import encode
 from vessa.errors import InvalidRequest, UnsupportedMedia, VessaError
 from vessa.schemas import ClassMask, ErrorBody, ItemInfo, Rle, SegmentAnswer
 from vessa.volumes import write_labels
-from vessa_server.serialization.image_files import decode_dicom
-from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.overlays import overlay_png
-from vessa_server.serialization.request_parser import SEGMENT_FIELDS, SegmentRequest
+from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.types import Answer
 
 JSON, PNG, SAFETENSORS = "application/json", "image/png", "application/vnd.safetensors"
@@ -129,8 +127,13 @@ def overlay_answer(request: SegmentRequest, answer: Answer) -> bytes:
     return overlay_png(item.image, answer.labels, request.classes)
 
 
-def dicom_answer(answer: Answer, content_type: str, body: bytes, max_pixels: int) -> bytes:
-    """Return a DICOM SEG that refers to the DICOM image of a form. Raises InvalidImage for another format."""
-    image = Form(content_type, body, SEGMENT_FIELDS).file("image")
-    volume, made = decode_dicom(image, max_pixels), answer.provenance
-    return write_labels(volume, answer.labels.T[..., None], made.classes, made.model[:16], "dicom-seg")
+def dicom_answer(request: SegmentRequest, answer: Answer) -> bytes:
+    """Return a DICOM SEG that refers to the DICOM image of a form."""
+    assert request.volume is not None
+    made, labels = answer.provenance, answer.labels.T[..., None]
+    return write_labels(request.volume, labels, made.classes, made.model[:16], "dicom-seg")
+
+
+def notes_header(notes: Sequence[str]) -> dict[str, str]:
+    """Return the response header of what was repaired in a file: a JSON list; no header without notes."""
+    return {"X-Notes": json.dumps(list(notes))} if notes else {}

@@ -52,7 +52,7 @@ def kept_header(header: Dataset, frames: Sequence[Frame]) -> tuple[Dataset, list
     notes = (
         [f"DICOM attributes repaired or left empty in a DICOM SEG: {', '.join(repaired)}"] if repaired else []
     )
-    if frames[0].position is not None and "FrameOfReferenceUID" not in kept and "SeriesInstanceUID" in kept:
+    if "FrameOfReferenceUID" not in kept and "SeriesInstanceUID" in kept:
         # one for all files of the series, and the same one the next time
         digest = zlib.crc32(kept.SeriesInstanceUID.encode())
         kept.FrameOfReferenceUID = uid.generate_uid(entropy_srcs=[str(digest), kept.SeriesInstanceUID])

@@ -115,7 +115,9 @@ def _check_headers(volume: Volume) -> None:
                 "lacks or states "
                 f"wrongly. {_INSTEAD}"
             )
-    if volume.shape[2] > 1 and "FrameOfReferenceUID" not in volume.headers[0]:
+    first = volume.headers[0]
+    has_place = "ImagePositionPatient" in first or "PerFrameFunctionalGroupsSequence" in first
+    if volume.shape[2] > 1 and not has_place:
         raise InvalidImage(
             "a DICOM SEG of several frames needs ImagePositionPatient and ImageOrientationPatient, which the "
             f"DICOM file lacks: its frames have no place in space. {_INSTEAD}"
