@@ -146,7 +146,9 @@ def _decode_png_or_jpeg(data: bytes, max_pixels: int, what: str, notes: list[str
             raise InvalidImage(
                 f"{what} is a JPEG of {_MAX_SCANS} scans or more; save it again as baseline JPEG"
             )
-        with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse the pixels
+        # Damaged EXIF data is no reason to refuse the pixels.
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             exif = Image.Exif()
             exif.load(image.info.get("exif", b""))
             _say_orientation(exif.get(_ORIENTATION), what, notes)

@@ -204,11 +204,11 @@ def test_zeros_that_inflate_to_a_volume_are_read_beside_the_service(
 
 def test_the_upload_of_a_job_goes_to_disk(annotator: Any) -> None:
     proving.tried["bombs"] += 1
-    size = 160 * proving.MEGABYTE
+    size = 64 * proving.MEGABYTE
     headers = {"Authorization": f"Bearer {annotator.api_key}"}
     with (
         httpx.Client(base_url=annotator.url, headers=headers, timeout=240) as client,
-        proving.grows_at_most(size // 2, annotator.process.pid),
+        proving.grows_at_most(size * 3 // 4, annotator.process.pid),
     ):
         answer = client.post("/jobs", files={"image": ("i", b"no volume" + bytes(size))}, data={"bank": "b"})
         assert code(answer) in ("unknown_bank", "invalid_image")

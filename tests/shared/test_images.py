@@ -84,8 +84,8 @@ def test_exif_rotation_is_not_applied_and_said(tmp_path, caplog):
     caplog.clear()
     exif[0x0112] = 1
     picture.save(tmp_path / "upright.jpg", exif=exif)
-    picture.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert read_image(tmp_path / "upright.jpg").shape == read_image(tmp_path / "broken.jpg").shape
+    picture.save(tmp_path / "broken.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_image(tmp_path / "upright.jpg").shape == read_image(tmp_path / "broken.png").shape
     assert caplog.text == ""
 
 

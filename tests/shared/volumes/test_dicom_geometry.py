@@ -177,3 +177,13 @@ def test_several_series_are_listed_and_one_is_chosen(tmp_path):
     assert [len(one.files) for one in find_series(tmp_path).series] == [6, 1]
     with pytest.raises(InvalidRequest, match="there is no series 3"):
         read_volume(tmp_path, series=3)
+
+
+def test_the_scale_of_a_dose_grid_changes_nothing_that_is_shown():
+    shown = []
+    for scaling in ("0.001", "1"):
+        dose = dicom_slice(phantom()[:, :, 0].T, Modality="RTDOSE", DoseGridScaling=scaling)
+        dose.SOPClassUID = dose.file_meta.MediaStorageSOPClassUID = RTDoseStorage
+        del dose.RescaleSlope, dose.RescaleIntercept
+        shown.append(read_volume([written(dose)]).image(2, 0))
+    assert np.array_equal(*shown)

@@ -184,6 +184,8 @@ def findings(folder: Path) -> str:
         ("d_nn257", ("256", "257")),
         ("d_nnhalf", ("0.4", "1.5")),
         ("d_nnneg", ("-1",)),
+        ("d_nnbig", ("420",)),
+        ("d_nnaseg", ("1001", "2001")),
         ("d_nnshift", ("elsewhere|grid|geometry",)),
         ("d_orphan", ("_mask",)),
         ("d_isic", ("one patient|one group",)),
@@ -201,10 +203,6 @@ def test_datasets_with_a_finding(sets: Path, name: str, words: tuple[str, ...]) 
 
 
 def test_datasets_that_are_read(sets: Path) -> None:
-    for name in ("d_nnbig", "d_nnaseg"):
-        dataset = open_dataset(sets / name)
-        assert len(dataset.slices()) == 12
-        assert "205" in str(dataset.classes) or len(dataset.classes) == 2
     assert list(open_dataset(sets / "d_nnignore").classes.values()) == ["a"]
     for name in ("d_upperhalf", "d_jpghalf", "d_bom", "d_splitbom"):
         assert len(open_dataset(sets / name).slices()) == 10, name
