@@ -6,6 +6,8 @@
 #   check            lint, format, spelling and types
 #   check-prose      the rules of prose (tests/test_prose.py) and spelling
 #   format           let ruff rewrite what it can
+#   sbom             CycloneDX bill of materials of the images in build/sbom.cdx.json; ends in JSON
+#   audit            pip-audit of the lock, where a service with vulnerability data answers
 #   docs             build the documentation site into site/, strictly
 #   docs-serve       show the documentation site on http://127.0.0.1:8000
 #   layout           modules per folder, longest functions, import circles; ends in JSON
@@ -22,7 +24,7 @@
 #   test-browser     the console in chromium, with its unit tests and types; ends in JSON
 #   test-viewers     real clients of 3D Slicer, Label Studio, CVAT, OHIF and Orthanc; ends in JSON
 #   test-files       test files of pydicom, nibabel, Pillow and highdicom beside reference readers; ends in JSON
-#   test-compose     the compose stack: offline, and with each container killed; needs docker and root
+#   test-compose     the compose stack: users and limits, offline, killed, profiles; needs docker and root; ends in JSON
 #   test-ray         replicas under Ray Serve; installs Ray into .venv and changes no locked package
 #   test-vllm        our language model in a real vLLM on the CPU; ends in JSON
 # PYTHON=/path/to/python3 chooses the interpreter of a new .venv. PYTEST_ARGS goes to pytest, ARGS to the demo and
@@ -140,12 +142,19 @@ test-viewers: setup
 test-files: setup
 	$(BIN)/python tests/files/run.py $(ARGS)
 
-test-compose: setup
-	@$(BIN)/python tests/compose/run.py $(ARGS)
+# The test needs a Python alone, so a machine for containers needs no set-up.
+test-compose:
+	@python3 tests/compose/run.py $(ARGS)
 
 # Takes minutes: the wheels are installed into a fresh environment, which runs the README.
 dist: setup redis
 	$(BIN)/python scripts/dist.py
+
+sbom: setup
+	@$(BIN)/python scripts/sbom.py $(ARGS)
+
+audit: setup
+	@$(BIN)/python scripts/audit_dependencies.py
 
 layout: setup
 	@$(BIN)/python scripts/layout.py

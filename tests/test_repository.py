@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -162,6 +163,23 @@ def test_dockerfiles_share_their_lower_layers_and_run_as_nobody_special() -> Non
     for text in texts:
         assert "# syntax" not in text
         assert text.index("\nUSER vessa\n") < text.index("\nHEALTHCHECK ") < text.index("\nENTRYPOINT ")
+
+
+def test_the_bill_of_materials_holds_what_the_images_hold() -> None:
+    spec = importlib.util.spec_from_file_location("sbom", ROOT / "scripts" / "sbom.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sbom = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sbom)
+    names = sbom.in_images()
+    assert {"torch", "redis", "pydicom", "vessa-server", "vessa-trainer"} <= names
+    assert not {"pytest", "ruff", "mypy", "uv"} & names
+    part = {"bom-ref": "Torch==1", "name": "Torch"}
+    bom = {"components": [part, {"bom-ref": "uv==1", "name": "uv"}]}
+    bom["dependencies"] = [{"ref": "Torch==1", "dependsOn": ["uv==1"]}, {"ref": "uv==1"}]
+    assert sbom.keep(bom, names) == 1
+    assert bom == {"components": [part], "dependencies": [{"ref": "Torch==1", "dependsOn": []}]}
+    assert {c["name"] for c in sbom.vendored()} >= {"htm", "uplot"}
 
 
 def test_no_file_names_this_machine_or_holds_a_secret() -> None:
