@@ -1,7 +1,5 @@
 """Read request bodies into checked items for the worker."""
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +37,7 @@ from vessa_server.serialization.fields import (
 from vessa_server.serialization.image_files import decode_dicom, decode_image, decode_mask
 from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.prompt_arrays import Prompts
+from vessa_server.serialization.seen_sizes import SeenSizes
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.permissions import CallersBanks
@@ -61,29 +60,6 @@ SEGMENT_FIELDS = {
     "image", "bank", "classes", "group", "boxes", "points", "point_labels", "template_choice", "seed",
     "clean",
 }  # fmt: skip
-
-
-class SeenSizes:
-    """Remember the (H, W) of images by id, to check prompts that come without pixels."""
-
-    def __init__(self, capacity: int = 16384) -> None:
-        """Set the capacity. An older image must be sent again, even if the worker holds its features."""
-        self._sizes: OrderedDict[str, tuple[int, int]] = OrderedDict()
-        self._capacity = capacity
-        self._lock = threading.Lock()
-
-    def add(self, image_id: str, size: tuple[int, int]) -> None:
-        """Remember a size."""
-        with self._lock:
-            self._sizes[image_id] = size
-            self._sizes.move_to_end(image_id)
-            if len(self._sizes) > self._capacity:
-                self._sizes.popitem(last=False)
-
-    def get(self, image_id: str) -> tuple[int, int] | None:
-        """Return a size, None when it is unknown or evicted."""
-        with self._lock:
-            return self._sizes.get(image_id)
 
 
 @dataclass(frozen=True)

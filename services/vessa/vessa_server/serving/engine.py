@@ -6,7 +6,8 @@ from typing import Any
 
 from vessa.errors import DeadlineExceeded, UnknownBank, VessaError
 from vessa_server.observability.metrics import Metrics
-from vessa_server.serialization.request_parser import Reader, SeenSizes, SegmentRequest, TemplateRequest
+from vessa_server.serialization.request_parser import Reader, SegmentRequest, TemplateRequest
+from vessa_server.serialization.seen_sizes import SeenSizes
 from vessa_server.serving.annotation_cache import AnnotationCache
 from vessa_server.serving.batch_queue import BatchQueue
 from vessa_server.serving.label_cleaning import clean_results
