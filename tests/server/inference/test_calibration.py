@@ -168,10 +168,10 @@ def test_classes_of_one_piece_are_learned_from_enough_templates(annotator: Annot
     one, two = np.zeros((20, 20), np.uint8), np.zeros((20, 20), np.uint8)
     one[2:8, 2:8], two[2:8, 2:8], two[12:16, 12:16] = 1, 1, 1
     once, twice = (replace(template, mask=mask, classes={1: "disk"}) for mask in (one, two))
-    assert classes_of_one_piece([once] * 8) == {1}
-    assert classes_of_one_piece([once] * 7) == set()
+    assert classes_of_one_piece([once] * 12) == {1}
+    assert classes_of_one_piece([once] * 11) == set()
     assert classes_of_one_piece([once] * 14 + [twice]) == {1}
-    assert classes_of_one_piece([once] * 7 + [twice]) == set()
+    assert classes_of_one_piece([once] * 12 + [twice] * 2) == set()
 
 
 @torch.inference_mode()
