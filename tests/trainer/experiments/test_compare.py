@@ -6,7 +6,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from vessa.errors import InvalidConfig, InvalidDataset
+from vessa.errors import InvalidConfig, InvalidDataset, InvalidWeights
 from vessa_trainer.config import save_config
 from vessa_trainer.experiments.compare import compare
 from vessa_trainer.semi_supervised import trainer
@@ -165,6 +165,17 @@ def test_a_killed_attempt_blocks_nothing(config_of, quiet, tmp_path):
     result = compare(config_of(steps=2), seeds=1, resume_line=RESUME, console=quiet, methods=["supervised"])
     assert 0 <= result["supervised_dice"] <= 1
     assert {json.loads(r)["step"] for r in (left / "metrics.jsonl").read_text().splitlines()} == {2}
+
+
+@pytest.mark.parametrize(
+    "student", ["{init: nowhere}", "{encoder: tf_efficientnet_lite0, weights: nowhere.safetensors}"]
+)
+def test_missing_weights_of_a_later_method_are_found_before_the_first(config_of, quiet, tmp_path, student):
+    (tmp_path / "later.yaml").write_text(f"semi: {{method: supervised}}\nstudent: {student}\n")
+    methods = ["supervised", str(tmp_path / "later.yaml")]
+    with pytest.raises(InvalidWeights, match="nowhere"):
+        compare(config_of(steps=2), seeds=1, resume_line=RESUME, console=quiet, methods=methods)
+    assert not (tmp_path / "run" / "supervised-0").exists()
 
 
 def test_methods_need_names_of_their_own(config_of, quiet):

@@ -19,7 +19,9 @@ from vessa_trainer.experiments.run_data import RunData, open_run_data
 from vessa_trainer.experiments.timing import announce_time
 from vessa_trainer.pseudo_labels.annotator_check import choose
 from vessa_trainer.pseudo_labels.template_bank import seed_labeled
+from vessa_trainer.students import checkpoint
 from vessa_trainer.students.inference import load_best, predict_labels
+from vessa_trainer.students.networks import build_student
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ def run_methods(
     """Train what is not trained yet below `base.out`, a folder for each method and seed.
 
     urls: services of which each annotated method takes the first that is what its config names. Data,
-    annotators, keys and banks are checked before anything is trained. Finished runs are taken as they are, an
-    unfinished one is continued. Raises InvalidConfig when a run there has another config or other data, or
-    when runs of one kind of annotator would be labeled by different weights; InvalidDataset; Interrupted,
-    after saving.
+    students, annotators, keys and banks are checked before anything is trained. Finished runs are taken as
+    they are, an unfinished one is continued. Raises InvalidConfig when a run there has another config or
+    other data, or when runs of one kind of annotator would be labeled by different weights; InvalidDataset;
+    InvalidWeights; Interrupted, after saving.
     """
     runs = Runs(list(methods))
     for method in methods:
@@ -136,6 +138,7 @@ def run_methods(
     opened[every[0].out].announce(console)
     done = [finished(config, opened[config.out]) for config in every]
     waiting = [config for config, summary in zip(every, done, strict=True) if summary is None]
+    _require_students(waiting)
     announce_time(waiting, [opened[config.out] for config in waiting], console)
     address = _annotators(every, done, urls, opened)
     for method in methods:
@@ -151,6 +154,17 @@ def run_methods(
             run = replace(config, annotator=replace(config.annotator, url=url))
             runs.summaries[method.name].append(fit(run, resume_line=resume_line, announce=False))
     return runs
+
+
+def _require_students(configs: Sequence[Config]) -> None:
+    """Build each kind of student once, so that missing weights are found before hours of another method.
+
+    Raises InvalidWeights, InvalidConfig.
+    """
+    for student in {config.student for config in configs if config.semi.method != "vessa_alone"}:
+        build_student(student, channels=1, classes=2)
+        if student.init is not None:
+            checkpoint.read(Path(student.init) / checkpoint.BEST)
 
 
 def _annotators(
