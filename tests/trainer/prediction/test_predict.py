@@ -87,6 +87,25 @@ def test_a_dicom_series_comes_back_as_dicom_seg_or_nifti(run, tmp_path):
         go(run, folder, folder)
 
 
+def test_repairs_are_said_and_a_dicom_without_seg_is_named_before_it_is_predicted(
+    run, tmp_path, caplog, monkeypatch
+):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    holes = phantom((24, 20, 3)).astype(np.float32)
+    holes[0] = np.nan
+    (folder / "a.nii").write_bytes(nifti(holes, np.eye(4)))
+    assert go(run, folder, tmp_path / "out")["failed"] == {}
+    assert "60 voxels are NaN or infinite" in caplog.text
+    file = dicom_series(phantom())[0]
+    del file.StudyInstanceUID
+    monkeypatch.setattr("vessa_trainer.prediction.delivery.predict_volume", None)  # must not be called
+    (tmp_path / "dicom").mkdir()
+    (tmp_path / "dicom" / "one.dcm").write_bytes(written(file))
+    (why,) = go(run, tmp_path / "dicom" / "one.dcm", tmp_path / "seg")["failed"].values()
+    assert "one.dcm: a DICOM SEG refers to its image by StudyInstanceUID" in why
+
+
 def test_ssl4mis_volumes_come_back_as_hdf5(run, tmp_path):
     (tmp_path / "acdc" / "data").mkdir(parents=True)
     with h5py.File(tmp_path / "acdc" / "data" / "patient001_frame01.h5", "w") as file:
