@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import io
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from orthanc import running_orthanc
+from PIL import Image
 from scans import dicom_series, written
 from typer.testing import CliRunner
 
@@ -124,7 +126,21 @@ def test_ohif_lists_the_classes_of_our_segmentation(
         page.get_by_text("VESSA segmentation").first.dblclick()
         for name in phantom.classes.values():
             page.get_by_text(name, exact=True).first.wait_for()
+        page.get_by_role("button", name="Confirm and hide").click()
+        page.get_by_role("button", name="Yes", exact=True).click()
+        viewport = page.locator("canvas").first
+        for _ in range(60):  # the masks are drawn some frames after their list
+            page.wait_for_timeout(1000)
+            if colored(viewport.screenshot()) > 500:
+                break
         if os.environ.get("VESSA_SCREENSHOTS"):
             Path(os.environ["VESSA_SCREENSHOTS"]).mkdir(parents=True, exist_ok=True)
             page.screenshot(path=Path(os.environ["VESSA_SCREENSHOTS"]) / "ohif.png")
+        assert colored(viewport.screenshot()) > 500
         browser.close()
+
+
+def colored(picture: bytes) -> int:
+    """Count the pixels that are not gray: those of masks, on a gray image."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
+    return int((np.ptp(pixels, axis=-1) > 40).sum())
