@@ -22,8 +22,11 @@ CACHE = ROOT / ".venv" / "viewers"
 OHIF = ("@ohif/app", "3.13.2")
 # Packages whose own code drives us, each in a folder of its own and without its dependencies.
 WHEELS = {"monailabel": "0.8.5", "label-studio-sdk": "2.1.2", "cvat-sdk": "2.80.0"}
-SLICER_CLIENT = "monailabel/plugins/slicer/MONAILabel/MONAILabelLib/client.py"
-BRUSH = "label_studio_sdk/converter/brush.py"
+# Where each package's own code lies in it; installers differ in where they put a wheel's data files.
+CODE = {
+    "monailabel": ("VESSA_MONAILABEL_CLIENT", "MONAILabelLib/client.py"),
+    "label-studio-sdk": ("VESSA_LABELSTUDIO_BRUSH", "converter/brush.py"),
+}
 CLIENTS = {
     "test_nninteractive": "nnInteractive client (3D Slicer, MITK, napari)",
     "test_monailabel": "MONAI Label client of 3D Slicer",
@@ -56,10 +59,9 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     CACHE.mkdir(parents=True, exist_ok=True)
     found = dict(os.environ)
     folders = {name: wheel(name, version) for name, version in WHEELS.items()}
-    if (folder := folders["monailabel"]) is not None:
-        found["VESSA_MONAILABEL_CLIENT"] = str(folder / SLICER_CLIENT)
-    if (folder := folders["label-studio-sdk"]) is not None:
-        found["VESSA_LABELSTUDIO_BRUSH"] = str(folder / BRUSH)
+    for name, (variable, place) in CODE.items():
+        if (folder := folders[name]) is not None:
+            found[variable] = str(next(folder.rglob(place)))
     if (folder := folders["cvat-sdk"]) is not None:
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
     viewer = package(*OHIF) if shutil.which("chromium") else None
