@@ -127,7 +127,6 @@ def test_ohif_lists_the_classes_of_our_segmentation(
         for name in phantom.classes.values():
             page.get_by_text(name, exact=True).first.wait_for()
         page.get_by_role("button", name="Confirm and hide").click()
-        page.get_by_text("Yes", exact=True).first.click(timeout=60_000)
         viewport = page.locator("canvas").first
         for _ in range(60):  # the masks are drawn some frames after their list
             page.wait_for_timeout(1000)
