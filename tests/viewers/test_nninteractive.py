@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,8 @@ def test_an_initial_label_is_kept_where_nothing_is_drawn(connect: Any, phantoms:
     assert agreement(session.target_buffer[place[0]], label[place[0]]) > 0.5
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the refused client leaves its socket open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_leases_end_and_places_run_out_as_the_client_expects(viewers: Any, heart: str) -> None:
     url = f"{viewers.url}/nninteractive/{heart}"
     open_client = remote.nnInteractiveRemoteInferenceSession
@@ -126,6 +129,7 @@ def test_leases_end_and_places_run_out_as_the_client_expects(viewers: Any, heart
         sessions[1].reset_interactions()
     for session in sessions[1:]:
         session.close()
+    gc.collect()
 
 
 def agreement(found: np.ndarray, truth: np.ndarray) -> float:
