@@ -123,15 +123,15 @@ def _stem(path: Path) -> str:
 
 
 def _picture(path: Path, options: VolumeOptions) -> Output:
-    def caution() -> str | None:
+    def cautions() -> Sequence[str]:
         if not options.whole_cases:
-            return None
+            return ()
         return (
             "pictures outside of a data set are predicted one by one, and the run learned from whole cases. "
-            "Give a data set (images/ with meta.json) to predict the pictures of a patient together"
+            "Give a data set (images/ with meta.json) to predict the pictures of a patient together",
         )
 
-    return Output(f"{path.stem}.png", lambda: [read_image(path)], _png, (path,), caution)
+    return Output(f"{path.stem}.png", lambda: [read_image(path)], _png, (path,), cautions)
 
 
 def _slice(dataset: Dataset, item: Slice) -> Output:
