@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the main task on synthetic hearts: data, annotator, both trainings, one table, one report.
+# Run the main task on synthetic knees: data, annotator, both trainings, one table, one report.
 #   bash examples/demo.sh [FOLDER]      FOLDER defaults to runs/demo; a second call resumes in it
 # VESSA_DEMO_PORT: port of the annotator; VESSA_DEMO_STEPS: training steps in place of the configuration's.
 set -euo pipefail
@@ -11,7 +11,8 @@ folder=$(cd "$folder" && pwd)
 VESSA_API_KEY=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')
 export VESSA_API_KEY VESSA_STORE="folder:$folder/banks" VESSA_PORT=$port XDG_CONFIG_HOME="$folder/config"
 
-[ -f "$folder/phantoms/heart/meta.json" ] || vessa-server phantoms "$folder/phantoms" --patients 28 --slices 6
+# Not phantoms of vessa-server: Stage 1 learned from those, and would flatter the annotator.
+[ -f "$folder/knees/meta.json" ] || python "$(dirname "$0")/knees.py" "$folder/knees"
 
 echo "starting the annotator (log: $folder/annotator.log)" >&2
 vessa-server serve >"$folder/annotator.log" 2>&1 &
@@ -23,7 +24,7 @@ for _ in $(seq 120); do
   sleep 0.5
 done
 
-vessa-trainer compare --config "$(dirname "$0")/../trainer/configs/phantoms.yaml" \
-  --data "$folder/phantoms/heart" --seeds 1 --url "http://127.0.0.1:$port" \
+vessa-trainer compare --config "$(dirname "$0")/../trainer/configs/demo.yaml" \
+  --data "$folder/knees" --seeds 1 --url "http://127.0.0.1:$port" \
   --out "$folder/compare" --set "cache.url=folder:$folder/labels" \
   ${VESSA_DEMO_STEPS:+--set "steps=$VESSA_DEMO_STEPS"} --json

@@ -36,17 +36,8 @@ def test_the_demo_ends_with_a_table_and_a_report_and_can_be_called_again(tmp_pat
         return ended.stdout
 
     folder = tmp_path / "demo"
-    run(
-        "vessa-server",
-        "phantoms",
-        str(folder / "phantoms"),
-        "--patients",
-        "6",
-        "--slices",
-        "2",
-        "--size",
-        "64",
-    )
+    size = ("--patients", "6", "--slices", "2", "--size", "64")
+    run("python", "examples/knees.py", str(folder / "knees"), *size)
     first = last(run("bash", "examples/demo.sh", str(folder)))
     assert first["steps"] == 6
     assert Path(first["report"]).is_file()
