@@ -207,7 +207,6 @@ def _train(
     if feed is not None:
         stats = feed.stats()
         stats |= processes.total({k: stats[k] for k in COUNTS})
-        stats["reliability"] = feed.reliability()
         if processes.first:
             record_changes(run.out, source, feed.annotator_changes)
     if result is None:
@@ -226,7 +225,7 @@ def _train(
         "split_sources": dict(found.plan.sources),
         "annotator": source,
         "processes": processes.count,
-        "feed": stats,
+        "feed": None if feed is None else {**(stats or {}), "reliability": feed.reliability()},
         "interruptions": interruptions(run.out),
         "advice": [vars(one) for one in _advice(run)],
         "val": result.val.to_dict(),
