@@ -227,7 +227,7 @@ def test_verify_fails_on_a_patient_in_two_splits_and_says_what_to_do(run: Any, f
     code, out, _ = run("verify", folder)
     assert code == 1
     assert "error: split_overlap: train, test: groups in both: ['p2']" in out
-    assert "To do: leave each patient in one split only" in out
+    assert "To do: keep each patient in one split only" in out
     assert run("verify", folder, "--split", "train")[0] == 0
 
 

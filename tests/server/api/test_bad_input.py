@@ -90,7 +90,7 @@ def refused(answer: Any, status: int, code: str, *words: str) -> None:
         ({"classes": '{"256": "x"}'}, 422, "invalid_request", "class id (1 to 254)"),
         ({"classes": '{"1": "a", "2": "a"}'}, 422, "invalid_request", "an id and a name of its own"),
         ({"classes": '{"1": "a\\nb"}'}, 422, "invalid_request", "printable characters"),
-        ({"classes": '{"1": "ventricle"}'}, 422, "unknown_class", "[2] are unknown"),
+        ({"classes": '{"1": "ventricle"}'}, 422, "unknown_class", "Add [2] to `classes`"),
         ({"classes": '{"1": "atrium", "2": "wall"}'}, 409, "class_conflict", "'ventricle' in this bank"),
         ({"classes": '{"1": "wall", "2": "ventricle"}'}, 409, "class_conflict", "in this bank"),
         ({"group": None}, 422, "invalid_request", "whose image it is"),
@@ -124,21 +124,21 @@ def test_a_batch_of_templates_is_added_whole_or_not(server: Any, bank: str, exam
     about = {"bank": bank, "classes": NAMES, "groups": '["a", "b", "c"]'}
     masks[1, 0, 0] = 77
     answer = server.send("/templates", encode({"images": images, "masks": masks}, about))
-    refused(answer, 422, "unknown_class", "the mask of image 1", "[77] are unknown")
+    refused(answer, 422, "unknown_class", "The mask of image 1", "Add [77] to `classes`")
     assert answer.json()["error"]["item"] == 1
     masks[1] = 0
     answer = server.send("/templates", encode({"images": images, "masks": masks}, about))
-    refused(answer, 422, "invalid_image", "the mask of image 1 is empty")
+    refused(answer, 422, "invalid_image", "The mask of image 1 is empty")
     both = {"images": images, "masks": masks}
     for tensors, metadata, status, code, word in (
-        ({"images": images, "masks": masks[:2]}, about, 422, "shape_mismatch", "size (3, 48, 64), got (2,"),
-        ({"images": images}, about, 400, "malformed_body", "expected the tensors images and masks"),
+        ({"images": images, "masks": masks[:2]}, about, 422, "shape_mismatch", "(3, 48, 64), got (2,"),
+        ({"images": images}, about, 400, "malformed_body", "needs the tensors images and masks"),
         (both, about | {"groups": '["a"]'}, 422, "invalid_request", "3 strings"),
         (both, about | {"groups": '["a", "", "c"]'}, 422, "invalid_request", "1 to"),
         (both, about | {"bnak": "x"}, 422, "invalid_request", "Unknown metadata"),
         (both, {"bank": bank}, 422, "invalid_request", "needs 'classes'"),
-        ({"images": images[:0], "masks": masks[:0]}, about, 422, "invalid_request", "holds no image"),
-        ({"images": images.astype(np.float32), "masks": masks}, about, 400, "malformed_body", "expected U8"),
+        ({"images": images[:0], "masks": masks[:0]}, about, 422, "invalid_request", "has no image"),
+        ({"images": images.astype(np.float32), "masks": masks}, about, 400, "malformed_body", "Expected U8"),
     ):  # fmt: skip
         refused(server.send("/templates", encode(tensors, metadata)), status, code, word)
 
@@ -153,7 +153,7 @@ def test_a_batch_of_templates_is_added_whole_or_not(server: Any, bank: str, exam
         ({"image": NOT_AN_IMAGE}, 422, "invalid_image", "the image is no PNG, JPEG or TIFF file"),
         ({"bank": "no-such-bank"}, 404, "unknown_bank", "no template bank 'no-such-bank'"),
         ({"bank": "a/b"}, 422, "invalid_request", "A bank name is 1 to 64 of"),
-        ({"classes": '["atrium"]'}, 422, "unknown_class", "it has ['ventricle', 'wall']"),
+        ({"classes": '["atrium"]'}, 422, "unknown_class", "It has ['ventricle', 'wall']"),
         ({"classes": "[]"}, 422, "invalid_request", "one or more different names"),
         ({"classes": '"wall"'}, 422, "invalid_request", "a JSON list of strings"),
         ({"boxes": '{"atrium": [1, 2, 3, 4]}'}, 422, "unknown_class", "not requested: ['ventricle', 'wall']"),
@@ -183,7 +183,7 @@ def test_a_batch_of_templates_is_added_whole_or_not(server: Any, bank: str, exam
                 "points": '{"wall": [[1, 2], [3, 4]], "ventricle": [[1, 1], [2, 2]]}',
                 "point_labels": '{"wall": [1], "ventricle": [1, 1]}',
             },
-            422, "invalid_prompt", "each of the points needs a point label",
+            422, "invalid_prompt", "Each point needs a point label",
         ),
         (
             {"points": json.dumps({"wall": [[1, 2]] * 65}), "point_labels": json.dumps({"wall": [1] * 65})},
@@ -241,13 +241,13 @@ def test_a_bad_prompt_fails_its_item_alone(server: Any, bank: str, example: Any)
     ("tensors", "metadata", "status", "code", "word"),
     [
         ({}, {}, 400, "malformed_body", "either the tensor images or the metadata image_ids"),
-        ({"images": (1, 8, 8)}, {"image_ids": '["x"]'}, 400, "malformed_body", "not both or none"),
+        ({"images": (1, 8, 8)}, {"image_ids": '["x"]'}, 400, "malformed_body", "and not both"),
         ({"images": (1, 8, 8, 4)}, {}, 400, "malformed_body", "has shape"),
         ({"images": (1, 0, 8)}, {}, 422, "invalid_image", "sides of 3 pixels or more"),
-        ({"images": (0, 8, 8)}, {}, 422, "invalid_request", "holds no image"),
+        ({"images": (0, 8, 8)}, {}, 422, "invalid_request", "The request has no image"),
         ({"images": (65, 8, 8)}, {}, 413, "too_large", "at most 64 images, got 65"),
         ({"images": (1, 8, 8), "boxes": (1, 1, 4)}, {}, 422, "shape_mismatch", "(images, classes) = (1, 2)"),
-        ({"images": (1, 8, 8), "box": (1, 4)}, {}, 400, "malformed_body", "unknown tensor 'box'"),
+        ({"images": (1, 8, 8), "box": (1, 4)}, {}, 400, "malformed_body", "Unknown tensor 'box'"),
         (
             {"images": (1, 8, 8), "points": (1, 2, 65, 2), "point_labels": (1, 2, 65)}, {},
             422, "invalid_prompt", "at most 64 points, got 65",
@@ -259,14 +259,14 @@ def test_a_bad_prompt_fails_its_item_alone(server: Any, bank: str, example: Any)
         ({"images": (1, 8, 8), "points": (1, 2, 1, 2)}, {}, 422, "invalid_prompt", "belong together"),
         ({"images": (1, 8, 8), "mask_present": (1, 2)}, {}, 422, "invalid_prompt", "without mask_logits"),
         ({"images": (1, 8, 8)}, {"groups": '["a", "b"]'}, 422, "invalid_request", "1 strings or nulls"),
-        ({"images": (1, 8, 8)}, {"classes": '["atrium"]'}, 422, "unknown_class", "it has ['ventricle',"),
+        ({"images": (1, 8, 8)}, {"classes": '["atrium"]'}, 422, "unknown_class", "It has ['ventricle',"),
         ({"images": (1, 8, 8)}, {"bank": "no-such-bank"}, 404, "unknown_bank", "no-such-bank"),
         (
             {"images": (1, 8, 8), "mask_logits": (1, 2, 0, 0)}, {},
             422, "shape_mismatch", "a height and a width of 1 or more",
         ),
         ({"images": (1, 8, 8)}, {"clases": "[]"}, 422, "invalid_request", "Unknown metadata 'clases'"),
-        ({}, {"image_ids": "[]"}, 422, "invalid_request", "holds no image"),
+        ({}, {"image_ids": "[]"}, 422, "invalid_request", "The request has no image"),
         ({}, {"image_ids": "[1]"}, 422, "invalid_request", "a JSON list of strings"),
     ],
 )  # fmt: skip
@@ -294,7 +294,7 @@ def test_a_bank_without_a_usable_template_says_so(server: Any, bank: str, ask: A
     identity = server.seed(bank, 1)[0]["id"]
     refused(ask(group="p0"), 409, "no_template", "from a group other than the query's")
     server.http.delete(f"/templates/{identity}", params={"bank": bank})
-    refused(ask(), 409, "no_template", "holds no template yet")
+    refused(ask(), 409, "no_template", "has no template")
 
 
 # --- bodies

@@ -44,7 +44,7 @@ def test_one_collection_is_shown_with_its_files_and_terms():
     assert last_line(invoke("data", "show", "hc18", "--json"))["licence"] == "CC BY 4.0"
     result = invoke("data", "show", "none")
     assert isinstance(result.exception, InvalidRequest)
-    assert "known are amos22" in result.exception.message
+    assert "Known collections: amos22" in result.exception.message
 
 
 def test_a_sound_folder_passes_with_its_particulars(hearts):
@@ -61,7 +61,7 @@ def test_a_faulty_folder_fails_and_says_what_to_do(hearts):
     result = invoke("data", "verify", hearts)
     assert result.exit_code == 1
     assert "mask holds class ids [9]; expected 0 or one of [1, 2, 3]" in result.stdout
-    assert "To do: name the class in the data set's description" in result.stdout
+    assert "To do: add the class to the description" in result.stdout
 
 
 def test_many_findings_of_a_kind_are_shortened(tmp_path):
@@ -85,6 +85,6 @@ def test_pretraining_refuses_what_would_spoil_it_before_it_writes_anything(heart
     broken.write_bytes(b"no PNG")
     result = invoke("pretrain", "--data", hearts, "--out", tmp_path / "run", "--studies", 1, "--steps", 1)
     assert result.exit_code == 1
-    assert f"'heart' would spoil the training: {broken.stem}" in result.exception.message
+    assert f"'heart' has errors that would harm the training: {broken.stem}" in result.exception.message
     assert "(unreadable: export the file again" in result.exception.message
     assert not (tmp_path / "run").exists()

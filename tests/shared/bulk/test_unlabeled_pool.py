@@ -109,7 +109,7 @@ def test_slices_are_grouped_by_file_or_series_folder(find: Any, tmp_path: Path) 
         ("none", {}, "none does not exist"),
         ("plain", {"split": "train"}, "has no splits"),
         (".", {"by_folder": True}, "with patient names"),
-        (".", {"split": "test"}, "no split file"),
+        (".", {"split": "test"}, "No split file"),
     ],
 )
 def test_options_that_do_not_fit_the_folder_are_refused(
