@@ -55,6 +55,8 @@ class Archive:
         headers = {"Authorization": f"Bearer {token}"} if token else None
         self._url, self._session = url, session
         self._client = DICOMwebClient(url, session=session, headers=headers, timeout=_TIMEOUT_S)
+        # The library's five attempts would take half a minute until a wrong address is named.
+        self._client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=250)
 
     def __enter__(self) -> "Archive":
         return self

@@ -88,8 +88,8 @@ def given(monkeypatch):
     def noting(module, name, key, *, many=False):
         real = getattr(module, name)
 
-        def call(*arguments):
-            result = in_double(real(*arguments))
+        def call(*arguments, **options):
+            result = in_double(real(*arguments, **options))
             drawn[key] = [*drawn.get(key, []), result] if many else result
             return result
 
