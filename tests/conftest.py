@@ -7,6 +7,7 @@ is interrupted or killed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -37,6 +38,13 @@ def pytest_configure() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def quiet_http() -> None:
+    """Keep httpx's line per request out of caplog, whatever level an earlier test left to the root logger."""
+    for name in ("httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def end(process: subprocess.Popen[bytes], seconds: float = 20) -> None:
