@@ -92,11 +92,12 @@ def test_sentences_are_short() -> None:
 
 
 def test_markdown_is_wrapped() -> None:
+    """Code and formulas too; tables and a single long word, such as an address, are exempt."""
     found = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in markdown_files()
-        for number, line in prose_lines(path.read_text())
-        if len(line) > WIDTH and " " in line.strip().lstrip("-*>0123456789. ")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > WIDTH and not line.startswith("|") and " " in line.strip().lstrip("-*>0123456789. ")
     ]
     assert found == []
 

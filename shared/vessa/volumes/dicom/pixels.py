@@ -40,7 +40,7 @@ def check_syntax(syntax: uid.UID) -> None:
     name = syntax.name if syntax.name != str(syntax) else "an unknown transfer syntax"
     try:
         available = get_decoder(syntax).is_available
-    except NotImplementedError:
+    except RuntimeError:  # of a syntax that pydicom does not know
         available = False
     if not available:
         raise InvalidImage(f"the DICOM file is compressed by {name}, which is not decoded. {_CONVERT}")
