@@ -130,6 +130,40 @@ def server_of() -> Iterator[Callable[..., Server]]:
         http.__exit__(None, None, None)
 
 
+@pytest.fixture
+def viewers_of(server_of: Callable[..., Server], nano_weights: Path, tmp_path: Path) -> Callable[..., Server]:
+    """Serve a viewers' protocol, with a bank of three examples: `viewers_of(protocol, **settings)`."""
+
+    def make(protocol: str, **settings: Any) -> Server:
+        given: dict[str, Any] = {"api_key": KEY, "weights": str(nano_weights), "device": "cpu"}
+        places = {"store": f"folder:{tmp_path / 'banks'}", "keys_file": tmp_path / "keys.jsonl"}
+        server = server_of(Settings(serve_viewers=protocol, **given, **places, **settings))
+        server.seed("bank", 3)
+        return server
+
+    return make
+
+
+@pytest.fixture
+def annotator_of(nano_weights: Path, tmp_path: Path, example: Any) -> Callable[[list[str]], Any]:
+    """Make an annotator of untrained weights whose `bank` has an example of each named patient."""
+    from vessa_server.inference.annotator import Annotator
+    from vessa_server.model.weights import directory
+    from vessa_server.template_bank.bank import TemplateBanks
+    from vessa_server.template_bank.folder_store import FolderStore
+    from vessa_server.types import TemplateItem
+
+    def make(patients: list[str]) -> Annotator:
+        model, digest = directory.read(nano_weights)
+        annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
+        classes = {1: "disk", 2: "ring"}
+        items = [TemplateItem(*example(seed), classes, name) for seed, name in enumerate(patients)]
+        annotator.banks.add("bank", annotator.encode_templates(items))  # type: ignore[arg-type]
+        return annotator
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def server(nano_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One ready app for all tests that only need banks of their own."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +14,27 @@ import pytest
 from numpy.typing import NDArray
 
 PROTOCOLS = "nninteractive,monailabel,labelstudio"
+
+
+def module_of(variable: str, whose: str) -> Any:
+    """Return the module of the file that `make test-viewers` names in a variable; skip without it."""
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"no {whose}: `make test-viewers` fetches it")
+    spec = importlib.util.spec_from_file_location(variable.lower(), path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about `cgi`, which MONAI Label's client imports
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[str, str], Any]:
+    """Return `module_of`."""
+    return module_of
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,9 @@ CONFIG = """<View><Image name="image" value="$picture"/>
 
 
 @pytest.fixture(scope="session")
-def converter() -> Any:
+def converter(load_module: Any) -> Any:
     """`label_studio_sdk.converter.brush`, from the file that `make test-viewers` takes from the SDK."""
-    path = os.environ.get("VESSA_LABELSTUDIO_BRUSH")
-    if not path:
-        pytest.skip("no SDK of Label Studio: `make test-viewers` fetches it")
-    spec = importlib.util.spec_from_file_location("labelstudio_brush", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module("VESSA_LABELSTUDIO_BRUSH", "SDK of Label Studio")
 
 
 def test_its_converter_reads_and_writes_the_same_masks(converter: Any) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import gzip
-import importlib.util
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +19,9 @@ AFFINE = np.array([[-1.5, 0.0, 0.0, 90.0], [0.0, -1.5, 0.0, 80.0], [0.0, 0.0, 8.
 
 
 @pytest.fixture(scope="session")
-def client_class() -> Any:
+def client_class(load_module: Any) -> Any:
     """MONAILabelClient of the file that `make test-viewers` takes from MONAI Label's wheel."""
-    path = os.environ.get("VESSA_MONAILABEL_CLIENT")
-    if not path:
-        pytest.skip("no client of MONAI Label: `make test-viewers` fetches it")
-    spec = importlib.util.spec_from_file_location("monailabel_client", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about `cgi`, which it imports
-        spec.loader.exec_module(module)
-    return module.MONAILabelClient
+    return load_module("VESSA_MONAILABEL_CLIENT", "client of MONAI Label").MONAILabelClient
 
 
 @pytest.fixture

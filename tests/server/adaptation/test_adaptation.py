@@ -18,7 +18,6 @@ from vessa_server.adaptation import finetune as module
 from vessa_server.adaptation.episodes import episodes_of, held_out_pairs
 from vessa_server.adaptation.finetune import adapt
 from vessa_server.inference.annotator import Annotator
-from vessa_server.model.weights import directory
 from vessa_server.template_bank.adapted_weights import Adaptation
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
@@ -30,13 +29,9 @@ CLASSES = {1: "disk", 2: "ring"}
 
 
 @pytest.fixture
-def annotator(nano_weights: Path, tmp_path: Path, example: Any) -> Annotator:
+def annotator(annotator_of: Any) -> Annotator:
     """Untrained weights and a bank of eight examples of eight patients."""
-    model, digest = directory.read(nano_weights)
-    annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
-    items = [TemplateItem(*example(seed), CLASSES, f"p{seed}") for seed in range(8)]
-    annotator.banks.add("bank", annotator.encode_templates(items))  # type: ignore[arg-type]
-    return annotator
+    return annotator_of([f"p{seed}" for seed in range(8)])  # type: ignore[no-any-return]
 
 
 @pytest.fixture

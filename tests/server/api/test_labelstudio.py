@@ -6,14 +6,13 @@ import base64
 import http.server
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vessa_server.auth.keys import Role, create_key
-from vessa_server.settings import Settings
 from vessa_server.viewers import brush
 
 KEY = "a-key-for-tests-0123456789"
@@ -24,17 +23,9 @@ CONFIG = """<View><Image name="image" value="$picture"/>
 
 
 @pytest.fixture
-def viewers(server_of: Any, nano_weights: Path, tmp_path: Path) -> Callable[..., Any]:
+def viewers(viewers_of: Any) -> Callable[..., Any]:
     """Serve the protocol, with a bank: `viewers(**settings)`."""
-
-    def make(**settings: Any) -> Any:
-        given: dict[str, Any] = {"api_key": KEY, "weights": str(nano_weights), "device": "cpu"}
-        places = {"store": f"folder:{tmp_path / 'banks'}", "keys_file": tmp_path / "keys.jsonl"}
-        server = server_of(Settings(serve_viewers="labelstudio", **given, **places, **settings))
-        server.seed("bank", 3)
-        return server
-
-    return make
+    return partial(viewers_of, "labelstudio")
 
 
 @pytest.fixture

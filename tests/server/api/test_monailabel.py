@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import nibabel as nib
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from vessa_server.auth.keys import Role, create_key
-from vessa_server.settings import Settings
 
 KEY = "a-key-for-tests-0123456789"
 BASE = "/monailabel/bank"
@@ -25,17 +24,9 @@ AFFINE = np.array([[-1.0, 0.1, 0.0, 12.0], [0.1, 1.0, 0.4, -7.0], [0.0, -0.1, 5.
 
 
 @pytest.fixture
-def viewers(server_of: Any, nano_weights: Path, tmp_path: Path) -> Callable[..., Any]:
+def viewers(viewers_of: Any) -> Callable[..., Any]:
     """Serve the protocol, with a bank: `viewers(**settings)`."""
-
-    def make(**settings: Any) -> Any:
-        given: dict[str, Any] = {"api_key": KEY, "weights": str(nano_weights), "device": "cpu"}
-        places = {"store": f"folder:{tmp_path / 'banks'}", "keys_file": tmp_path / "keys.jsonl"}
-        server = server_of(Settings(serve_viewers="monailabel", **given, **places, **settings))
-        server.seed("bank", 3)
-        return server
-
-    return make
+    return partial(viewers_of, "monailabel")
 
 
 def nifti(array: np.ndarray, affine: np.ndarray = AFFINE) -> bytes:

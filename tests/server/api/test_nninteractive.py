@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 
 from vessa.volumes.packed_array import pack
 from vessa_server.auth.keys import Role, create_key
-from vessa_server.settings import Settings
 
 pytest.importorskip("blosc2", reason="the extra `viewers` is not installed")
 KEY = "a-key-for-tests-0123456789"
@@ -20,17 +19,9 @@ BASE = "/nninteractive/bank"
 
 
 @pytest.fixture
-def viewers(server_of: Any, nano_weights: Path, tmp_path: Path) -> Callable[..., Any]:
+def viewers(viewers_of: Any) -> Callable[..., Any]:
     """Serve the protocol, with a bank: `viewers(**settings)`."""
-
-    def make(**settings: Any) -> Any:
-        given: dict[str, Any] = {"api_key": KEY, "weights": str(nano_weights), "device": "cpu"}
-        places = {"store": f"folder:{tmp_path / 'banks'}", "keys_file": tmp_path / "keys.jsonl"}
-        server = server_of(Settings(serve_viewers="nninteractive", **given, **places, **settings))
-        server.seed("bank", 3)
-        return server
-
-    return make
+    return partial(viewers_of, "nninteractive")
 
 
 def volume(example: Any, slices: int = 4) -> np.ndarray:

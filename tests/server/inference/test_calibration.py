@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,22 +24,15 @@ from vessa_server.inference.fusion import fuse
 from vessa_server.inference.query import Query
 from vessa_server.inference.retrieval import class_queries
 from vessa_server.model.geometry import Square
-from vessa_server.model.weights import directory
-from vessa_server.template_bank.bank import TemplateBanks
-from vessa_server.template_bank.folder_store import FolderStore
 from vessa_server.types import SegmentItem, SegmentResult, TemplateItem
 
 CLASSES = {1: "disk", 2: "ring"}
 
 
 @pytest.fixture
-def annotator(nano_weights: Path, tmp_path: Path, example: Any) -> Annotator:
+def annotator(annotator_of: Any) -> Annotator:
     """Untrained weights and a bank of six examples of two patients."""
-    model, digest = directory.read(nano_weights)
-    annotator = Annotator(model, TemplateBanks(FolderStore(tmp_path)), 1 << 28, digest)
-    items = [TemplateItem(*example(seed), CLASSES, f"p{seed % 2}") for seed in range(6)]
-    annotator.banks.add("bank", annotator.encode_templates(items))  # type: ignore[arg-type]
-    return annotator
+    return annotator_of([f"p{seed % 2}" for seed in range(6)])  # type: ignore[no-any-return]
 
 
 def pairs_of(annotator: Annotator) -> list[Any]:

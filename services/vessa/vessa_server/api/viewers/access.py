@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from vessa_server.api.authentication import CallerDep
+from vessa_server.api.authentication import require_key
 from vessa_server.api.dependencies import callers_banks, limits_of, read_body, service_of
 from vessa_server.auth.keys import Caller
 from vessa_server.serialization.request_parser import SegmentRequest
@@ -22,13 +22,20 @@ def sessions_of(request: Request) -> ViewerSessions:
     return sessions
 
 
-async def admit(request: Request, caller: CallerDep) -> AsyncIterator[Engine]:
-    """Take a place for a request that computes, and return the engine. Raises LimitReached, QueueFull."""
-    with limits_of(request).work(caller), service_of(request).permit() as engine:
-        yield engine
+def admitting(identify: Callable[..., Any]) -> Callable[..., AsyncIterator[Engine]]:
+    """Return the dependency that takes a place for a request that computes, and gives the engine.
+
+    identify: the dependency that returns the caller. Raises LimitReached, QueueFull.
+    """
+
+    async def admit(request: Request, caller: Annotated[Caller, Depends(identify)]) -> AsyncIterator[Engine]:
+        with limits_of(request).work(caller), service_of(request).permit() as engine:
+            yield engine
+
+    return admit
 
 
-WorkDep = Annotated[Engine, Depends(admit, scope="function")]
+WorkDep = Annotated[Engine, Depends(admitting(require_key), scope="function")]
 
 
 async def read_upload(request: Request) -> bytes:

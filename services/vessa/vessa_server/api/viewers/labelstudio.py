@@ -4,7 +4,7 @@ The address of the backend in Label Studio is `/labelstudio/BANK`, with basic au
 and a key as the password. Images are fetched from the one Label Studio that the settings name.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from vessa_server.api.dependencies import (
     change_of,
     limits_of,
     read_body,
-    service_of,
     unless_gone,
 )
+from vessa_server.api.viewers.access import admitting
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.image_files import decode_image
 from vessa_server.serialization.multipart import read_json
@@ -38,13 +38,7 @@ labelstudio_api = APIRouter(prefix="/labelstudio/{bank}", dependencies=[Depends(
 PasswordDep = Annotated[Caller, Depends(require_password)]
 
 
-async def admit(request: Request, caller: PasswordDep) -> AsyncIterator[Engine]:
-    """Take a place for a request that computes, and return the engine. Raises LimitReached, QueueFull."""
-    with limits_of(request).work(caller), service_of(request).permit() as engine:
-        yield engine
-
-
-WorkDep = Annotated[Engine, Depends(admit, scope="function")]
+WorkDep = Annotated[Engine, Depends(admitting(require_password), scope="function")]
 
 
 @labelstudio_api.get("/")

@@ -24,6 +24,7 @@ from vessa_server.auth.keys import Caller
 from vessa_server.serialization.multipart import read_json
 from vessa_server.serving.engine import Engine
 from vessa_server.viewers import interactions
+from vessa_server.viewers.interactions import Bool, Drawing
 from vessa_server.viewers.sessions import LIVENESS_S, ViewerSession
 from vessa_server.viewers.stack import Stack
 from vessa_server.viewers.target import Step, Target, changed_box
@@ -237,24 +238,22 @@ async def predict(request: Request, caller: CallerDep, engine: WorkDep, lease: L
 @nninteractive_api.post("/{name}/add_point_interaction")
 async def add_point(request: Request, caller: CallerDep, engine: WorkDep, lease: LeaseDep) -> Response:
     """Add a click inside or outside of the structure."""
-    given = await _body(request)
-    async with lease.lock:
-        target = _target(lease)
-        include, place = _include(given), given.get("coordinates", [])
-        drawing = interactions.point(place, include, target.stack.axis, target.stack.shape)
-        return await _add(request, caller, engine, lease, Step([drawing]), given)
+
+    def draw(place: Any, include: bool, stack: Stack) -> list[Drawing]:
+        return [interactions.point(place, include, stack.axis, stack.shape)]
+
+    return await _add_placed(request, caller, engine, lease, "coordinates", draw)
 
 
 @nninteractive_api.post("/add_bbox_interaction")
 @nninteractive_api.post("/{name}/add_bbox_interaction")
 async def add_bbox(request: Request, caller: CallerDep, engine: WorkDep, lease: LeaseDep) -> Response:
     """Add a box that the structure lies in, or must not enter."""
-    given = await _body(request)
-    async with lease.lock:
-        target = _target(lease)
-        include, bounds = _include(given), given.get("bbox_coords", [])
-        drawings = interactions.box(bounds, include, target.stack.axis, target.stack.shape)
-        return await _add(request, caller, engine, lease, Step(drawings), given)
+
+    def draw(bounds: Any, include: bool, stack: Stack) -> list[Drawing]:
+        return interactions.box(bounds, include, stack.axis, stack.shape)
+
+    return await _add_placed(request, caller, engine, lease, "bbox_coords", draw)
 
 
 @nninteractive_api.post("/add_scribble_interaction")
@@ -264,12 +263,11 @@ async def add_scribble(
 ) -> Response:
     """Add a scribble inside or outside of the structure."""
     most = service_of(request).settings.limits.max_points // 2
-    mask = await _unpack(request, await read_upload(request))
-    async with lease.lock:
-        stack = _target(lease).stack
-        drawn, corner = _drawn(mask, meta, stack)
-        drawings = interactions.scribble(drawn, corner, _include(meta), stack.axis, most)
-        return await _add(request, caller, engine, lease, Step(drawings), meta)
+
+    def draw(drawn: Bool, corner: list[int], include: bool, stack: Stack) -> list[Drawing]:
+        return interactions.scribble(drawn, corner, include, stack.axis, most)
+
+    return await _add_drawn(request, caller, engine, lease, meta, draw)
 
 
 @nninteractive_api.post("/add_lasso_interaction")
@@ -278,12 +276,11 @@ async def add_lasso(
     request: Request, caller: CallerDep, engine: WorkDep, lease: LeaseDep, meta: MetaDep
 ) -> Response:
     """Add a closed region that the structure lies in, or must not enter."""
-    mask = await _unpack(request, await read_upload(request))
-    async with lease.lock:
-        stack = _target(lease).stack
-        drawn, corner = _drawn(mask, meta, stack)
-        drawings = interactions.lasso(drawn, corner, _include(meta), stack.axis, stack.shape)
-        return await _add(request, caller, engine, lease, Step(drawings), meta)
+
+    def draw(drawn: Bool, corner: list[int], include: bool, stack: Stack) -> list[Drawing]:
+        return interactions.lasso(drawn, corner, include, stack.axis, stack.shape)
+
+    return await _add_drawn(request, caller, engine, lease, meta, draw)
 
 
 @nninteractive_api.post("/add_initial_seg_interaction")
@@ -296,6 +293,38 @@ async def add_initial_label(
     async with lease.lock:
         given = {"run_prediction": meta.get("run_prediction", False)}
         return await _add(request, caller, engine, lease, Step(label=mask.astype(bool)), given)
+
+
+async def _add_placed(
+    request: Request,
+    caller: Caller,
+    engine: Engine,
+    lease: ViewerSession,
+    field: str,
+    draw: Callable[[Any, bool, Stack], list[Drawing]],
+) -> Response:
+    """Add the interaction that a JSON body places. field: that holds the place; draw: makes its drawings."""
+    given = await _body(request)
+    async with lease.lock:
+        drawings = draw(given.get(field, []), _include(given), _target(lease).stack)
+        return await _add(request, caller, engine, lease, Step(drawings), given)
+
+
+async def _add_drawn(
+    request: Request,
+    caller: Caller,
+    engine: Engine,
+    lease: ViewerSession,
+    meta: dict[str, Any],
+    draw: Callable[[Bool, list[int], bool, Stack], list[Drawing]],
+) -> Response:
+    """Add the interaction that a mask in the body shows. draw: makes its drawings."""
+    mask = await _unpack(request, await read_upload(request))
+    async with lease.lock:
+        stack = _target(lease).stack
+        drawn, corner = _drawn(mask, meta, stack)
+        drawings = draw(drawn, corner, _include(meta), stack)
+        return await _add(request, caller, engine, lease, Step(drawings), meta)
 
 
 async def _add(
@@ -381,7 +410,7 @@ def _include(given: dict[str, Any]) -> bool:
     return include
 
 
-def _drawn(mask: Any, meta: dict[str, Any], stack: Stack) -> tuple[interactions.Bool, list[int]]:
+def _drawn(mask: Any, meta: dict[str, Any], stack: Stack) -> tuple[Bool, list[int]]:
     """Return a drawn mask with the place of its first voxel; a crop names it by interaction_bbox."""
     bounds = meta.get("interaction_bbox")
     corner = [0, 0, 0]
