@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import httpx
+import numpy as np
 import pytest
 import redis
 import torch
+from PIL import Image
 from processes import bound
 
 from vessa.client import AnnotatorClient
@@ -227,3 +230,27 @@ def train(tiny, hearts):
         )
 
     return run
+
+
+@pytest.fixture
+def write_hdf5(hearts):
+    """Write the hearts in SSL4MIS form: `write_hdf5(folder, name_of, mask_of)`; returns the data folder.
+
+    name_of: the patient's name from the phantom's; mask_of: uint8 (H, W) class ids from the phantom's
+    """
+
+    def write(folder, name_of=lambda group: group, mask_of=lambda mask: mask):
+        slices = folder / "data" / "slices"
+        slices.mkdir(parents=True)
+        for path in (hearts / "images").iterdir():
+            group, index = path.stem.split("_")
+            with (
+                h5py.File(slices / f"{name_of(group)}_slice_{int(index)}.h5", "w") as file,
+                Image.open(path) as image,
+                Image.open(hearts / "masks" / path.name) as mask,
+            ):
+                file["image"] = np.array(image) / np.float32(255)
+                file["label"] = mask_of(np.array(mask))
+        return folder
+
+    return write

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 
-import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -26,19 +25,13 @@ def read(path):
 
 
 @pytest.fixture
-def hdf5(hearts, tmp_path):
+def hdf5(hearts, tmp_path, write_hdf5):
     """Write the phantoms in SSL4MIS form; a name may hold underscores."""
 
     def write(name_of=lambda group: group):
-        folder = tmp_path / "hdf5" / "data" / "slices"
-        folder.mkdir(parents=True)
-        for path in (hearts / "images").iterdir():
-            group, index = path.stem.split("_")
-            with h5py.File(folder / f"{name_of(group)}_slice_{int(index)}.h5", "w") as file:
-                file["image"] = read(path) / np.float32(255)
-                file["label"] = read(hearts / "masks" / path.name)
-        (tmp_path / "hdf5" / "meta.json").write_text((hearts / "meta.json").read_text())
-        return tmp_path / "hdf5"
+        folder = write_hdf5(tmp_path / "hdf5", name_of)
+        (folder / "meta.json").write_text((hearts / "meta.json").read_text())
+        return folder
 
     return write
 

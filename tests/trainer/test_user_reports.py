@@ -8,7 +8,6 @@ import multiprocessing
 import resource
 import shutil
 
-import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -236,16 +235,13 @@ def test_names_that_hide_patients_are_warned_of(hearts):
     assert "all 18 images are of one patient, 'ISIC'" in warnings_of(hearts)
 
 
-def test_lists_of_ones_own_in_ssl4mis_form_are_read(hearts, train, tmp_path):
-    folder = tmp_path / "own" / "data" / "slices"
-    folder.mkdir(parents=True)
-    for path in (hearts / "images").iterdir():
-        group, index = path.stem.split("_")
-        with h5py.File(folder / f"{group.replace('heart', 'lesion')}_slice_{int(index)}.h5", "w") as file:
-            file["image"] = read(path) / np.float32(255)
-            file["label"] = (read(hearts / "masks" / path.name) > 0).astype(np.uint8)
+def test_lists_of_ones_own_in_ssl4mis_form_are_read(write_hdf5, train, tmp_path):
+    own = write_hdf5(
+        tmp_path / "own",
+        lambda group: group.replace("heart", "lesion"),
+        lambda mask: (mask > 0).astype(np.uint8),
+    )
     names = [f"lesion00{i}" for i in range(6)]
-    own = tmp_path / "own"
     (own / "train_slices.list").write_text("".join(f"{n}_slice_1\n" for n in names[:4]))
     (own / "val.list").write_text(f"{names[4]}\n")
     (own / "test.list").write_text(f"{names[5]}\n")

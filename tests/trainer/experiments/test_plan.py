@@ -47,7 +47,9 @@ def test_labels_are_counted_with_those_of_feedback(tiny, phantoms):
     found = open_run_data(config)  # 3 unlabeled patients, 1 for validation and 1 for the test, 3 slices each
     # rounds begin at steps 5, 7 and 9; two steps take four of nine images
     assert label_requests(config, found) == 9 + 6 + 3 * 4
-    assert label_requests(tiny("semi.method=vessa", "feedback.enabled=false"), found) == 15
+    once = ("semi.method=vessa", "feedback.enabled=false")
+    assert label_requests(tiny(*once), found) == 15
+    assert label_requests(tiny(*once, "annotator.views=true"), found) == 75
     assert label_requests(tiny(), found) == 0
 
 

@@ -1,5 +1,6 @@
 """Fusing a student with the annotator's labels, and cross-checks of the service that answers."""
 
+import json
 import logging
 
 import numpy as np
@@ -40,10 +41,12 @@ def test_flips_are_used_where_they_add_enough(before, after, used, tmp_path):
     assert type(choice).read(tmp_path) == choice
 
 
+@pytest.mark.parametrize("views", [False, True])
 def test_predict_fuses_with_the_annotator_that_the_run_learned_from(
-    tiny, annotator, client, dataset, tmp_path, caplog
+    tiny, annotator, client, dataset, tmp_path, caplog, views
 ):
     service = (f"annotator.url={annotator.url}", f"annotator.api_key={annotator.api_key}")
+    service += (f"annotator.views={json.dumps(views)}",)
     config = tiny("semi.method=vessa", "feedback.enabled=false", *service, steps=2)
     fit(config, resume_line=RESUME)
     run, quiet = tmp_path / "run", Console(quiet=True)
@@ -52,6 +55,7 @@ def test_predict_fuses_with_the_annotator_that_the_run_learned_from(
     assert (plain["masks"], fused["masks"], fused["failed"]) == (18, 18, {})
     delivered = open_run(run).fused_with(client)
     (vessa,) = (member.vessa for member in delivered.members)
+    assert vessa.fusion.views == views
     case = dataset.cases()[0]
     images = [dataset.image(s) for s in case.slices]
     probabilities = open_run(run).probabilities(images, flips=fused["flips"])

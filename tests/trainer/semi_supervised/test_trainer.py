@@ -76,7 +76,7 @@ def test_a_run_of_each_method_learns_and_is_scored(run_of, tiny, dataset, method
     assert result.steps == 10
     assert result.best_step in (2, 4, 6, 8, 10)
     assert any(not torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
-    assert set(result.test.by_class) == set(dataset.classes.values())
+    assert set(result.scores["test"].by_class) == set(dataset.classes.values())
     rows = metrics_of(run)
     assert [r["step"] for r in rows if "val_teacher" in r] == [2, 4, 6, 8, 10]
     (last,) = [r for r in rows if "loss" in r]
@@ -301,6 +301,6 @@ def test_the_best_teacher_comes_back_without_the_students_source(run_of, tiny, d
     )
     model, channels, classes = load_best(run.out, gone)
     assert (channels, classes) == (1, dataset.classes)
-    assert evaluate(model, dataset, run.val_cases, config, channels).mean == result.val.mean
+    assert evaluate(model, dataset, run.val_cases, config, channels).mean == result.scores["val"].mean
     with pytest.raises(InvalidWeights, match="best.safetensors is missing"):
         load_best(tmp_path / "nowhere", config)

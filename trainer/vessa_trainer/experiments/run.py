@@ -9,16 +9,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from torch import nn
 
 from vessa.client import AnnotatorClient
-from vessa.datasets import Dataset
 from vessa.errors import InvalidConfig, VessaError
-from vessa.report.cases import Overlay, annotated, best_median_worst
+from vessa.report.cases import Labels, Overlay, best_median_worst
 from vessa_trainer.config import Config, load_config, shareable
-from vessa_trainer.data.splits import cases_of, write_splits
+from vessa_trainer.data.splits import write_splits
 from vessa_trainer.experiments.annotator_labels import labels_of, score_alone
 from vessa_trainer.experiments.identity import require_same_config, require_same_data, write_identity
 from vessa_trainer.experiments.run_data import RunData, open_run_data
@@ -36,10 +33,10 @@ from vessa_trainer.reporting.diagnostics import Advice, never_labeled, over_run
 from vessa_trainer.reporting.plots import read_metrics, write_progress
 from vessa_trainer.reporting.run_report import SUMMARY, write_run_report
 from vessa_trainer.semi_supervised.distributed import Processes, join
-from vessa_trainer.semi_supervised.results import Interrupted
+from vessa_trainer.semi_supervised.results import Interrupted, RunResult
 from vessa_trainer.semi_supervised.trainer import Run
 from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import load_best, predict_labels
+from vessa_trainer.students.inference import predict_labels
 
 _log = logging.getLogger(__name__)
 
@@ -228,12 +225,11 @@ def _train(
         "feed": None if feed is None else {**(stats or {}), "reliability": feed.reliability()},
         "interruptions": interruptions(run.out),
         "advice": [vars(one) for one in _advice(run)],
-        "val": result.val.to_dict(),
-        "test": result.test.to_dict(),
+        **{part: scores.to_dict() for part, scores in result.scores.items()},
         "config": shareable(config),
     }
     try:
-        _conclude(run, dataset, feed, source, unprompted, summary)
+        _conclude(run, result, feed, source, unprompted, summary)
     except OSError as error:  # the run is saved, and `--resume` writes what is missing
         raise Interrupted(
             f"cannot write to {run.out}: {error.strerror or error}. The training is done and saved. Mend "
@@ -245,19 +241,18 @@ def _train(
 
 def _conclude(
     run: Run,
-    dataset: Dataset,
+    result: RunResult,
     feed: AnnotationFeed | None,
     source: dict[str, Any],
     unprompted: Callable[[], AnnotationFeed] | None,
     summary: dict[str, Any],
 ) -> None:
     """Choose what `predict` does with the teacher, and write the report and, last of all, the summary."""
-    teacher, _, _ = load_best(run.out, run.config)
-    summary |= deliver(run, teacher)
+    summary |= deliver(run, result)
     if run.selects and unprompted is not None and source["parts"]:
-        summary |= deliver_fused(run, teacher, source, unprompted)
-    rows = _pictures(run, dataset, feed, teacher)
-    write_run_report(run.out, summary, rows, dataset)
+        summary |= deliver_fused(run, result, source, unprompted)
+    rows = _pictures(run, result, feed)
+    write_run_report(run.out, summary, rows, run.dataset)
     shutil.rmtree(run.out / "feedback", ignore_errors=True)  # only an unfinished run needs its prompts
 
 
@@ -266,15 +261,14 @@ def _advice(run: Run) -> list[Advice]:
     return [*missing, *over_run(read_metrics(run.out), run.dataset.classes)]
 
 
-def _pictures(run: Run, dataset: Dataset, feed: AnnotationFeed | None, teacher: nn.Module) -> list[Overlay]:
+def _pictures(run: Run, result: RunResult, feed: AnnotationFeed | None) -> list[Overlay]:
     """Show test cases with the masks of VESSA, of the delivered teacher and of the last student."""
-    cases = annotated(dataset, cases_of(dataset, run.splits.test))
-    predicted: dict[str, dict[str, list[np.ndarray]]] = {}
+    cases, predicted = result.cases["test"], dict[str, Labels]()
     if feed is not None:
         try:
             predicted["VESSA"] = labels_of(feed, cases)
         except VessaError as error:  # the run is done: its report can do without this column
             _log.warning("the report has no pictures of VESSA's labels: %s", error.message)
-    for name, model in (("teacher", teacher), ("student", run.student)):
-        predicted[name] = predict_labels(model, dataset, cases, run.config, run.channels)
-    return best_median_worst(dataset, cases, predicted, "teacher")
+    predicted["teacher"] = result.labels["test"]
+    predicted["student"] = predict_labels(run.student, run.dataset, cases, run.config, run.channels)
+    return best_median_worst(run.dataset, cases, predicted, "teacher")

@@ -18,6 +18,7 @@ from vessa_trainer.data.prepared import Prepared
 from vessa_trainer.data.splits import cases_of, slices_of
 from vessa_trainer.experiments.run_data import RunData
 from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
+from vessa_trainer.pseudo_labels.view_average import VIEWS
 from vessa_trainer.semi_supervised.batches import labeled_batch, unlabeled_views
 from vessa_trainer.semi_supervised.objective import compute_loss
 from vessa_trainer.semi_supervised.schedule import update_teacher
@@ -88,18 +89,22 @@ def estimate(config: Config, found: RunData, label_s: float | None = None) -> Es
 
 
 def label_requests(config: Config, found: RunData) -> int:
-    """Return how many images the annotator will label: each once, and those of each feedback round again."""
+    """Return how many images the annotator will label: each once, and those of each feedback round again.
+
+    With `annotator.views` each view counts as an image; feedback asks for the plain image alone.
+    """
     if not config.annotated or config.annotator.labels is not None:
         return 0
     splits = found.plan.splits
     unlabeled = sum(found.examination.patients[g].images for g in splits.unlabeled)
     judged = sum(found.examination.patients[g].images for g in (*splits.val, *splits.test))
+    first = (unlabeled + judged) * (1 + len(VIEWS) if config.annotator.views else 1)
     if not config.feedback.enabled or config.semi.method == "vessa_alone":
-        return unlabeled + judged
+        return first
     left = config.steps - int(config.feedback.start * config.steps)
     rounds = -(-left // config.feedback.every)
     again = rounds * min(unlabeled, config.feedback.every * config.batch_unlabeled)
-    return unlabeled + judged + again
+    return first + again
 
 
 def announce_time(configs: Sequence[Config], found: Sequence[RunData], console: Console | None) -> None:

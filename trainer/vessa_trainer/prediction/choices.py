@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from vessa.datasets import Case, Dataset
 from vessa.errors import VessaError
-from vessa.report.cases import Labels, annotated, score_labels
-from vessa_trainer.data.splits import cases_of
+from vessa.report.cases import Labels, score_labels
 from vessa_trainer.prediction.flips import FlipChoice, choose_flips
 from vessa_trainer.prediction.fusion import WEIGHTS, Fusion, fuse
 from vessa_trainer.prediction.postprocessing import Postprocessing, choose
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner, single_classes
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.pseudo_labels.types import PseudoLabel
+from vessa_trainer.semi_supervised.results import RunResult
 from vessa_trainer.semi_supervised.trainer import Run
 from vessa_trainer.students.inference import predict_labels, predict_volume
 
@@ -27,27 +27,24 @@ _log = logging.getLogger(__name__)
 Predict = Callable[[str, bool], Labels]  # (part, flips) to the labels of its cases
 
 
-def deliver(run: Run, teacher: nn.Module) -> dict[str, Any]:
+def deliver(run: Run, result: RunResult) -> dict[str, Any]:
     """Choose on the validation cases how `predict` uses the delivered teacher."""
     if not run.selects:
         return {"flips": vars(FlipChoice()), "postprocessing": {}}
-    dataset, cases = run.dataset, _judged_cases(run)
+    dataset, cases = run.dataset, result.cases
 
-    def labels(part: str, flips: bool) -> dict[str, list[np.ndarray]]:
-        return predict_labels(teacher, dataset, cases[part], run.config, run.channels, flips=flips)
+    def labels(part: str, flips: bool) -> Labels:
+        if not flips:
+            return result.labels[part]
+        return predict_labels(result.teacher, dataset, cases[part], run.config, run.channels, flips=True)
 
     single = single_classes(dataset, run.splits.labeled)
     return choose_delivery(run.out, dataset, cases, labels, by_volume=run.geometry.volumes, single=single)
 
 
-def _judged_cases(run: Run) -> dict[str, list[Case]]:
-    dataset = run.dataset
-    return {k: annotated(dataset, cases_of(dataset, getattr(run.splits, k))) for k in ("val", "test")}
-
-
 def deliver_fused(
     run: Run,
-    teacher: nn.Module,
+    result: RunResult,
     source: Mapping[str, Any],
     unprompted: Callable[[], AnnotationFeed],
 ) -> dict[str, Any]:
@@ -55,7 +52,7 @@ def deliver_fused(
 
     source: the record of the run's annotator; unprompted: opens a feed of labels without prompts
     """
-    config, dataset, cases = run.config, run.dataset, _judged_cases(run)
+    config, dataset, cases = run.config, run.dataset, result.cases
     flips = FlipChoice.read(run.out).used
     cleaner = VolumeCleaner(dataset, run.splits.labeled) if config.annotator.clean else None
     fields = {
@@ -64,12 +61,13 @@ def deliver_fused(
         **{key: source[key] for key in ("model", "labels_version")},
         "template_choice": config.annotator.template_choice,
         "seed": config.seed,
+        "views": config.annotator.views,
         "single": None if cleaner is None else list(cleaner.single),
     }
 
     def probabilities(case: Case) -> list[Tensor]:
         images = [dataset.image(s) for s in case.slices]
-        return predict_volume(teacher, images, config, run.channels, flips=flips)
+        return predict_volume(result.teacher, images, config, run.channels, flips=flips)
 
     feed = unprompted()
     try:

@@ -15,6 +15,7 @@ from vessa.client import AnnotatorClient
 from vessa.errors import InvalidConfig, UnknownBank
 from vessa_trainer.pseudo_labels.cleaning import clean_labels
 from vessa_trainer.pseudo_labels.types import PseudoLabel
+from vessa_trainer.pseudo_labels.view_average import label_by_views
 
 FILE = "fusion.json"
 WEIGHTS = (0.3, 0.5, 0.7)  # of the annotator, tried on validation
@@ -27,7 +28,7 @@ class Fusion:
 
     weight: of the annotator; before, after: mean validation Dice of the student alone and fused
     bank, bank_digest, model, labels_version: of the annotator that the weight was chosen with
-    template_choice, seed: of its requests
+    template_choice, seed: of its requests; views: whether labels are averaged over views of an image
     single: class ids of which cleaning keeps the largest component; None: labels are not cleaned
     """
 
@@ -40,6 +41,7 @@ class Fusion:
     labels_version: str
     template_choice: str
     seed: int
+    views: bool
     single: list[int] | None
 
     def write(self, run: Path) -> None:
@@ -61,14 +63,11 @@ class Fusion:
 def fuse(probability: Tensor, label: PseudoLabel, weight: float) -> Tensor:
     """Average class probabilities (C, H, W) with those of a label.
 
-    The annotator gives its class its confidence, and the other classes the rest in equal parts. Where it
-    knows nothing (confidence 0) the student decides alone. weight: of the annotator, in [0, 1]
+    Where the annotator knows nothing (confidence 0) the student decides alone.
+    weight: of the annotator, in [0, 1]
     """
-    sure = torch.from_numpy(label.confidence).float() / 255
-    ids = torch.from_numpy(label.labels).long()
-    rest = (1 - sure) / max(len(probability) - 1, 1)
-    theirs = rest.expand(len(probability), -1, -1).clone().scatter_(0, ids[None], sure[None])
-    share = weight * (sure > 0)
+    theirs = torch.from_numpy(label.probabilities(range(len(probability))))
+    share = weight * torch.from_numpy(label.confidence > 0)
     return (1 - share) * probability + share * theirs
 
 
@@ -103,6 +102,13 @@ class VessaLabels:
 
     def of(self, images: Sequence[np.ndarray]) -> list[PseudoLabel]:
         """Return the labels of the slices of one volume. Raises VessaError where one of them fails."""
+        if self.fusion.views:
+            labels = label_by_views(images, range(len(self._classes) + 1), self._request)
+        else:
+            labels = self._request(images)
+        return labels if self.fusion.single is None else clean_labels(labels, self.fusion.single)[0]
+
+    def _request(self, images: Sequence[np.ndarray]) -> list[PseudoLabel]:
         answers = self._client.segment(
             images=list(images),
             bank=self.fusion.bank,
@@ -117,4 +123,4 @@ class VessaLabels:
             assert answer.labels is not None
             assert answer.confidence is not None
             labels.append(PseudoLabel(answer.labels, answer.confidence))
-        return labels if self.fusion.single is None else clean_labels(labels, self.fusion.single)[0]
+        return labels

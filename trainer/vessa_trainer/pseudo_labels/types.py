@@ -1,6 +1,6 @@
 """The annotator's label of one image, and where a step gets labels from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,15 @@ class PseudoLabel:
     labels: np.ndarray
     confidence: np.ndarray
     box: tuple[int, int, int, int] | None = None
+
+    def probabilities(self, class_ids: Sequence[int]) -> np.ndarray:
+        """Return class probabilities, float32 (C, H, W): its class has the confidence, the others the rest.
+
+        class_ids: of all C classes, background among them
+        """
+        sure = self.confidence.astype(np.float32) / 255
+        rest = (1 - sure) / max(len(class_ids) - 1, 1)
+        return np.stack([np.where(self.labels == one, sure, rest) for one in class_ids])
 
 
 @dataclass(frozen=True)

@@ -48,33 +48,32 @@ def back(label: PseudoLabel, angle: float, scale: float) -> PseudoLabel:
     return PseudoLabel(moved[0], moved[1])
 
 
-def average(labels: Sequence[PseudoLabel], classes: int) -> PseudoLabel:
+def average(labels: Sequence[PseudoLabel], class_ids: Sequence[int]) -> PseudoLabel:
     """Return the label of the mean class probabilities, with calibrated confidence.
 
-    labels: of one image, (H, W) each; a pixel of confidence 0 has no vote. classes: K, without background
-    A label gives its class its confidence and the K other classes the rest in equal parts.
+    labels: of one image, (H, W) each; a pixel of confidence 0 has no vote
+    class_ids: of all classes, background among them
     """
-    ids = np.unique(np.concatenate([one.labels[one.confidence > 0] for one in labels]))
-    if not len(ids):
-        return labels[0]
-    votes = np.zeros((len(ids), *labels[0].labels.shape), np.float32)
-    voters = np.zeros(labels[0].labels.shape, np.float32)
-    for one in labels:
-        sure, known = one.confidence.astype(np.float32) / 255, one.confidence > 0
-        voters += known
-        rest = (1 - sure) / max(classes, 1)
-        for row, class_id in enumerate(ids):
-            votes[row] += np.where(known, np.where(one.labels == class_id, sure, rest), 0)
-    mean = votes / np.maximum(voters, 1)
-    winner = mean.argmax(0)
+    voters = np.stack([one.confidence > 0 for one in labels])
+    votes = [voting * one.probabilities(class_ids) for voting, one in zip(voters, labels, strict=True)]
+    mean = sum(votes[1:], votes[0]) / np.maximum(voters.sum(0), 1)
     flat = np.maximum(mean, 1e-3) ** (1 / _TEMPERATURE)
-    unseen = max(classes + 1 - len(ids), 0)  # classes that no view names have the smallest share
-    total = flat.sum(0) + unseen * flat.min(0)
-    confidence = np.rint(255 * flat.max(0) / total)
-    known = voters > 0
-    return PseudoLabel(
-        np.where(known, ids[winner], 0).astype(np.uint8), np.where(known, confidence, 0).astype(np.uint8)
-    )
+    confidence = np.rint(255 * flat.max(0) / flat.sum(0))
+    ids, known = np.asarray(class_ids, np.uint8)[mean.argmax(0)], voters.any(0)
+    return PseudoLabel(np.where(known, ids, 0), np.where(known, confidence, 0).astype(np.uint8))
+
+
+def label_by_views(
+    images: Sequence[np.ndarray],
+    class_ids: Sequence[int],
+    request: Callable[[Sequence[np.ndarray]], list[PseudoLabel]],
+) -> list[PseudoLabel]:
+    """Return the averaged labels of images, uint8 (H, W[, 3]) each. request: labels images as they are."""
+    by_view = [request(images)]
+    for view in VIEWS:
+        shown = request([seen(image, *view) for image in images])
+        by_view.append([back(label, *view) for label in shown])
+    return [average(labels, class_ids) for labels in zip(*by_view, strict=True)]
 
 
 class ViewDataset(Dataset):
@@ -123,7 +122,7 @@ class ViewAverage:
                 (result.elsewhere if result.reason is None else result.late).append(wanted)
                 continue
             turned = [back(found[name], *view) for found, view in zip(by_view, VIEWS, strict=True)]
-            result.labels.append((wanted, average([label, *turned], len(self.plain.class_ids))))
+            result.labels.append((wanted, average([label, *turned], [0, *self.plain.class_ids])))
         return result
 
     @staticmethod

@@ -134,9 +134,8 @@ def predict_prompts(
     """
     prompts: dict[str, Prompts] = {}
     volumes: dict[str, Sequence[Slice]] = {}
-    if (
-        config.student.neighbors
-    ):  # a slice is predicted from those beside it, whether they are in `items` or not
+    if config.student.neighbors:
+        # A slice is predicted from those beside it, whether they are in `items` or not.
         cases = {item.case for item in items}
         volumes = {case.name: case.slices for case in dataset.cases() if case.name in cases}
     else:

@@ -9,11 +9,11 @@ from torch import nn
 from vessa.datasets import Case, Dataset
 from vessa.errors import VessaError
 from vessa.metrics import Scores
-from vessa.report.cases import annotated, score_labels
+from vessa.report.cases import Labels, annotated, score_labels
 from vessa_trainer.config import Config
 from vessa_trainer.data.examination import examine
 from vessa_trainer.data.overview import shows_class
-from vessa_trainer.data.splits import cases_of
+from vessa_trainer.data.splits import Splits, cases_of
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
 from vessa_trainer.students.inference import predict_labels
 
@@ -26,19 +26,21 @@ class Interrupted(VessaError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """Scores of a finished run.
+    """Hold the outcome of a finished run.
 
-    best_step: the step of the delivered teacher: the best by validation Dice, else the last; val, test: its
-    scores;
+    teacher: the delivered one; best_step: its step, the best by validation Dice, else the last
     selected: whether validation chose it
+    cases, labels, scores: of "val" and "test": the judged cases, the teacher's labels and scores of them
     """
 
     out: Path
     steps: int
     best_step: int
     selected: bool
-    val: Scores
-    test: Scores
+    teacher: nn.Module
+    cases: Mapping[str, Sequence[Case]]
+    labels: Mapping[str, Labels]
+    scores: Mapping[str, Scores]
     seconds: float
 
 
@@ -58,22 +60,17 @@ def score_annotator(dataset: Dataset, cases: Sequence[Case], feed: AnnotationFee
     return score_labels(dataset, cases, labels)
 
 
-def final_scores(
-    model: nn.Module,
-    dataset: Dataset,
-    val_cases: Sequence[Case],
-    test_groups: Sequence[str],
-    config: Config,
-    channels: int,
-) -> tuple[Scores, Scores]:
-    """Score the delivered model on validation cases and on the test patients.
+def judged_cases(dataset: Dataset, splits: Splits, *, selects: bool) -> dict[str, list[Case]]:
+    """Return the annotated cases of "val" and "test" that a run is scored on.
 
-    Patients whose masks show no class have no score: any prediction there would count as 0.
+    selects: whether a validation patient can be scored. Test patients whose masks show no class have no score
+    either: any prediction there would count as 0.
     """
-    val = evaluate(model, dataset, val_cases, config, channels)
-    scored = shows_class(test_groups, examine(dataset))
-    test_cases = cases_of(dataset, test_groups) if scored else []
-    return val, evaluate(model, dataset, test_cases, config, channels)
+    scored = {"val": selects, "test": shows_class(splits.test, examine(dataset))}
+    return {
+        part: annotated(dataset, cases_of(dataset, getattr(splits, part))) if judged else []
+        for part, judged in scored.items()
+    }
 
 
 def describe(

@@ -20,7 +20,7 @@ from vessa.client import Prompts
 from vessa.datasets import Dataset, Slice
 from vessa.errors import InvalidConfig, VessaError
 from vessa.metrics import Scores
-from vessa.report.cases import annotated
+from vessa.report.cases import annotated, score_labels
 from vessa_trainer.config import Config, save_config
 from vessa_trainer.data.examination import examine
 from vessa_trainer.data.geometry import geometry_of
@@ -46,14 +46,14 @@ from vessa_trainer.semi_supervised.results import (
     RunResult,
     describe,
     evaluate,
-    final_scores,
+    judged_cases,
     score_annotator,
 )
 from vessa_trainer.semi_supervised.run_checkpoint import RunCheckpoint
 from vessa_trainer.semi_supervised.schedule import ema_decay, poly, source_weights, update_teacher
 from vessa_trainer.semi_supervised.signals import noted, undisturbed
 from vessa_trainer.students import checkpoint
-from vessa_trainer.students.inference import open_device
+from vessa_trainer.students.inference import open_device, predict_labels
 from vessa_trainer.students.networks import build_student, parameter_groups
 
 _log = logging.getLogger(__name__)
@@ -386,8 +386,14 @@ class Run:
 
     def _result(self) -> RunResult:
         tensors, _ = checkpoint.read(self.out / checkpoint.BEST)
-        model = deepcopy(self.teacher)
-        checkpoint.load_module(model, tensors, "teacher")
-        val_cases = self.val_cases if self.selects else []
-        val, test = final_scores(model, self.dataset, val_cases, self.splits.test, self.config, self.channels)
-        return RunResult(self.out, self.step, self.best_step, self.selects, val, test, self.seconds)
+        teacher = deepcopy(self.teacher)
+        checkpoint.load_module(teacher, tensors, "teacher")
+        cases = judged_cases(self.dataset, self.splits, selects=self.selects)
+        labels = {
+            part: predict_labels(teacher, self.dataset, some, self.config, self.channels)
+            for part, some in cases.items()
+        }
+        scores = {part: score_labels(self.dataset, cases[part], labels[part]) for part in cases}
+        return RunResult(
+            self.out, self.step, self.best_step, self.selects, teacher, cases, labels, scores, self.seconds
+        )
