@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,65 +207,93 @@ def to_dict(config: Config) -> dict[str, Any]:
     return tree
 
 
+# Keys by range; a key that is null is not set.
+_POSITIVE = (
+    "steps",
+    "batch_labeled",
+    "batch_unlabeled",
+    "batch_eval",
+    "eval_every",
+    "checkpoint_every",
+    "student.size",
+    "student.crop",
+    "feedback.every",
+    "annotator.batch",
+    "annotator.patience_s",
+    "cache.expire_s",
+    "data.labeled_groups",
+    "data.prepared_gb",
+    "optim.lr",
+)
+_NOT_NEGATIVE = (
+    "annotator.adapt",
+    "annotator.lookahead_batches",
+    "annotator.max_wait_s",
+    "threads",
+    "seed",
+    "optim.backbone_lr",
+    "optim.encoder_lr",
+    "optim.weight_decay",
+    "optim.power",
+    "optim.lambda_ce",
+    "optim.lambda_dice",
+    "semi.lambda_u",
+    "student.window",
+    "student.neighbors",
+    "views.rotate",
+)
+_SHARES = (
+    "semi.conf_threshold",
+    "semi.vessa_threshold",
+    "semi.ema_decay",
+    "semi.alpha_v_floor",
+    "feedback.start",
+    "feedback.min_confidence",
+    "data.val_share",
+    "data.test_share",
+    *(f"views.{name}" for name in vars(ViewsConfig()) if name.endswith("_p")),
+)
+
+
 def _check(config: Config) -> None:
-    student, semi, feedback, views = config.student, config.semi, config.feedback, config.views
+    _check_ranges(config)
+    _check_student(config)
+    _check_labels(config)
+    folds, fold = config.data.folds, config.data.fold
+    if folds == 1 or folds < 0 or not 0 <= fold < max(folds, 1):
+        raise InvalidConfig(
+            f"data.folds must be 0 or at least 2 and data.fold below it, got {folds} and {fold}"
+        )
+
+
+def _check_ranges(config: Config) -> None:
+    def given(keys: Sequence[str]) -> Iterator[tuple[str, float]]:
+        values = ((key, attrgetter(key)(config)) for key in keys)
+        return ((key, value) for key, value in values if value is not None)
+
+    for key, value in given(_POSITIVE):
+        if not 0 < value < math.inf:  # NaN fails, too
+            raise InvalidConfig(f"{key} must be above 0, got {value}")
+    for key, value in given(_NOT_NEGATIVE):
+        if not 0 <= value < math.inf:
+            raise InvalidConfig(f"{key} must be 0 or above, got {value}")
+    for key, value in given(_SHARES):
+        if not 0 <= value <= 1:
+            raise InvalidConfig(f"{key} must be in [0, 1], got {value}")
+    for name in ("scale", "gamma", "contrast", "brightness", "blur_sigma", "noise_std"):
+        low, high = getattr(config.views, name)
+        above = name in ("scale", "gamma", "blur_sigma")
+        if not 0 <= low <= high < math.inf or (above and low == 0):
+            sign = "<" if above else "<="
+            raise InvalidConfig(
+                f"views.{name} must be (low, high) with 0 {sign} low <= high, got {(low, high)}"
+            )
+
+
+def _check_student(config: Config) -> None:
+    student = config.student
     if not student.widths or min(student.widths) < 1:
         raise InvalidConfig(f"student.widths must be channels above 0, got {list(student.widths)}")
-    positive = {
-        "steps": config.steps,
-        "batch_labeled": config.batch_labeled,
-        "batch_unlabeled": config.batch_unlabeled,
-        "batch_eval": config.batch_eval,
-        "eval_every": config.eval_every,
-        "checkpoint_every": config.checkpoint_every,
-        "student.size": student.size,
-        "student.crop": student.crop,
-        "feedback.every": feedback.every,
-        "annotator.batch": config.annotator.batch,
-        "annotator.patience_s": config.annotator.patience_s,
-        "data.labeled_groups": 1 if config.data.labeled_groups is None else config.data.labeled_groups,
-        "optim.lr": config.optim.lr,
-        "data.prepared_gb": config.data.prepared_gb,
-    }
-    if config.cache.expire_s is not None:
-        positive["cache.expire_s"] = config.cache.expire_s
-    not_negative = {
-        "annotator.adapt": config.annotator.adapt,
-        "annotator.lookahead_batches": config.annotator.lookahead_batches,
-        "annotator.max_wait_s": config.annotator.max_wait_s or 0,
-        "threads": config.threads,
-        "seed": config.seed,
-        "optim.backbone_lr": config.optim.backbone_lr,
-        "optim.encoder_lr": config.optim.encoder_lr,
-        "views.rotate": views.rotate,
-        "student.window": student.window,
-        "student.neighbors": student.neighbors,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.power": config.optim.power,
-        "optim.lambda_ce": config.optim.lambda_ce,
-        "optim.lambda_dice": config.optim.lambda_dice,
-        "semi.lambda_u": semi.lambda_u,
-    }
-    shares = {
-        "semi.conf_threshold": semi.conf_threshold,
-        "semi.vessa_threshold": semi.vessa_threshold,
-        "semi.ema_decay": config.ema_decay,
-        "semi.alpha_v_floor": semi.alpha_v_floor,
-        "feedback.start": feedback.start,
-        "feedback.min_confidence": feedback.min_confidence,
-        **{f"views.{k}": v for k, v in vars(views).items() if k.endswith("_p")},
-        "data.val_share": config.data.val_share,
-        "data.test_share": config.data.test_share,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:  # NaN fails, too
-            raise InvalidConfig(f"{name} must be above 0, got {value}")
-    for name, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise InvalidConfig(f"{name} must be 0 or above, got {value}")
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise InvalidConfig(f"{name} must be in [0, 1], got {value}")
     if student.neighbors > 1 and (student.name == "dpt" or student.encoder is not None):
         raise InvalidConfig(
             "an encoder and dpt take three channels: student.neighbors must be 0 or 1, got "
@@ -279,36 +308,27 @@ def _check(config: Config) -> None:
     if student.name == "unet" and config.batch_labeled == 1 and student.crop == student.multiple:
         raise InvalidConfig(
             f"batch_labeled 1 with student.crop {student.crop} leaves one pixel at the U-Net's deepest "
-            "level, of "
-            "which BatchNorm has no statistics. Set batch_labeled=2 or more, or a larger crop"
+            "level, of which BatchNorm has no statistics. Set batch_labeled=2 or more, or a larger crop"
         )
-    folds, fold = config.data.folds, config.data.fold
-    if folds == 1 or folds < 0 or not 0 <= fold < max(folds, 1):
-        raise InvalidConfig(
-            f"data.folds must be 0 or at least 2 and data.fold below it, got {folds} and {fold}"
-        )
+
+
+def _check_labels(config: Config) -> None:
+    """Check how labels are requested, and which prompts are sent back."""
+    annotator, feedback = config.annotator, config.feedback
     unknown = set(feedback.prompts) - {"boxes", "points", "mask_logits"}
     if unknown:
         raise InvalidConfig(f"feedback.prompts knows boxes, points, mask_logits; got {sorted(unknown)[0]!r}")
-    if semi.method == "semisam" and not feedback.enabled:
+    if feedback.enabled and not feedback.prompts:
+        raise InvalidConfig("feedback.prompts must name at least one of boxes, points, mask_logits")
+    if config.semi.method == "semisam" and not feedback.enabled:
         raise InvalidConfig("method semisam sends prompts to the annotator: feedback.enabled must be true")
-    if config.deterministic and config.annotator.max_wait_s is not None:
+    if config.deterministic and annotator.max_wait_s is not None:
         raise InvalidConfig(
             "deterministic runs wait for every label: annotator.max_wait_s must be null, got "
-            f"{config.annotator.max_wait_s}"
+            f"{annotator.max_wait_s}"
         )
-    if config.annotator.labels is not None and config.annotated and feedback.enabled:
+    if annotator.labels is not None and config.annotated and feedback.enabled:
         raise InvalidConfig(
             "labels of a folder (annotator.labels) cannot be asked again with prompts: set "
             "feedback.enabled=false"
         )
-    if feedback.enabled and not feedback.prompts:
-        raise InvalidConfig("feedback.prompts must name at least one of boxes, points, mask_logits")
-    for name in ("scale", "gamma", "contrast", "brightness", "blur_sigma", "noise_std"):
-        low, high = getattr(views, name)
-        above = name in ("scale", "gamma", "blur_sigma")
-        if not 0 <= low <= high < math.inf or (above and low == 0):
-            sign = "<" if above else "<="
-            raise InvalidConfig(
-                f"views.{name} must be (low, high) with 0 {sign} low <= high, got {(low, high)}"
-            )
