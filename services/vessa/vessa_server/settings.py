@@ -110,7 +110,7 @@ class JobSettings(_Group):
     max_job_slices: Positive = Field(2048, description="slices, and files, of one job's volume")
 
 
-class LanguageModel(_Group):
+class LanguageBackend(_Group):
     """Say where the language model runs (docs/how-to/vllm.md)."""
 
     language: Literal["in_process", "vllm"] = Field(
@@ -196,7 +196,7 @@ _GROUPS: dict[str, type[_Group]] = {
     "limits": Limits,
     "queue": Queue,
     "jobs": JobSettings,
-    "language_model": LanguageModel,
+    "language_model": LanguageBackend,
     "audit": Audit,
     "storage": Storage,
     "caches": Caches,
@@ -244,7 +244,7 @@ class Settings(_Group):
     limits: Limits
     queue: Queue
     jobs: JobSettings
-    language_model: LanguageModel
+    language_model: LanguageBackend
     audit: Audit
     storage: Storage
     caches: Caches

@@ -18,7 +18,7 @@ from typing import Any
 from vessa.client import AnnotatorClient
 from vessa.errors import InvalidConfig, Retryable, VessaError
 from vessa.volumes.dicom.segmentation import SERIES_DESCRIPTION
-from vessa.volumes.dicomweb import NO_IMAGES, Archive, Series
+from vessa.volumes.dicomweb import NO_IMAGES, Archive, ArchiveSeries
 
 ATTEMPTS = 3  # of a series that fails for a reason that does not pass by itself
 
@@ -33,7 +33,7 @@ class Rule:
     modality: str = ""
     description: str = ""
 
-    def matches(self, series: Series) -> bool:
+    def matches(self, series: ArchiveSeries) -> bool:
         """Return whether a series is to be segmented."""
         if self.modality and series.modality != self.modality:
             return False
@@ -60,11 +60,11 @@ class Journal:
                     f"Line {number} of the journal {path} is damaged. Remove it, or name another --journal."
                 ) from None
 
-    def open(self, series: Series) -> bool:
+    def open(self, series: ArchiveSeries) -> bool:
         """Return whether a series is still to be done."""
         return series.uid not in self._done and self._failures[series.uid] < ATTEMPTS
 
-    def write(self, series: Series, outcome: str, **more: Any) -> dict[str, Any]:
+    def write(self, series: ArchiveSeries, outcome: str, **more: Any) -> dict[str, Any]:
         """Add a line, which is on the disk before this returns.
 
         outcome: stored, present or failed
@@ -129,7 +129,7 @@ class Watcher:
                 continue
             yield self.journal.write(series, "stored", stored=stored, bank=self.bank)
 
-    def _segmented_by_others(self, series: Series, found: list[Series]) -> bool:
+    def _segmented_by_others(self, series: ArchiveSeries, found: list[ArchiveSeries]) -> bool:
         """Return whether the study has a segmentation of ours that this journal does not know."""
         return any(
             one.study == series.study
@@ -139,7 +139,7 @@ class Watcher:
             for one in found
         )
 
-    def _segment(self, series: Series) -> str:
+    def _segment(self, series: ArchiveSeries) -> str:
         with TemporaryDirectory(prefix="vessa-watch-") as folder:
             files = Path(folder) / "series"
             self.archive.retrieve(series.study, series.uid, files)

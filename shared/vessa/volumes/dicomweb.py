@@ -18,7 +18,7 @@ _TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
-class Series:
+class ArchiveSeries:
     """A series as an archive lists it. count: of its files, empty where the archive does not say."""
 
     study: str
@@ -68,7 +68,7 @@ class Archive:
         """Close all connections."""
         self._session.close()
 
-    def series_since(self, date: str) -> list[Series]:
+    def series_since(self, date: str) -> list[ArchiveSeries]:
         """Return all series of the studies from a date on, YYYYMMDD (QIDO-RS)."""
         found = []
         search = partial(
@@ -80,7 +80,7 @@ class Archive:
                 modality, description, count = (
                     _value(entry, tag) for tag in ("00080060", "0008103E", "00201209")
                 )
-                found.append(Series(uid, _value(entry, "0020000E"), modality, description, count))
+                found.append(ArchiveSeries(uid, _value(entry, "0020000E"), modality, description, count))
         return found
 
     def only_series(self, study: str) -> str:

@@ -23,7 +23,7 @@ from vessa.volumes.packed_array import unpack_bytes
 _MAX_REQUEST = 8 << 30  # bytes; the parent has bounded its uploads
 
 
-class _Shared:
+class _SharedArray:
     """Arrays in memory that the parent can map."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ def main(channel: socket.socket) -> None:
             request, blobs, _ = receive(channel, _MAX_REQUEST)
         except (EOFError, OSError):
             return
-        shared = _Shared()
+        shared = _SharedArray()
         try:
             _limit(request["memory"], request["seconds"])
             reply, parts = _work(request, blobs, shared)
@@ -72,7 +72,7 @@ def main(channel: socket.socket) -> None:
         shared.close()
 
 
-def _failed(shared: _Shared, code: str, message: str) -> dict[str, Any]:
+def _failed(shared: _SharedArray, code: str, message: str) -> dict[str, Any]:
     shared.close()
     return {"error": [code, message]}
 
@@ -88,7 +88,9 @@ def _limit(memory: int, seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
 
 
-def _work(request: dict[str, Any], blobs: list[bytes], shared: _Shared) -> tuple[dict[str, Any], list[bytes]]:
+def _work(
+    request: dict[str, Any], blobs: list[bytes], shared: _SharedArray
+) -> tuple[dict[str, Any], list[bytes]]:
     rest = iter(blobs)
     sources: list[Source] = [Path(path) if path is not None else next(rest) for path in request["paths"]]
     if request["work"] == "picture":

@@ -28,7 +28,7 @@ from vessa_server.model.segmenter import Segmenter
 from vessa_server.model.weights import directory
 from vessa_server.model.weights.convert_official import place_language
 from vessa_server.pretraining.data.tasks import StudySource, Tasks
-from vessa_server.pretraining.distributed import Scale
+from vessa_server.pretraining.distributed import StepDivision
 from vessa_server.pretraining.export_weights import export, trained
 from vessa_server.pretraining.loop import PretrainConfig
 from vessa_server.pretraining.lora import Adapter, Lora, changing, choose, training_mode
@@ -159,7 +159,7 @@ def test_sharded_weights_have_the_same_losses_and_outlive_a_kill(one, start, tmp
 
 
 def test_passes_and_recomputed_activations_change_no_loss(one, start, tmp_path):
-    train(tmp_path / "passes", start, scale=Scale(accumulate=2, checkpoint_activations=True))
+    train(tmp_path / "passes", start, division=StepDivision(accumulate=2, checkpoint_activations=True))
     assert_same(curve(one), curve(tmp_path / "passes"))
 
 
@@ -298,6 +298,6 @@ def test_a_run_is_resumed_with_its_own_settings(one, start):
 
 def test_a_batch_must_be_divisible(start, tmp_path):
     with pytest.raises(InvalidRequest, match="expected a multiple of 4"):
-        train(tmp_path / "r", start, scale=Scale(accumulate=4))
+        train(tmp_path / "r", start, division=StepDivision(accumulate=4))
     with pytest.raises(InvalidRequest, match="torchrun"):
-        train(tmp_path / "r", start, scale=Scale(shard=True))
+        train(tmp_path / "r", start, division=StepDivision(shard=True))

@@ -26,7 +26,7 @@ from vessa_server.serialization.fields import read_classes, read_per_class, read
 from vessa_server.serialization.image_files import decode_image, decode_mask
 from vessa_server.serialization.job_request import job_form, read_job
 from vessa_server.serialization.multipart import Form
-from vessa_server.serialization.prompt_arrays import Prompts
+from vessa_server.serialization.prompt_arrays import PromptArrays
 from vessa_server.serialization.request_parser import SEGMENT_FIELDS, SEGMENT_TENSORS
 from vessa_server.serialization.responses import JSON, PNG, choose_type
 from vessa_server.serialization.suggest_request import read_candidates
@@ -166,7 +166,7 @@ def test_json_prompts_become_prompts_within_the_image_or_an_error_of_ours(
     proving.tried["JSON prompts"] += 1
     texts = [json.loads(json.dumps(value)) for value in (boxes, points, labels)]
     try:
-        prompts = Prompts(
+        prompts = PromptArrays(
             read_per_class(texts[0], CLASSES, "boxes", np.float32, (4,)),
             read_per_class(texts[1], CLASSES, "points", np.float32, (None, 2), 64),
             read_per_class(texts[2], CLASSES, "point_labels", np.int8, (None,), 64),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidConfig
-from vessa_trainer.data.prepared import Prepared
+from vessa_trainer.data.prepared import PreparedSlices
 from vessa_trainer.semi_supervised.trainer import Run
 
 
@@ -23,7 +23,9 @@ def folder(tmp_path):
 @pytest.fixture
 def prepare(dataset, folder):
     def make(dataset=dataset, size=40, **options):
-        return Prepared(dataset, dataset.slices(), size, need_masks=True, **({"folder": folder} | options))
+        return PreparedSlices(
+            dataset, dataset.slices(), size, need_masks=True, **({"folder": folder} | options)
+        )
 
     return make
 

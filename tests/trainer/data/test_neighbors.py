@@ -10,7 +10,7 @@ from vessa.errors import InvalidConfig, InvalidDataset
 from vessa_trainer.config import ViewsConfig, load_config
 from vessa_trainer.data import augmentation
 from vessa_trainer.data.neighbors import SliceStacks, with_neighbors
-from vessa_trainer.data.prepared import Prepared
+from vessa_trainer.data.prepared import PreparedSlices
 from vessa_trainer.experiments.run import fit
 from vessa_trainer.prediction.delivery import open_run
 from vessa_trainer.prediction.predict import predict
@@ -44,7 +44,7 @@ def test_prepared_squares_show_what_prediction_shows(dataset):
     case = dataset.cases()[0]
     stacks = with_neighbors([dataset.image(s) for s in case.slices], 1)
     reader = SliceStacks(dataset, 1)
-    prepared = Prepared(dataset, case.slices, 32, need_masks=True, neighbors=1)
+    prepared = PreparedSlices(dataset, case.slices, 32, need_masks=True, neighbors=1)
     for item, stack, square in zip(case.slices, stacks, prepared.images, strict=True):
         assert np.array_equal(reader.image(item), stack)
         assert np.array_equal(square.permute(1, 2, 0).numpy(), stack)

@@ -10,7 +10,7 @@ from PIL import Image
 from vessa.datasets import open_dataset
 from vessa.errors import InvalidDataset
 from vessa_trainer.config import DataConfig
-from vessa_trainer.data.prepared import Frame, Order, Prepared
+from vessa_trainer.data.prepared import Frame, Order, PreparedSlices
 from vessa_trainer.data.splits import cases_of, read_splits, slices_of
 
 
@@ -137,7 +137,7 @@ def test_labels_are_not_shifted_against_the_image_at_an_even_factor(left):
 
 def test_prepared_images_masks_and_validity_lie_alike(folder):
     dataset = open_dataset(folder)
-    data = Prepared(dataset, slices_of(dataset, ["p5"]), 60, need_masks=True)
+    data = PreparedSlices(dataset, slices_of(dataset, ["p5"]), 60, need_masks=True)
     assert len(data) == 2
     assert data.rows == {"p5_0": 0, "p5_1": 1}
     assert data.images.shape == (2, 1, 60, 60)
@@ -152,7 +152,7 @@ def test_masks_of_unlabeled_images_are_not_read(folder):
     for path in (folder / "masks").iterdir():
         path.write_bytes(b"no PNG")
     dataset = open_dataset(folder)
-    data = Prepared(dataset, slices_of(dataset, ["p5"]), 32, need_masks=False)
+    data = PreparedSlices(dataset, slices_of(dataset, ["p5"]), 32, need_masks=False)
     assert data.masks.sum() == 0
 
 
@@ -160,26 +160,26 @@ def test_a_labeled_slice_without_mask_is_refused(folder):
     (folder / "masks" / "p5_1.png").unlink()
     dataset = open_dataset(folder)
     with pytest.raises(InvalidDataset, match="p5_1 is in a labeled split but has no mask"):
-        Prepared(dataset, slices_of(dataset, ["p5"]), 32, need_masks=True)
+        PreparedSlices(dataset, slices_of(dataset, ["p5"]), 32, need_masks=True)
 
 
 def test_a_class_that_the_data_set_does_not_name_is_refused(folder):
     Image.fromarray(np.full((20, 30), 9, np.uint8)).save(folder / "masks" / "p5_1.png")
     dataset = open_dataset(folder)
     with pytest.raises(InvalidDataset, match="the mask of p5_1 holds class id 9, .* names ids up to 1"):
-        Prepared(dataset, slices_of(dataset, ["p5"]), 32, need_masks=True)
+        PreparedSlices(dataset, slices_of(dataset, ["p5"]), 32, need_masks=True)
 
 
 def test_a_split_without_images_is_refused(folder):
     with pytest.raises(InvalidDataset, match="a split holds no images"):
-        Prepared(open_dataset(folder), [], 32, need_masks=False)
+        PreparedSlices(open_dataset(folder), [], 32, need_masks=False)
 
 
 def test_gray_images_among_color_ones_become_color(folder):
     Image.fromarray(np.full((20, 30, 3), (200, 0, 0), np.uint8)).save(folder / "images" / "p5_1.png")
     dataset = open_dataset(folder)
-    mixed = Prepared(dataset, slices_of(dataset, ["p5"]), 32, need_masks=False)
-    gray = Prepared(dataset, slices_of(dataset, ["p4"]), 32, need_masks=False)
+    mixed = PreparedSlices(dataset, slices_of(dataset, ["p5"]), 32, need_masks=False)
+    gray = PreparedSlices(dataset, slices_of(dataset, ["p4"]), 32, need_masks=False)
     assert (mixed.channels, gray.channels) == (3, 1)
     gray.show_as(3)
     assert gray.floats([0]).shape == (1, 3, 32, 32)
@@ -214,7 +214,7 @@ def test_ignored_pixels_are_not_valid_and_no_class(folder):
     Image.fromarray(mask).save(folder / "masks" / "p5_1.png")
     dataset = open_dataset(folder)
     dataset.mask = lambda item: mask  # as of a layout that marks pixels without annotation
-    data = Prepared(dataset, slices_of(dataset, ["p5"]), 60, need_masks=True)
+    data = PreparedSlices(dataset, slices_of(dataset, ["p5"]), 60, need_masks=True)
     assert data.valid[1].any()
     assert not data.valid[1][:, 32:].any()
     assert (data.masks[1][data.valid[1]] == 1).all()

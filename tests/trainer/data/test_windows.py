@@ -7,7 +7,7 @@ import torch
 from vessa.errors import InvalidConfig
 from vessa_trainer.config import ViewsConfig, load_config
 from vessa_trainer.data.augmentation import draw_geometry
-from vessa_trainer.data.prepared import Frame, Prepared
+from vessa_trainer.data.prepared import Frame, PreparedSlices
 from vessa_trainer.data.splits import slices_of
 from vessa_trainer.data.windows import WHOLE, put_back, show, union_box, window_around
 from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
@@ -87,7 +87,7 @@ class Boxes:
 
 def test_batches_show_the_region_of_interest(dataset, tiny):
     rows = slices_of(dataset, dataset.groups()[:1])
-    data, config = Prepared(dataset, rows, 32, need_masks=True), tiny(*WINDOW)
+    data, config = PreparedSlices(dataset, rows, 32, need_masks=True), tiny(*WINDOW)
     generator = torch.Generator().manual_seed(0)
     images, masks, _ = labeled_batch(data, [0, 1], config, generator)
     assert images.shape[-2:] == (16, 16)

@@ -10,7 +10,7 @@ from torch import nn
 from vessa.datasets import Case, Dataset, Slice
 from vessa_trainer.config import load_config
 from vessa_trainer.data import augmentation
-from vessa_trainer.data.prepared import Prepared
+from vessa_trainer.data.prepared import PreparedSlices
 from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
 from vessa_trainer.semi_supervised.batches import (
     UnlabeledViews,
@@ -69,7 +69,7 @@ def shapes(tmp_path):
 
 @pytest.fixture
 def data(shapes):
-    return Prepared(shapes, shapes.slices(), 64, need_masks=True)
+    return PreparedSlices(shapes, shapes.slices(), 64, need_masks=True)
 
 
 @pytest.fixture

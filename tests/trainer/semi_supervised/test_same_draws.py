@@ -99,7 +99,7 @@ def given(monkeypatch):
     noting(trainer, "unlabeled_views", "unlabeled")
     noting(augmentation, "strong_view", "strong", many=True)
     noting(augmentation, "complementary_dropout", "dropout", many=True)
-    noting(augmentation.Geometry, "image", "images")
+    noting(augmentation.CropGrid, "image", "images")
     return drawn
 
 

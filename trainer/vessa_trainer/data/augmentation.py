@@ -17,7 +17,7 @@ from vessa_trainer.config import ViewsConfig
 
 
 @dataclass(frozen=True)
-class Geometry:
+class CropGrid:
     """Crops of B squares. grid: (B, crop, crop, 2) sampling points in [-1, 1] of the square."""
 
     grid: Tensor
@@ -35,17 +35,17 @@ class Geometry:
         """Move (B, S, S) float by nearest neighbor, so that a label keeps its own confidence."""
         return F.grid_sample(confidence[:, None], self.grid, mode="nearest", align_corners=False)[:, 0]
 
-    def of(self, places: Sequence[int]) -> "Geometry":
+    def of(self, places: Sequence[int]) -> "CropGrid":
         """Return the geometry of some images of the batch."""
-        return Geometry(self.grid[list(places)])
+        return CropGrid(self.grid[list(places)])
 
-    def on(self, windows: Tensor) -> "Geometry":
+    def on(self, windows: Tensor) -> "CropGrid":
         """Move views of whole squares onto windows: (B, 3) float, center x, y and half the side."""
-        return Geometry(self.grid * windows[:, None, None, 2:] + windows[:, None, None, :2])
+        return CropGrid(self.grid * windows[:, None, None, 2:] + windows[:, None, None, :2])
 
-    def to(self, device: str | torch.device) -> "Geometry":
+    def to(self, device: str | torch.device) -> "CropGrid":
         """Return the same on a device."""
-        return Geometry(self.grid.to(device))
+        return CropGrid(self.grid.to(device))
 
     def valid(self, valid: Tensor) -> Tensor:
         """Move (B, S, S) bool; outside the square is False."""
@@ -54,7 +54,7 @@ class Geometry:
 
 def draw_geometry(
     count: int, size: int, crop: int, config: ViewsConfig, generator: torch.Generator
-) -> Geometry:
+) -> CropGrid:
     """Draw the weak view: scale, position, mirror, rotation.
 
     size: side of the squares, px; crop: side of the views, px. Where the scaled square is smaller
@@ -77,13 +77,13 @@ def draw_geometry(
         torch.stack([span * mirror * cosine, -span * sine, center_x], 1),
         torch.stack([span * mirror * sine, span * cosine, center_y], 1),
     ]
-    return Geometry(F.affine_grid(torch.stack(rows, 1), [count, 1, crop, crop], align_corners=False))
+    return CropGrid(F.affine_grid(torch.stack(rows, 1), [count, 1, crop, crop], align_corners=False))
 
 
-def full_geometry(count: int, size: int, crop: int) -> Geometry:
+def full_geometry(count: int, size: int, crop: int) -> CropGrid:
     """The whole square resized to the crop, for evaluation and labels without augmentation."""
     theta = torch.eye(2, 3).expand(count, -1, -1)
-    return Geometry(F.affine_grid(theta, [count, 1, crop, crop], align_corners=False))
+    return CropGrid(F.affine_grid(theta, [count, 1, crop, crop], align_corners=False))
 
 
 def draw_seeds(count: int, generator: torch.Generator) -> list[int]:

@@ -82,7 +82,7 @@ def _covered(frame: Frame, pixels: np.ndarray) -> Tensor:
     return frame.enter(torch.from_numpy(pixels)[None].float())[0] > 0
 
 
-class Prepared:
+class PreparedSlices:
     """Slices on squares.
 
     images: (N, C, S, S) uint8, C is 1, 3, or 2n + 1 with n neighbors
@@ -216,7 +216,7 @@ class Order:
 
 def prepare_splits(
     dataset: Dataset, splits: Splits, config: Config, out: Path
-) -> tuple[Prepared, Prepared | None]:
+) -> tuple[PreparedSlices, PreparedSlices | None]:
     """Prepare the labeled and, unless the method is supervised, the unlabeled images of a run.
 
     Both have the same number of channels. out: folder of the run, which may lie among the images.
@@ -228,10 +228,12 @@ def prepare_splits(
         "neighbors": config.student.neighbors,
     }
     size = config.student.size
-    labeled = Prepared(dataset, slices_of(dataset, splits.labeled), size, need_masks=True, **options)
+    labeled = PreparedSlices(dataset, slices_of(dataset, splits.labeled), size, need_masks=True, **options)
     if config.semi.method == "supervised":
         return labeled, None
-    unlabeled = Prepared(dataset, slices_of(dataset, splits.unlabeled), size, need_masks=False, **options)
+    unlabeled = PreparedSlices(
+        dataset, slices_of(dataset, splits.unlabeled), size, need_masks=False, **options
+    )
     channels = max(labeled.channels, unlabeled.channels)
     for part in (labeled, unlabeled):
         part.show_as(channels)

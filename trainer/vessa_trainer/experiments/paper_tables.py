@@ -25,7 +25,7 @@ _SHOWN = ("dice", "iou", "hd95")  # of each cell, as in the paper; the CSV file 
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedTable:
     """One table of the VESSA paper.
 
     percents: labeled percentages of the training patients; bound: whether a run with all labels is added
@@ -39,10 +39,10 @@ class Published:
 
 _SEMI = ("semisam", "unimatch_v2", "vessa")
 TABLES = {
-    "table1": Published("Table 1: VESSA's share", ("vessa_alone", "sam2", "vessa"), (1,)),
-    "table2": Published("Table 2: methods on ACDC", _SEMI, (1, 5, 10), bound=True),
-    "table3": Published("Table 3: methods on AbdomenCT-1K", _SEMI, (1, 5, 10), bound=True),
-    "table4": Published(
+    "table1": PublishedTable("Table 1: VESSA's share", ("vessa_alone", "sam2", "vessa"), (1,)),
+    "table2": PublishedTable("Table 2: methods on ACDC", _SEMI, (1, 5, 10), bound=True),
+    "table3": PublishedTable("Table 3: methods on AbdomenCT-1K", _SEMI, (1, 5, 10), bound=True),
+    "table4": PublishedTable(
         "Table 4: the annotator's parts",
         ("vessa_no_language", "vessa_no_memory", "vessa_no_feedback", "vessa"),
         (1,),
@@ -179,7 +179,7 @@ def _write_splits(folder: Path, split: Split, labeled: Sequence[str]) -> dict[st
 
 
 def _write(
-    name: str, published: Published, config: Config, split: Split, columns: Sequence[Column], seeds: int
+    name: str, published: PublishedTable, config: Config, split: Split, columns: Sequence[Column], seeds: int
 ) -> None:
     out, rows = Path(config.out), [_rows(c) for c in columns]
     titles = list(dict.fromkeys(title for some in rows for title in some))

@@ -14,7 +14,7 @@ from rich.console import Console
 from vessa.datasets import Slice
 from vessa_trainer.config import Config
 from vessa_trainer.data.overview import shows_class
-from vessa_trainer.data.prepared import Prepared
+from vessa_trainer.data.prepared import PreparedSlices
 from vessa_trainer.data.splits import cases_of, slices_of
 from vessa_trainer.experiments.run_data import RunData
 from vessa_trainer.pseudo_labels.types import LabelBatch, PseudoLabel
@@ -180,9 +180,9 @@ def _measure(config: Config, found: RunData) -> tuple[float, float]:
     device, splits, data = open_device(config.device), found.plan.splits, found.data
     neighbors = config.student.neighbors
 
-    def prepare(items: Sequence[Slice], count: int, *, need_masks: bool) -> Prepared:
+    def prepare(items: Sequence[Slice], count: int, *, need_masks: bool) -> PreparedSlices:
         chosen = items[:: max(1, len(items) // count)][:count]
-        return Prepared(data, chosen, config.student.size, need_masks=need_masks, neighbors=neighbors)
+        return PreparedSlices(data, chosen, config.student.size, need_masks=need_masks, neighbors=neighbors)
 
     labeled = prepare(slices_of(data, splits.labeled), config.batch_labeled, need_masks=True)
     unlabeled = None

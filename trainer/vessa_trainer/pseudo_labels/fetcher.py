@@ -28,7 +28,7 @@ _TRIES = 3  # of an item that the annotator itself fails on: it may have been a 
 
 
 @dataclass
-class Wanted:
+class LabelQuery:
     """A label to fetch. prompts None asks for a prompt-free one; image is read when it is needed."""
 
     item: Slice
@@ -37,16 +37,16 @@ class Wanted:
 
 
 @dataclass
-class Fetched:
+class FetchResult:
     """The outcome of fetching a batch.
 
     late: to be asked for again, because of `reason`; elsewhere: another process is asking for them; asked:
     somebody answered.
     """
 
-    labels: list[tuple[Wanted, PseudoLabel]] = field(default_factory=list)
-    late: list[Wanted] = field(default_factory=list)
-    elsewhere: list[Wanted] = field(default_factory=list)
+    labels: list[tuple[LabelQuery, PseudoLabel]] = field(default_factory=list)
+    late: list[LabelQuery] = field(default_factory=list)
+    elsewhere: list[LabelQuery] = field(default_factory=list)
     reason: VessaError | None = None
     asked: bool = False
 
@@ -77,7 +77,7 @@ class LabelFetcher:
         self.requests = self.images = self.cache_hits = self.failed_items = 0
         self.annotator_changes: list[str] = []  # that `annotator.allow_change` allowed
 
-    def fetch(self, batch: Sequence[Wanted]) -> Fetched:
+    def fetch(self, batch: Sequence[LabelQuery]) -> FetchResult:
         """Fetch a batch. Raises what waiting does not cure: a wrong key, a deleted bank."""
         if self._only_prompted:
             silent = [w for w in batch if not self._prompted(w).any()]
@@ -87,8 +87,8 @@ class LabelFetcher:
             return heard
         return self._fetch(batch)
 
-    def _fetch(self, batch: Sequence[Wanted]) -> Fetched:
-        result = Fetched()
+    def _fetch(self, batch: Sequence[LabelQuery]) -> FetchResult:
+        result = FetchResult()
         missing = self._known(batch, result)
         if not missing:
             return result
@@ -103,7 +103,7 @@ class LabelFetcher:
             self._cache.release(claimed)
         return result
 
-    def _known(self, batch: Sequence[Wanted], result: Fetched) -> list[tuple[Wanted, str]]:
+    def _known(self, batch: Sequence[LabelQuery], result: FetchResult) -> list[tuple[LabelQuery, str]]:
         """Take from the cache what is there; return the others with their keys."""
         keys = [self._key(w, self._bank.digest, self._model, self._labels_version) for w in batch]
         missing = []
@@ -115,7 +115,7 @@ class LabelFetcher:
                 self.cache_hits += 1
         return missing
 
-    def _fetch_missing(self, missing: list[Wanted], result: Fetched) -> None:
+    def _fetch_missing(self, missing: list[LabelQuery], result: FetchResult) -> None:
         try:
             answers = self._ask(missing)
         except (Retryable, ServiceError) as error:
@@ -157,14 +157,14 @@ class LabelFetcher:
             update={"version": answer.bank_version, "digest": answer.bank_digest}
         )
 
-    def _passes(self, wanted: Wanted, error: VessaError | None) -> bool:
+    def _passes(self, wanted: LabelQuery, error: VessaError | None) -> bool:
         """Tell whether to request an item again; limited, so that one bad image cannot stop a run."""
         if isinstance(error, ServiceError):
             self._faults[wanted.item.name] += 1
             return self._faults[wanted.item.name] < _TRIES
         return isinstance(error, Retryable)
 
-    def _ask(self, batch: list[Wanted]) -> list[Annotation]:
+    def _ask(self, batch: list[LabelQuery]) -> list[Annotation]:
         """Ask the annotator; images it has seen go by their id alone."""
         answers: dict[str, Annotation] = {}
         for size in {self._sent[w.item.name] for w in batch if w.item.name in self._sent}:
@@ -184,7 +184,7 @@ class LabelFetcher:
             self._sent |= {w.item.name: self._image(w).shape[:2] for w in rest}
         return [answers[w.item.name] for w in batch]
 
-    def _request(self, batch: list[Wanted], **what: Any) -> list[Annotation]:
+    def _request(self, batch: list[LabelQuery], **what: Any) -> list[Annotation]:
         self.requests += 1
         self.images += len(batch)
         return self._client.segment(
@@ -197,7 +197,7 @@ class LabelFetcher:
             seed=self._seed,
         )
 
-    def _label(self, wanted: Wanted, answer: Annotation) -> PseudoLabel:
+    def _label(self, wanted: LabelQuery, answer: Annotation) -> PseudoLabel:
         """Turn an answer into a label; a failed item teaches nothing, and is counted and said."""
         if answer.error is None and answer.labels is not None and answer.confidence is not None:
             return PseudoLabel(answer.labels, answer.confidence)
@@ -205,11 +205,11 @@ class LabelFetcher:
         _log.warning("no label for %s: %s", wanted.item.name, answer.error)
         return self._nothing(wanted)
 
-    def _nothing(self, wanted: Wanted) -> PseudoLabel:
+    def _nothing(self, wanted: LabelQuery) -> PseudoLabel:
         empty = np.zeros(self._image(wanted).shape[:2], np.uint8)
         return PseudoLabel(empty, empty)
 
-    def _prompted(self, wanted: Wanted) -> np.ndarray:
+    def _prompted(self, wanted: LabelQuery) -> np.ndarray:
         """Find the classes that have a prompt, bool (K,)."""
         found, prompts = np.zeros(len(self.class_ids), bool), wanted.prompts
         if prompts is None:
@@ -222,24 +222,24 @@ class LabelFetcher:
             found |= prompts.mask_present.astype(bool) if prompts.mask_present is not None else True
         return found
 
-    def _of_prompted(self, wanted: Wanted, label: PseudoLabel) -> PseudoLabel:
+    def _of_prompted(self, wanted: LabelQuery, label: PseudoLabel) -> PseudoLabel:
         """Silence what was drawn of classes without a prompt."""
         others = [c for c, there in zip(self.class_ids, self._prompted(wanted), strict=True) if not there]
         unasked = np.isin(label.labels, others)
         return PseudoLabel(label.labels, np.where(unasked, 0, label.confidence).astype(np.uint8))
 
-    def _image(self, wanted: Wanted) -> np.ndarray:
+    def _image(self, wanted: LabelQuery) -> np.ndarray:
         if wanted.image is None:
             wanted.image = self._dataset.image(wanted.item)
         return wanted.image
 
-    def _image_id(self, wanted: Wanted) -> str:
+    def _image_id(self, wanted: LabelQuery) -> str:
         name = wanted.item.name
         if name not in self._image_ids:
             self._image_ids[name] = image_digest(self._image(wanted))
         return self._image_ids[name]
 
-    def _key(self, wanted: Wanted, bank_digest: str, model: str, labels_version: str) -> str:
+    def _key(self, wanted: LabelQuery, bank_digest: str, model: str, labels_version: str) -> str:
         return label_key(
             self._image_id(wanted),
             bank=self._bank.name,

@@ -23,7 +23,7 @@ from vessa_trainer.config import AnnotatorConfig
 from vessa_trainer.outages import ANNOTATOR, Incidents
 from vessa_trainer.pseudo_labels.cache import LabelCache
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
-from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, Wanted
+from vessa_trainer.pseudo_labels.fetcher import LabelFetcher, LabelQuery
 from vessa_trainer.pseudo_labels.quality import Calibration, EchoCheck, PooledDice
 from vessa_trainer.pseudo_labels.types import LabelBatch, LabelService, PseudoLabel
 from vessa_trainer.pseudo_labels.view_average import ViewAverage
@@ -291,7 +291,7 @@ class AnnotationFeed:
             self._postpone(result.late, result.reason, min(result.reason.retry_after or pause, _MAX_PAUSE))
             pause = min(2 * pause, _MAX_PAUSE)
 
-    def _next_batch(self) -> list[Wanted] | None:
+    def _next_batch(self) -> list[LabelQuery] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._first or self._again or self._closed)
             if self._closed:
@@ -299,9 +299,9 @@ class AnnotationFeed:
             source = self._first or self._again
             names = [source.popitem(last=False)[0] for _ in range(min(len(source), self._config.batch))]
             self._flying.update(names)
-            return [Wanted(self._slices[n], self._prompts.get(n)) for n in names]
+            return [LabelQuery(self._slices[n], self._prompts.get(n)) for n in names]
 
-    def _look_again(self, elsewhere: Sequence[Wanted], pause: float) -> None:
+    def _look_again(self, elsewhere: Sequence[LabelQuery], pause: float) -> None:
         """Put names that another process is asking for behind the others of their queue."""
         with self._changed:
             for wanted in elsewhere:
@@ -310,7 +310,7 @@ class AnnotationFeed:
                 queue[wanted.item.name] = None
             self._changed.wait_for(lambda: self._closed, timeout=pause)
 
-    def _postpone(self, late: Sequence[Wanted], error: VessaError, pause: float) -> None:
+    def _postpone(self, late: Sequence[LabelQuery], error: VessaError, pause: float) -> None:
         """Put names back in front of their queue and wait."""
         with self._changed:
             if self._away is None:
@@ -335,7 +335,7 @@ class AnnotationFeed:
                 _log.warning("the annotator answers again")
             self._away = None
 
-    def _keep(self, wanted: Wanted, label: PseudoLabel) -> None:
+    def _keep(self, wanted: LabelQuery, label: PseudoLabel) -> None:
         """Store a label as it came, and request it again where newer prompts came meanwhile."""
         name = wanted.item.name
         with self._changed:

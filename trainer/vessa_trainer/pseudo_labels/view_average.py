@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vessa.datasets import Case, Dataset, Slice
-from vessa_trainer.pseudo_labels.fetcher import Fetched, LabelFetcher, Wanted
+from vessa_trainer.pseudo_labels.fetcher import FetchResult, LabelFetcher, LabelQuery
 from vessa_trainer.pseudo_labels.types import PseudoLabel
 
 VIEWS = ((10.0, 1.0), (-10.0, 1.0), (0.0, 0.85), (0.0, 1.2))  # angle in degrees, scale
@@ -104,7 +104,7 @@ class ViewAverage:
         self.plain = fetcher_of(dataset)
         self._views = [fetcher_of(ViewDataset(dataset, *view)) for view in VIEWS]
 
-    def fetch(self, batch: Sequence[Wanted]) -> Fetched:
+    def fetch(self, batch: Sequence[LabelQuery]) -> FetchResult:
         """Fetch a batch. Prompts go with the plain image alone: the other views vote without them.
 
         Labels whose views are late or are fetched elsewhere go back to the queue: `late` and `elsewhere`.
@@ -126,8 +126,8 @@ class ViewAverage:
         return result
 
     @staticmethod
-    def _labels(fetcher: LabelFetcher, items: Sequence[Slice], result: Fetched) -> dict[str, PseudoLabel]:
-        found = fetcher.fetch([Wanted(item) for item in items])  # a Wanted keeps the image of its view
+    def _labels(fetcher: LabelFetcher, items: Sequence[Slice], result: FetchResult) -> dict[str, PseudoLabel]:
+        found = fetcher.fetch([LabelQuery(item) for item in items])  # a query keeps the image of its view
         result.asked |= found.asked
         result.reason = result.reason or found.reason
         return {wanted.item.name: label for wanted, label in found.labels}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vessa_trainer.config import Config
 from vessa_trainer.data import augmentation
-from vessa_trainer.data.prepared import Prepared
+from vessa_trainer.data.prepared import PreparedSlices
 from vessa_trainer.data.windows import WHOLE, Window, window_around
 from vessa_trainer.pseudo_labels.types import LabelBatch, LabelSource, PseudoLabel
 from vessa_trainer.semi_supervised.distributed import ALONE, Processes
@@ -32,7 +32,7 @@ class UnlabeledViews:
 
 
 def labeled_batch(
-    data: Prepared,
+    data: PreparedSlices,
     rows: list[int],
     config: Config,
     generator: torch.Generator,
@@ -57,7 +57,7 @@ def labeled_batch(
 
 
 def unlabeled_views(
-    data: Prepared,
+    data: PreparedSlices,
     rows: list[int],
     config: Config,
     source: LabelSource | None,
@@ -103,11 +103,11 @@ def unlabeled_views(
 
 
 def _draw_geometry(
-    count: int, data: Prepared, config: Config, generator: torch.Generator
-) -> tuple[augmentation.Geometry, Tensor]:
+    count: int, data: PreparedSlices, config: Config, generator: torch.Generator
+) -> tuple[augmentation.CropGrid, Tensor]:
     """Draw weak views, and which of them show the whole image where others show the region of interest.
 
-    With `student.window` the views are of a window that is yet to be placed (`Geometry.on`).
+    With `student.window` the views are of a window that is yet to be placed (`CropGrid.on`).
     """
     crop = config.student.crop
     if not config.student.window:
@@ -122,7 +122,7 @@ def _or_whole(windows: Tensor, whole: Tensor) -> Tensor:
 
 
 def _windows(
-    data: Prepared, rows: Sequence[int], taken: LabelBatch | None, factor: float, usual: Window
+    data: PreparedSlices, rows: Sequence[int], taken: LabelBatch | None, factor: float, usual: Window
 ) -> Tensor:
     """Return the region of interest of each unlabeled image, (B, 3), from the box of its volume's labels.
 
@@ -138,7 +138,7 @@ def _windows(
 
 
 def on_squares(
-    data: Prepared, rows: Sequence[int], labels: Sequence[PseudoLabel | None]
+    data: PreparedSlices, rows: Sequence[int], labels: Sequence[PseudoLabel | None]
 ) -> tuple[Tensor, Tensor]:
     """Put VESSA's labels and confidence on the prepared squares, as the images are: (B, S, S).
 

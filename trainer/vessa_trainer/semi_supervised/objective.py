@@ -61,7 +61,7 @@ def compute_loss(
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GatheredBatch:
     """The unlabeled part of a step, gathered from all processes.
 
     strong: both strong views with their targets; teacher: class probabilities of the weak view,
@@ -81,7 +81,7 @@ def _gather(
     config: Config,
     generator: torch.Generator,
     processes: Processes,
-) -> Gathered:
+) -> GatheredBatch:
     """Run the teacher on the weak view and the student on both strong ones, and gather everything once."""
     gather, count = processes.gather, unlabeled.weak.shape[0]
     with torch.no_grad():
@@ -100,7 +100,7 @@ def _gather(
         return losses.StrongView(gather(part), moved(unlabeled.valid), moved(probability), vessa)
 
     first, second = (view(*pair) for pair in zip(logits.split(count), unlabeled.boxes, strict=True))
-    return Gathered(
+    return GatheredBatch(
         (first, second),
         gather(probability),
         unlabeled.vessa and (gather(unlabeled.vessa[0]), gather(unlabeled.vessa[1])),
@@ -108,7 +108,7 @@ def _gather(
     )
 
 
-def _unlabeled_term(gathered: Gathered, config: Config, step: int) -> tuple[Tensor, dict[str, float]]:
+def _unlabeled_term(gathered: GatheredBatch, config: Config, step: int) -> tuple[Tensor, dict[str, float]]:
     """Average the losses of both strong views: the teacher's (Eq. 6), and VESSA's beside it (Eq. 7 to 9)."""
     semi, strong, classes = config.semi, gathered.strong, gathered.teacher.shape[1]
     kind, threshold = config.unlabeled_loss, semi.conf_threshold

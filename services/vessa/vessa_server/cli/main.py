@@ -88,12 +88,12 @@ def ray(
         raise InvalidConfig(
             "Ray is not installed: it comes with the extra, pip install './services/vessa[ray]'"
         )
-    from vessa_server.replicas import Scale, run
+    from vessa_server.replicas import ReplicaScaling, run
     from vessa_server.settings import Settings
 
     given = {"host": host, "port": port, "weights": weights, "store": store}
     settings = Settings(**{k: v for k, v in given.items() if v is not None})
-    run(settings, Scale(replicas, max_replicas or replicas, gpus, cpus, requests), address)
+    run(settings, ReplicaScaling(replicas, max_replicas or replicas, gpus, cpus, requests), address)
 
 
 @app.command()
@@ -144,7 +144,7 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Stage 1: pretrain the annotator on data folders and synthetic studies; under torchrun on many GPUs."""
-    from vessa_server.pretraining.distributed import Scale
+    from vessa_server.pretraining.distributed import StepDivision
     from vessa_server.pretraining.loop import PretrainConfig
     from vessa_server.pretraining.lora import Lora
     from vessa_server.pretraining.losses import LossWeights
@@ -175,7 +175,7 @@ def pretrain(
         preset=preset,
         start=start,
         trunk=trunk,
-        scale=Scale(accumulate, fsdp, checkpoint_activations),
+        division=StepDivision(accumulate, fsdp, checkpoint_activations),
         studies=studies,
         validation=validation,
         command=command,

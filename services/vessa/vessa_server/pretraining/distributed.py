@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Scale:
+class StepDivision:
     """How a step is divided into passes and processes; the loss stays that of the whole batch.
 
     accumulate: passes per step; shard: FSDP; checkpoint_activations: recompute the activations of the

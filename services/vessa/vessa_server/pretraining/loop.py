@@ -19,7 +19,7 @@ from vessa_server.model.weights import directory
 from vessa_server.pretraining import checkpoints
 from vessa_server.pretraining.data.pools import Episode, Pool
 from vessa_server.pretraining.data.tasks import Tasks
-from vessa_server.pretraining.distributed import Processes, Scale, Stage1, local, sharded_like, whole
+from vessa_server.pretraining.distributed import Processes, Stage1, StepDivision, local, sharded_like, whole
 from vessa_server.pretraining.lora import Lora, changing, choose, is_nano, training_mode
 from vessa_server.pretraining.losses import LossWeights
 from vessa_server.pretraining.step import (
@@ -85,30 +85,30 @@ class Pretraining:
         out: Path,
         provenance: dict[str, Any],
         processes: Processes,
-        scale: Scale | None = None,
+        division: StepDivision | None = None,
     ) -> None:
         self.model, self.config, self.tasks, self.validation = model, config, tasks, validation
         self.out, self.provenance = Path(out), provenance
-        self.processes, self.scale = processes, scale or Scale()
-        parts = processes.count * self.scale.accumulate
+        self.processes, self.division = processes, division or StepDivision()
+        parts = processes.count * self.division.accumulate
         if config.batch % parts:
             raise InvalidRequest(
                 f"a batch of {config.batch} episodes cannot be divided among {processes.count} processes "
-                f"with {self.scale.accumulate} passes each: expected a multiple of {parts}"
+                f"with {self.division.accumulate} passes each: expected a multiple of {parts}"
             )
-        if self.scale.shard and is_nano(model):
+        if self.division.shard and is_nano(model):
             raise InvalidRequest("nano fits into every device and is not sharded: remove --fsdp")
         self.peak = config.lr or (NANO_LR if is_nano(model) else OFFICIAL_LR)
         torch.manual_seed(config.seed)  # the same random weights in all processes
         self.adapter = choose(model, config.lora)
-        if self.scale.checkpoint_activations:
+        if self.division.checkpoint_activations:
             if model.language is None:
                 raise InvalidRequest(
                     "--checkpoint-activations needs a language model, and these weights have none"
                 )
             model.language.model.activation_checkpointing_enable()
         self.whereabouts = nn.Linear(model.preset.segmenter.dim, WHEREABOUTS**2)
-        self.stage = processes.spread(Stage1(model, self.whereabouts), shard=self.scale.shard)
+        self.stage = processes.spread(Stage1(model, self.whereabouts), shard=self.division.shard)
         training_mode(model)
         self.average = {k: v.detach().clone() for k, v in changing(model).items()}
         self.optimizer = torch.optim.AdamW(
@@ -227,9 +227,9 @@ class Pretraining:
             drawn = self.tasks.layouts(self.rng, LAYOUTS, KINDS)
             layouts = prepare_layouts(*drawn, KINDS, self.generator, size).to(self.processes.device)
         size, side = self.model.preset.segmenter.image_size, 4 * self.model.segmenter.side
-        count = len(episodes) // (self.processes.count * self.scale.accumulate)
-        first = self.processes.rank * self.scale.accumulate * count
-        starts = range(first, first + self.scale.accumulate * count, count)
+        count = len(episodes) // (self.processes.count * self.division.accumulate)
+        first = self.processes.rank * self.division.accumulate * count
+        starts = range(first, first + self.division.accumulate * count, count)
         parts = [prepare(episodes[i : i + count], seeds[i : i + count], size, side) for i in starts]
         # Dropout depends only on the step and the process, so a checkpoint need not store its generator.
         state = np.random.SeedSequence([self.config.seed, self.step, self.processes.rank])

@@ -19,7 +19,7 @@ from vessa_server.pretraining.data.pools import Pool, pool_of_dataset, pool_of_s
 from vessa_server.pretraining.data.synthetic import phantom_study
 from vessa_server.pretraining.data.tasks import StudySource, Tasks
 from vessa_server.pretraining.data.varied_studies import varied_study
-from vessa_server.pretraining.distributed import Processes, Scale
+from vessa_server.pretraining.distributed import Processes, StepDivision
 from vessa_server.pretraining.loop import PretrainConfig, Pretraining, validation_episodes
 
 VALIDATION_SHARE = 0.1
@@ -35,7 +35,7 @@ def pretrain(
     preset: str | None = None,
     start: str | None = None,
     trunk: Path | None = None,
-    scale: Scale | None = None,
+    division: StepDivision | None = None,
     studies: int = 100,
     validation: int = 96,
     command: str,
@@ -80,7 +80,7 @@ def pretrain(
     provenance: dict[str, Any] = {"command": command, "data": [*data, synthetic_data]}
     if origin:
         provenance["start"] = origin
-    run = Pretraining(model, config, tasks, episodes, out, provenance, processes, scale)
+    run = Pretraining(model, config, tasks, episodes, out, provenance, processes, division)
     run.resume()
     return run.run()
 

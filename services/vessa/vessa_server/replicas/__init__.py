@@ -1,5 +1,5 @@
 """Replicas of the service under Ray Serve (experimental: no gain over nginx measured). Needs extra `ray`."""
 
-from vessa_server.replicas.ray_serve import Scale, run
+from vessa_server.replicas.ray_serve import ReplicaScaling, run
 
-__all__ = ["Scale", "run"]
+__all__ = ["ReplicaScaling", "run"]

@@ -34,7 +34,7 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True)
-class Scale:
+class ReplicaScaling:
     """Number of replicas, and the resources of each. Raises InvalidConfig.
 
     least, most: limits of the number of replicas; equal limits fix it
@@ -87,7 +87,7 @@ class Replica:
             await asyncio.to_thread(self._service.check_ready)  # it calls another process
 
 
-def run(settings: Settings, scale: Scale, address: str | None = None) -> None:
+def run(settings: Settings, scale: ReplicaScaling, address: str | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests in progress.
 
     address: of a Ray cluster, as `ray.init` takes it; None starts one on this machine, for this call alone
@@ -117,7 +117,7 @@ def run(settings: Settings, scale: Scale, address: str | None = None) -> None:
         ray.shutdown()
 
 
-def _deploy(settings: Settings, scale: Scale, given: dict[str, Any]) -> None:
+def _deploy(settings: Settings, scale: ReplicaScaling, given: dict[str, Any]) -> None:
     http = {
         "host": settings.host,
         "port": settings.port,

@@ -10,7 +10,7 @@ from vessa.errors import InvalidPrompt, ShapeMismatch
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
+class PromptArrays:
     """Hold the prompts of a request with B images and K classes; None where there are none of a kind.
 
     boxes: (B, K, 4) float32 XYXY px, four -1 = no box; points: (B, K, P, 2) float32 (x, y) px

@@ -36,7 +36,7 @@ from vessa_server.serialization.fields import (
 )
 from vessa_server.serialization.image_files import decode_dicom, decode_image, decode_mask
 from vessa_server.serialization.multipart import Form
-from vessa_server.serialization.prompt_arrays import Prompts
+from vessa_server.serialization.prompt_arrays import PromptArrays
 from vessa_server.serialization.seen_sizes import SeenSizes
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
@@ -209,7 +209,7 @@ class Reader:
         bank, classes = self._classes(bank_name, wanted)
         most = self.settings.limits.max_points
         labels = drawn.get("point_labels")
-        prompts = Prompts(
+        prompts = PromptArrays(
             boxes=read_per_class(drawn.get("boxes"), classes, "boxes", np.float32, (4,)),
             points=read_per_class(drawn.get("points"), classes, "points", np.float32, (None, 2), most),
             point_labels=read_per_class(labels, classes, "point_labels", np.int8, (None,), most),
@@ -225,7 +225,7 @@ class Reader:
         image: NDArray[np.uint8],
         bank_name: str,
         wanted: list[str] | None,
-        prompts: Prompts,
+        prompts: PromptArrays,
         group: str | None,
     ) -> SegmentRequest:
         """Return the request of one image with prompts of its classes. Raises what is wrong with it.
@@ -269,7 +269,7 @@ class Reader:
         if "groups" in metadata:
             groups = read_strings(json_metadata(metadata, "groups"), "groups", count, optional=True)
         bank, classes = self._classes(metadata.get("bank", DEFAULT_BANK), wanted)
-        return self._segment_request(bank, classes, images, ids, groups, Prompts(**tensors), metadata)
+        return self._segment_request(bank, classes, images, ids, groups, PromptArrays(**tensors), metadata)
 
     def segment_slices(
         self, bank_name: str, wanted: list[str] | None, images: NDArray[np.uint8], group: str | None
@@ -280,7 +280,7 @@ class Reader:
         """
         self._check_images(images)
         bank, classes = self._classes(bank_name, wanted)
-        return self._segment_request(bank, classes, images, None, [group] * len(images), Prompts(), {})
+        return self._segment_request(bank, classes, images, None, [group] * len(images), PromptArrays(), {})
 
     def _segment_request(
         self,
@@ -289,7 +289,7 @@ class Reader:
         images: NDArray[Any] | None,
         image_ids: list[str] | None,
         groups: list[str | None],
-        prompts: Prompts,
+        prompts: PromptArrays,
         options: Mapping[str, str],
     ) -> SegmentRequest:
         choice, seed, probabilities = read_options(options)
@@ -375,11 +375,11 @@ class Reader:
             )
 
 
-def _check_labeled(prompts: Prompts) -> None:
+def _check_labeled(prompts: PromptArrays) -> None:
     """Refuse a form's point without a label: padding would silently drop it."""
     points, labels = prompts.points, prompts.point_labels
     if points is None or labels is None or points.shape[:3] != labels.shape:
-        return  # Prompts.check_shapes says so
+        return  # PromptArrays.check_shapes says so
     if ((points != -1).any(axis=-1) & (labels == -1)).any():
         raise InvalidPrompt("Each point needs a point label: 1 inside its class, 0 outside.")
 

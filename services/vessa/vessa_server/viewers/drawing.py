@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vessa.errors import VessaError
-from vessa_server.serialization.prompt_arrays import Prompts
+from vessa_server.serialization.prompt_arrays import PromptArrays
 from vessa_server.serialization.request_parser import Reader, SegmentRequest
 from vessa_server.types import SegmentResult
 from vessa_server.viewers.growth import Growth
@@ -65,14 +65,14 @@ class Painter:
         answers = await self._annotate(await asyncio.to_thread(read))
         target.labels |= {place: answer.labels for place, answer in zip(places, answers, strict=True)}
 
-    async def _prompted(self, image: NDArray[np.uint8], class_id: int, prompts: Prompts) -> Bool:
+    async def _prompted(self, image: NDArray[np.uint8], class_id: int, prompts: PromptArrays) -> Bool:
         name = self._reader.banks.get(self._bank).classes[class_id]
         read = partial(self._reader.segment_prompted, image, self._bank, [name], prompts, self._group)
         (answer,) = await self._annotate(await asyncio.to_thread(read))
         mask: Bool = answer.labels == class_id
         return mask
 
-    async def _class_of(self, image: NDArray[np.uint8], prompts: Prompts) -> int:
+    async def _class_of(self, image: NDArray[np.uint8], prompts: PromptArrays) -> int:
         """Return the class that prompts mean: the one they find when all classes have them.
 
         It is the class under most of what is drawn inside, else the one that the model is surest of.
@@ -82,7 +82,7 @@ class Painter:
             return next(iter(classes))
         repeated = {n: None if a is None else np.repeat(a, len(classes), 1) for n, a in vars(prompts).items()}
         read = partial(
-            self._reader.segment_prompted, image, self._bank, None, Prompts(**repeated), self._group
+            self._reader.segment_prompted, image, self._bank, None, PromptArrays(**repeated), self._group
         )
         (answer,) = await self._annotate(await asyncio.to_thread(read))
         under = answer.labels[_inside(prompts, answer.labels.shape)]
@@ -93,7 +93,7 @@ class Painter:
         return next(key for key, name in classes.items() if name == best)
 
 
-def _inside(prompts: Prompts, size: tuple[int, ...]) -> Bool:
+def _inside(prompts: PromptArrays, size: tuple[int, ...]) -> Bool:
     """Return where prompts say that the structure is, bool (H, W)."""
     found = np.zeros(size, bool)
     if prompts.mask_logits is not None:

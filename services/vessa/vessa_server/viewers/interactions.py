@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vessa.errors import InvalidPrompt
-from vessa_server.serialization.prompt_arrays import Prompts
+from vessa_server.serialization.prompt_arrays import PromptArrays
 
 Bool = NDArray[np.bool_]
 _INSIDE = 6.0  # mask logit of a drawn region, and its negative outside
@@ -86,7 +86,7 @@ def lasso(
 
 def prompts_of(
     drawings: Iterable[Drawing], size: tuple[int, int], known: Bool | None, most: int
-) -> tuple[Prompts, Bool]:
+) -> tuple[PromptArrays, Bool]:
     """Return the prompts (1 image, 1 class) of one slice and where the structure must not be, bool (H, W).
 
     known: bool (H, W) of an initial label; most: points at most. Boxes and lassos together bound the
@@ -112,7 +112,7 @@ def prompts_of(
     rows = np.concatenate(points) if points else np.zeros((0, 3), np.int32)
     if len(rows) > most:  # the newest clicks count, a long scribble is thinned
         rows = rows[np.linspace(0, len(rows) - 1, most).astype(int)]
-    return Prompts(**_arrays(rows, boxes, region)), excluded
+    return PromptArrays(**_arrays(rows, boxes, region)), excluded
 
 
 def _arrays(

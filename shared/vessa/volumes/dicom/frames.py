@@ -20,7 +20,7 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Frame:
+class SlicePlane:
     """One slice in space.
 
     position: of its first pixel, mm, or None; rows, columns: unit directions along a row and down a column;
@@ -39,7 +39,7 @@ class Frame:
         return np.cross(self.rows, self.columns)
 
 
-def frames_of(header: Dataset, count: int) -> tuple[list[Frame], list[str]]:
+def frames_of(header: Dataset, count: int) -> tuple[list[SlicePlane], list[str]]:
     """Return the frames of one file in its order, and notes on what is missing.
 
     Where one position is stated for all frames (classic multi-frame), the others follow it along the normal
@@ -56,7 +56,7 @@ def frames_of(header: Dataset, count: int) -> tuple[list[Frame], list[str]]:
     first = _frame(header, [*own[:1], shared], notes)
     steps = _steps(header, first, count, notes)
     frames = [
-        Frame(
+        SlicePlane(
             None if first.position is None or steps is None else first.position + steps[i] * first.normal,
             first.rows, first.columns, first.spacing, first.thickness,
         )
@@ -69,7 +69,7 @@ def _once(notes: list[str]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _steps(header: Dataset, first: Frame, count: int, notes: list[str]) -> list[float] | None:
+def _steps(header: Dataset, first: SlicePlane, count: int, notes: list[str]) -> list[float] | None:
     """Return each frame's distance from the first along the normal, mm; None when frames are no stack."""
     pointer = header.get("FrameIncrementPointer")
     pointers = {
@@ -92,7 +92,7 @@ def _steps(header: Dataset, first: Frame, count: int, notes: list[str]) -> list[
     return [i * step for i in range(count)]
 
 
-def _frame(header: Dataset, groups: list[Dataset], notes: list[str]) -> Frame:
+def _frame(header: Dataset, groups: list[Dataset], notes: list[str]) -> SlicePlane:
     def item(sequence: str) -> Dataset:
         found = (g.get(sequence) for g in groups)
         return next((s[0] for s in found if s), header)
@@ -113,7 +113,7 @@ def _frame(header: Dataset, groups: list[Dataset], notes: list[str]) -> Frame:
     rows = directions[0] / np.linalg.norm(directions[0])
     columns = directions[1] - (directions[1] @ rows) * rows
     measures = item("PixelMeasuresSequence")
-    return Frame(
+    return SlicePlane(
         np.asarray(position, np.float64).reshape(3) if placed else None,
         rows,
         columns / np.linalg.norm(columns),
@@ -144,7 +144,7 @@ def _spacing(header: Dataset, measures: Dataset, notes: list[str]) -> tuple[floa
     return (vertical / horizontal, 1.0) if vertical > 0 and horizontal > 0 else (1.0, 1.0)
 
 
-def order_of(frames: list[Frame], files: int) -> list[int]:
+def order_of(frames: list[SlicePlane], files: int) -> list[int]:
     """Return the frames' places, sorted along their normal; InvalidImage when they make no even stack.
 
     files: how many they come from; the frames of one file may have no position, and stay as they are
@@ -185,7 +185,7 @@ def _tolerance(step: float) -> float:
     return max(_EVEN * step, min(_ROUNDED, 0.25 * step))
 
 
-def affine_of(frames: list[Frame]) -> tuple[Vector, list[str]]:
+def affine_of(frames: list[SlicePlane]) -> tuple[Vector, list[str]]:
     """Return the (4, 4) matrix from (column, row, slice) to mm, RAS+, of slices in order; and notes.
 
     Slices may be shifted against one another evenly, as under a tilted gantry. Without positions the first

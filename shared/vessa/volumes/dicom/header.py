@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pydicom import Dataset, uid
 from pydicom.valuerep import DSfloat
 
-from vessa.volumes.dicom.frames import Frame
+from vessa.volumes.dicom.frames import SlicePlane
 
 REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 _TEXTS = {  # attributes that must be there and may be empty, with the longest value that DICOM allows
@@ -23,7 +23,7 @@ _SEXES = {"M": "M", "F": "F", "O": "O", "MALE": "M", "FEMALE": "F", "OTHER": "O"
 _NUMBERS = ("Rows", "Columns")
 
 
-def kept_header(header: Dataset, frames: Sequence[Frame]) -> tuple[Dataset, list[str]]:
+def kept_header(header: Dataset, frames: Sequence[SlicePlane]) -> tuple[Dataset, list[str]]:
     """Return a clean header of one file, and notes on what was repaired.
 
     header: as read; frames: of this file, whose geometry replaces the header's. Identifiers that are missing
@@ -95,7 +95,7 @@ def _sex(text: str) -> str:
     return _SEXES.get(text.upper(), "")
 
 
-def _place(kept: Dataset, header: Dataset, frames: Sequence[Frame]) -> None:
+def _place(kept: Dataset, header: Dataset, frames: Sequence[SlicePlane]) -> None:
     """State the geometry of the frames: at the top for one frame, in functional groups for several."""
     multi_frame = "NumberOfFrames" in header and (
         len(frames) > 1 or "SharedFunctionalGroupsSequence" in header

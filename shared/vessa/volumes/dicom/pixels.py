@@ -21,7 +21,7 @@ _FLOATS = ("FloatPixelData", "DoubleFloatPixelData")
 
 
 @dataclass(frozen=True)
-class Shown:
+class DisplayRange:
     """How the makers of a frame want it shown.
 
     window: (low, high) values, or None; table: VOI lookup table, or None; padding: (lowest, highest) value
@@ -128,12 +128,12 @@ def rescale_of(header: Dataset, index: int) -> tuple[float, float]:
     )
 
 
-def shown_of(header: Dataset, index: int) -> Shown:
+def shown_of(header: Dataset, index: int) -> DisplayRange:
     """Return how a frame is to be shown; a VOI lookup table counts before a window."""
     voi = _functional_group(header, index, "FrameVOILUTSequence")
     slope, intercept = rescale_of(header, index)
     signed = intercept < 0 or int(header.get("PixelRepresentation", 0)) == 1
-    return Shown(_window(voi), _table(voi, signed), _padding(header, slope, intercept))
+    return DisplayRange(_window(voi), _table(voi, signed), _padding(header, slope, intercept))
 
 
 def _functional_group(header: Dataset, index: int, sequence: str) -> Dataset:

@@ -15,12 +15,12 @@ from pydicom import Dataset, uid
 from pydicom.filereader import read_dataset, read_preamble
 
 from vessa.errors import InvalidImage, TooLarge, VessaError
-from vessa.volumes.dicom.frames import Frame, affine_of, frames_of, order_of
+from vessa.volumes.dicom.frames import SlicePlane, affine_of, frames_of, order_of
 from vessa.volumes.dicom.header import kept_header
 from vessa.volumes.dicom.pixels import (
     COLOR,
     NATIVE,
-    Shown,
+    DisplayRange,
     check_kind,
     check_syntax,
     decoded_frames,
@@ -54,8 +54,8 @@ def read_dicom(sources: Sequence[Source], bounds: Bounds, allocate: Allocate = e
     rows, columns, _ = sizes[0]
     # before anything is made for each frame: a header can claim millions
     bounds.check((columns, rows, sum(size[2] for size in sizes)), "DICOM image")
-    frames: list[Frame] = []
-    shown: list[Shown] = []
+    frames: list[SlicePlane] = []
+    shown: list[DisplayRange] = []
     notes: list[str] = []
     for name, header, size in zip(names, headers, sizes, strict=True):
         found, said, looks = _named(name, _geometry, header, size[2])
@@ -194,7 +194,7 @@ def _checked_kind(header: Dataset) -> tuple[int, int, int]:
         raise InvalidImage("the DICOM header is damaged: its sizes are no numbers") from None
 
 
-def _geometry(header: Dataset, count: int) -> tuple[list[Frame], list[str], list[Shown]]:
+def _geometry(header: Dataset, count: int) -> tuple[list[SlicePlane], list[str], list[DisplayRange]]:
     try:
         frames, notes = frames_of(header, count)
         return frames, notes, [shown_of(header, index) for index in range(count)]
@@ -204,7 +204,7 @@ def _geometry(header: Dataset, count: int) -> tuple[list[Frame], list[str], list
         raise InvalidImage("the DICOM header is damaged: its attributes have values of wrong types") from None
 
 
-def _kept(header: Dataset, frames: list[Frame]) -> tuple[Dataset, list[str]]:
+def _kept(header: Dataset, frames: list[SlicePlane]) -> tuple[Dataset, list[str]]:
     try:
         return kept_header(header, frames)
     except Exception:

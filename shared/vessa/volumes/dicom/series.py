@@ -38,7 +38,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Found:
+class DicomFolder:
     """What lies below a folder.
 
     left_out: (path, why) of files that are no DICOM image; damaged: of files that look as if they should be.
@@ -71,7 +71,7 @@ def has_dicom(folder: Path) -> bool:
     return False
 
 
-def find_series(folder: Path) -> Found:
+def find_series(folder: Path) -> DicomFolder:
     """Find all DICOM series below a folder, sorted by folder, number and UID."""
     groups: dict[str, list[tuple[Path, pydicom.Dataset]]] = {}
     left_out: list[tuple[Path, str]] = []
@@ -96,7 +96,7 @@ def find_series(folder: Path) -> Found:
         groups.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
     series = [_series(uid, members, folder) for uid, members in groups.items()]
     series.sort(key=lambda one: (one.folder, one.number.zfill(12), one.uid))
-    return Found(tuple(series), tuple(left_out), tuple(damaged))
+    return DicomFolder(tuple(series), tuple(left_out), tuple(damaged))
 
 
 def series_files(folder: Path, series: int | None = None) -> tuple[list[Path], list[str]]:

@@ -68,7 +68,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Told:
+class ConversationStart:
     """The start of a conversation: a template's picture and what is asked about it."""
 
     picture: Picture
@@ -167,12 +167,12 @@ class LanguageService:
 
     def read_templates(
         self, overlays: Tensor, class_names: Sequence[str], instructions: Sequence[str]
-    ) -> list[Told]:
+    ) -> list[ConversationStart]:
         """Prepare N conversations up to where the target comes; overlays: (N, 3, S, S) float in [0, 1]."""
         pictures = [Picture.of(p) for p in as_seen(overlays, self.image_size)]
-        return [Told(*told) for told in zip(pictures, class_names, instructions, strict=True)]
+        return [ConversationStart(*told) for told in zip(pictures, class_names, instructions, strict=True)]
 
-    def states_after(self, read: Sequence[Told], targets: Tensor, rows: Sequence[int]) -> Tensor:
+    def states_after(self, read: Sequence[ConversationStart], targets: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the states at <SEG>, (N, hidden) float32, of N conversations, each with its target.
 
         targets: (M, 3, S, S) float in [0, 1]; rows: which of them follows each conversation
@@ -220,7 +220,7 @@ class LanguageService:
             raise InvalidWeights("vLLM names no model that it serves")
         self._model, self._sent = name, OrderedDict()
         overlays, targets = (as_seen(images, self.image_size)[0] for images in Probe.images())
-        told = Told(Picture.of(overlays), Probe.CLASS, Probe.INSTRUCTION)
+        told = ConversationStart(Picture.of(overlays), Probe.CLASS, Probe.INSTRUCTION)
         pair = (told, Picture.of(targets))
         tokens = self._json("POST", "/tokenize", self._body([pair]) | {"messages": self._messages(*pair)})
         if not isinstance(ids := tokens.get("tokens"), list) or ids[-1:] != [self._seg_id]:
@@ -233,7 +233,7 @@ class LanguageService:
                 f"off, at most {_OTHER_WEIGHTS:.0%} is rounding; serve the language/ beside vessa.json"
             )
 
-    def _states(self, pairs: Sequence[tuple[Told, Picture]]) -> Tensor:
+    def _states(self, pairs: Sequence[tuple[ConversationStart, Picture]]) -> Tensor:
         """Ask for a batch of states; images go by name, and whole where vLLM has forgotten one."""
         size = 4 * self.hidden_size * len(pairs)
         try:
@@ -259,7 +259,7 @@ class LanguageService:
             raise InvalidWeights("vLLM answered a state that is not finite: serve with bfloat16 or float32")
         return states
 
-    def _body(self, pairs: Sequence[tuple[Told, Picture]]) -> dict[str, Any]:
+    def _body(self, pairs: Sequence[tuple[ConversationStart, Picture]]) -> dict[str, Any]:
         return {
             "model": self._model,
             "messages": [self._messages(*pair) for pair in pairs],
@@ -271,7 +271,7 @@ class LanguageService:
             "endianness": "little",
         }
 
-    def _messages(self, told: Told, target: Picture) -> list[dict[str, Any]]:
+    def _messages(self, told: ConversationStart, target: Picture) -> list[dict[str, Any]]:
         question = {"type": "text", "text": ask(told.instruction, told.class_name)}
         return [
             {"role": "user", "content": [self._image(told.picture), question, self._image(target)]},
