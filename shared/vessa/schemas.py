@@ -91,6 +91,9 @@ class AdaptationInfo(_Frozen):
     error: str | None = None
 
 
+ERASED = "erased"  # stands for an erased patient among the templates that guided a mask
+
+
 class TemplateUse(_Frozen):
     """A template that guided a mask. similarity: cosine in [-1, 1]."""
 
@@ -165,6 +168,14 @@ class Provenance(_Frozen):
     absent: list[str] = []
     islands: dict[str, int] = {}
 
+    def without_patient(self, group: str) -> "Provenance":
+        """Return the provenance with an erased patient's name replaced among the templates."""
+        templates = {
+            name: [use.model_copy(update={"group": ERASED}) if use.group == group else use for use in uses]
+            for name, uses in self.templates.items()
+        }
+        return self.model_copy(update={"templates": templates})
+
 
 class SegmentAnswer(Provenance):
     """JSON answer for one image. annotation_id: names it for GET /annotations/{id}."""
@@ -196,8 +207,8 @@ class ItemInfo(_Frozen):
 class Erasure(_Frozen):
     """Report what was removed of a patient.
 
-    banks: that held templates of it; templates, jobs, annotations: how many were removed; unreadable_banks:
-    damaged ones, which were not searched
+    banks: that held templates of it; templates, jobs, annotations: how many were removed; viewer_sessions:
+    how many were ended; unreadable_banks, _jobs, _worklist_items: damaged ones, which were not searched
     """
 
     banks: list[str]
@@ -205,7 +216,10 @@ class Erasure(_Frozen):
     jobs: int
     worklist_items: int = 0
     annotations: int
+    viewer_sessions: int = 0
     unreadable_banks: list[str] = []
+    unreadable_jobs: list[str] = []
+    unreadable_worklist_items: list[str] = []
 
 
 class Suggestion(_Frozen):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessa_server.auth.sessions import IDLE_S, LINK_S, Sessions
+from vessa_server.auth.sessions import IDLE_S, LINK_S, MOST_SESSIONS, Sessions
 from vessa_server.settings import Settings
 
 
@@ -96,6 +96,17 @@ def test_a_link_signs_in_once_and_not_for_ever(server: Any, browser: Any) -> Non
         sessions.find(cookie)
 
 
+def test_one_keys_sessions_end_no_others(server: Any, browser: Any, key_of: Any) -> None:
+    sessions = Sessions(server.app.state.access)
+    other, _ = sessions.open_by_key(server.settings.key)
+    key = key_of("annotate", "greedy")
+    cookies = [sessions.open_by_key(key)[0] for _ in range(MOST_SESSIONS + 1)]
+    assert sessions.find(other).caller.name == "local"
+    with pytest.raises(Exception, match="sign in again"):
+        sessions.find(cookies[0])
+    assert sessions.find(cookies[-1]).caller.name == "greedy"
+
+
 def test_a_wrong_key_opens_no_session(browser: Any) -> None:
     assert browser.post("/session", json={"key": "wrong-key-0123456789"}).status_code == 401
     assert browser.post("/session", json={}).status_code == 422
@@ -173,8 +184,13 @@ def test_decisions_are_audited_and_undone(server: Any, filled: Any, bank: str) -
     assert server.http.get(f"/banks/{bank}").json()["templates"] == before + 1
     assert server.http.delete(f"{path}/decision").json()["decision"] == "open"
     assert server.http.delete(f"{path}/decision").status_code == 422
-    actions = [line["action"] for line in server.http.get("/audit?count=20").json()]
-    assert {"worklist.decide", "worklist.undo"} <= set(actions)
+    lines = server.http.get("/audit?count=20").json()
+    actions = {line["action"] for line in lines}
+    assert {"worklist.add", "worklist.label", "worklist.decide", "worklist.undo"} <= actions
+    (decided,) = (line for line in lines if line["action"] == "worklist.decide" and line["state"] == "done")
+    known = {template["id"] for template in server.http.get(f"/templates?bank={bank}").json()}
+    assert len(decided["templates"]) == 1
+    assert set(decided["templates"]) <= known
 
 
 def test_another_key_sees_no_worklist_of_this_one(server: Any, filled: Any, bank: str, key_of: Any) -> None:

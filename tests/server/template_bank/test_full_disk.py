@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vessa.errors import StoreUnavailable
 from vessa_server.auth.audit_log import Actor, AuditLog
-from vessa_server.auth.keys import FileKeys, Role, create_key
+from vessa_server.auth.keys import Caller, FileKeys, Role, create_key
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.folder_store import FolderStore
+from vessa_server.worklists.store import WorklistStore
+
+ALICE = Caller("alice", Role.annotate)
 
 
 @pytest.fixture
@@ -53,6 +57,10 @@ def test_a_full_disk_still_deletes_and_revokes(small: Path, template_of: Any) ->
         create_key(keys, name, Role.annotate)
     with audit.change(actor, "key.create"):
         pass
+    lists = WorklistStore(small / "lists", 1 << 20)
+    for name in ("one", "two"):
+        worklist = lists.create(name, "a", ALICE)
+        item = lists.add(worklist, np.zeros((8, 8), np.uint8), "image", "")
     fill(small)
     with pytest.raises(StoreUnavailable, match="No space left"):
         banks.add("a", [template_of(3)])
@@ -63,6 +71,11 @@ def test_a_full_disk_still_deletes_and_revokes(small: Path, template_of: Any) ->
     with audit.change(actor, "bank.delete"):
         banks.remove("a", banks.get("a").templates[0].id)
         banks.delete("b")
+    with audit.change(actor, "worklist.remove"):
+        lists.remove(worklist, item.id)
+    with audit.change(actor, "worklist.delete"):
+        lists.delete("one", ALICE)
+    assert (len(lists.worklists(ALICE)), lists.items(worklist)) == (1, [])
     assert list(keys.all()) == ["bob"]
     assert [bank.name for bank in banks.all()] == ["a"]
     assert audit.verify()[1] == []

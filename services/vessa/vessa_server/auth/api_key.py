@@ -17,6 +17,7 @@ from vessa.errors import InvalidConfig, Unauthorized
 from vessa.redaction import remember_secret
 from vessa_server.auth.keys import LOCAL, Caller, Keys, Role, digest_of, open_keys
 from vessa_server.settings import SHORTEST_KEY, Settings
+from vessa_server.storage.files import make_private
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _create_key(path: Path) -> bool:
     """Write a new key unless the file exists; two servers that start at once both read the first one."""
     if path.exists():
         return False
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(path.parent)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -23,10 +23,20 @@ from vessa.atomic_write import write_bytes
 from vessa.errors import VessaError
 from vessa_server.settings import DAY_S, Settings, default_store
 from vessa_server.storage.disk_reserve import DiskReserve
-from vessa_server.storage.files import disk
+from vessa_server.storage.files import disk, make_private
 
 _LONGEST = 80  # characters of what a caller names: long names must not push others' lines out
-_DELETIONS = ("bank.delete", "template.remove", "job.delete", "key.revoke", "erase")
+_DELETIONS = (
+    "bank.delete",
+    "bank.unshare",
+    "bank.adapt.forget",
+    "template.remove",
+    "job.delete",
+    "key.revoke",
+    "worklist.delete",
+    "worklist.remove",
+    "erase",
+)
 GENESIS = "0" * 64
 
 
@@ -105,7 +115,7 @@ class AuditLog:
     def _append(self, line: dict[str, Any]) -> None:
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         with disk("audited"):
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(self.path.parent)
             reserve = DiskReserve(self.path.with_name(f".{self.path.name}.reserve"), 64 * 1024)
             with self._locked():
                 number, previous = self._last()
@@ -163,7 +173,7 @@ class AuditLog:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(self.path.parent)
         lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the command line writes here too

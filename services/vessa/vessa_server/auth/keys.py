@@ -26,7 +26,7 @@ from vessa.client import default_key_file
 from vessa.errors import InvalidRequest
 from vessa_server.settings import Settings
 from vessa_server.storage.disk_reserve import DiskReserve
-from vessa_server.storage.files import disk, warn_if_writable
+from vessa_server.storage.files import disk, make_private, warn_if_writable
 from vessa_server.storage.redis_connection import connect, is_redis, reachable
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class FileKeys:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with disk("locked"):
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(self.path.parent)
             lock = self.path.with_name(f".{self.path.name}.lock")
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -4,6 +4,7 @@ A session stands for one key. It ends with the key: a revoked key's sessions ans
 request. Sessions live in memory alone, so a restart of the service signs everybody out.
 """
 
+import contextlib
 import hashlib
 import hmac
 import secrets
@@ -22,6 +23,7 @@ CSRF_HEADER = "X-CSRF-Token"
 LINK_S = 15 * 60.0
 IDLE_S = 12 * 3600.0
 MOST_SESSIONS = 256
+MOST_KEY_SESSIONS = 32  # one key's sessions must not end those of all others
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Session:
 class Sessions:
     """All sessions of one service. Safe to share between threads.
 
-    access: the keys; clock: seconds, monotonic
+    access: the keys; clock: seconds, monotonic. The longest unused sessions end at the limits, first those of
+    the same key.
     """
 
     access: Access
@@ -88,6 +91,8 @@ class Sessions:
         if session is None or not self._key_exists(session):
             raise Unauthorized("the session is over; sign in again")
         session.used = self.clock()
+        with self._lock, contextlib.suppress(KeyError):  # it may have been closed meanwhile
+            self._open.move_to_end(_hashed(cookie))
         return session
 
     def close(self, cookie: str) -> None:
@@ -105,6 +110,9 @@ class Sessions:
         cookie = secrets.token_urlsafe(32)
         session = Session(caller, secrets.token_urlsafe(32), digest, self.clock())
         with self._lock:
+            own = [name for name, s in self._open.items() if s.caller.name == caller.name]
+            for oldest in own[: len(own) + 1 - MOST_KEY_SESSIONS]:
+                del self._open[oldest]
             self._open[_hashed(cookie)] = session
             while len(self._open) > MOST_SESSIONS:
                 self._open.popitem(last=False)

@@ -30,6 +30,15 @@ def disk(action: str) -> Iterator[None]:
         ) from error
 
 
+def make_private(folder: Path) -> None:
+    """Create a folder and its missing parents with mode 0700; `mkdir(parents=True)` leaves parents open."""
+    if folder.is_dir():
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 def close_to_others(path: Path) -> None:
     """Remove the permissions of group and others from a file or folder, with a warning in the log."""
     mode = path.stat().st_mode & 0o777

@@ -12,7 +12,7 @@ from pathlib import Path
 from vessa.atomic_write import write_bytes
 from vessa.errors import DamagedBank, StoreUnavailable
 from vessa_server.storage.disk_reserve import DiskReserve
-from vessa_server.storage.files import RETRY_AFTER_S, close_to_others, disk
+from vessa_server.storage.files import RETRY_AFTER_S, close_to_others, disk, make_private
 from vessa_server.template_bank.index import Edit, Index, checked_blob, named_blobs, state_of
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class FolderStore:
         self.folder = Path(folder).expanduser()
         self._states: dict[str, tuple[tuple[int, int, int], str]] = {}
         with disk("opened"):
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(self.folder)
             close_to_others(self.folder)
         self._reserve = DiskReserve(self.folder / ".reserve")
         self._reserve.fill()

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vessa_server.worklists.store import Decision, Item, Worklist
+from vessa_server.worklists.records import Decision, Item, Worklist
 
 
 class NewWorklist(BaseModel):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vessa.errors import InvalidRequest, NotFound, Unauthorized
 from vessa_server.api.authentication import CallerDep, require_admin, require_curator, require_key
-from vessa_server.api.dependencies import READ, limits_of
+from vessa_server.api.dependencies import READ, BoundedJsonRoute, limits_of
 from vessa_server.api.openapi import answering
 from vessa_server.auth.api_key import Access
 from vessa_server.auth.audit_log import AuditLog
@@ -21,7 +21,7 @@ from vessa_server.observability.request_context import current_request
 from vessa_server.settings import Settings
 
 pages = APIRouter(include_in_schema=False)
-sessions_api = APIRouter(include_in_schema=False)
+sessions_api = APIRouter(include_in_schema=False, route_class=BoundedJsonRoute)
 
 _HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,

@@ -1,11 +1,13 @@
 """Worklists: images to review, their labels, decisions and export; the console draws on these routes."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
+from fastapi.responses import StreamingResponse
 from numpy.typing import NDArray
 
 from vessa.errors import InvalidRequest, NoTemplate, ShapeMismatch, UnknownClass, VessaError
@@ -13,8 +15,8 @@ from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.dependencies import (
     READ,
     BanksDep,
+    BoundedJsonRoute,
     ChangeDep,
-    EngineDep,
     callers_banks,
     limits_of,
     read_body,
@@ -33,6 +35,7 @@ from vessa_server.template_bank.bank import check_name
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.types import SegmentResult, TemplateItem
 from vessa_server.worklists.export import ExportFormat, export_worklist
+from vessa_server.worklists.records import Item, Worklist
 from vessa_server.worklists.schemas import (
     DecisionBody,
     ItemInfo,
@@ -43,9 +46,9 @@ from vessa_server.worklists.schemas import (
     item_info,
     worklist_info,
 )
-from vessa_server.worklists.store import Item, Worklist, WorklistStore
+from vessa_server.worklists.store import WorklistStore
 
-worklists_api = APIRouter(dependencies=[Depends(require_key)])
+worklists_api = APIRouter(dependencies=[Depends(require_key)], route_class=BoundedJsonRoute)
 
 ListName = Annotated[str, Path(description="worklist", max_length=64)]
 ItemId = Annotated[str, Path(description="item of the worklist", max_length=32)]
@@ -96,7 +99,9 @@ def delete_worklist(name: ListName, store: StoreDep, caller: CallerDep, change: 
 
 
 @worklists_api.post("/worklists/{name}/items", status_code=201, openapi_extra=WORKLIST_ITEM_BODY)
-async def add_item(name: ListName, request: Request, store: StoreDep, caller: CallerDep) -> ItemInfo:
+async def add_item(
+    name: ListName, request: Request, store: StoreDep, caller: CallerDep, change: ChangeDep
+) -> ItemInfo:
     """Add one image: PNG, JPEG, TIFF or a DICOM image. The same image of the same name is added once."""
     with limits_of(request).work(caller), service_of(request).permit() as engine:
         body = await read_body(
@@ -116,7 +121,10 @@ async def add_item(name: ListName, request: Request, store: StoreDep, caller: Ca
                 read_group(group, "group") if group else "",
             )
 
-        return item_info(await run_in_threadpool(add))
+        async with contextmanager_in_threadpool(change("worklist.add", worklist=name)) as more:
+            item = await run_in_threadpool(add)
+            more["item"] = item.id
+        return item_info(item)
 
 
 @worklists_api.delete("/worklists/{name}/items/{identity}", status_code=204)
@@ -126,7 +134,7 @@ def remove_item(
     """Remove an image with its labels from a worklist."""
     worklist = store.get(name, caller)
     with change("worklist.remove", worklist=name, item=identity):
-        store.remove(worklist, store.item(worklist, identity))
+        store.remove(worklist, identity)
 
 
 @worklists_api.get(
@@ -195,39 +203,30 @@ async def segment_item(
 
 @worklists_api.put("/worklists/{name}/items/{identity}/labels")
 async def put_labels(
-    name: ListName, identity: ItemId, request: Request, store: StoreDep, caller: CallerDep, engine: EngineDep
+    name: ListName,
+    identity: ItemId,
+    request: Request,
+    store: StoreDep,
+    caller: CallerDep,
+    change: ChangeDep,
 ) -> ItemInfo:
     """Store labels that a person drew: the body holds uint8 (H, W) class ids, row by row."""
-    body = await read_body(
-        request,
-        limit=engine.settings.limits.max_body_bytes,
-        seconds=engine.settings.limits.body_timeout_s,
-    )
-
-    def put() -> Item:
-        worklist = store.get(name, caller)
-        item = store.item(worklist, identity)
-        if len(body) != item.height * item.width:
-            raise ShapeMismatch(
-                f"labels of this image are {item.height} x {item.width} bytes, got {len(body)} bytes"
-            )
-        labels = np.frombuffer(body, np.uint8).reshape(item.height, item.width)
-        known = _classes(callers_banks(engine, caller), worklist)
-        unknown = sorted({int(v) for v in np.unique(labels) if v} - set(known))
-        if known and unknown:
-            raise UnknownClass(
-                f"the labels hold the class ids {unknown}; bank {worklist.bank!r} has {sorted(known)}"
-            )
-        return store.set_labels(worklist, item, labels, edited=True)
-
-    return item_info(await run_in_threadpool(put))
+    with limits_of(request).work(caller), service_of(request).permit() as engine:
+        limits = engine.settings.limits
+        body = await read_body(request, limit=limits.max_body_bytes, seconds=limits.body_timeout_s)
+        async with contextmanager_in_threadpool(change("worklist.label", worklist=name, item=identity)):
+            put = partial(_put_labels, engine, store, name, identity, body, caller)
+            return item_info(await run_in_threadpool(put))
 
 
 @worklists_api.post("/worklists/{name}/items/{identity}/undo")
-def undo_labels(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> ItemInfo:
+def undo_labels(
+    name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep, change: ChangeDep
+) -> ItemInfo:
     """Return to the labels before the newest ones."""
     worklist = store.get(name, caller)
-    return item_info(store.undo(worklist, store.item(worklist, identity)))
+    with change("worklist.undo_label", worklist=name, item=identity):
+        return item_info(store.undo(worklist, store.item(worklist, identity)))
 
 
 @worklists_api.post("/worklists/{name}/items/{identity}/decision")
@@ -250,9 +249,9 @@ async def decide(
             "only an accepted image becomes a template, by a key of the role curate or admin"
         )
     about = {"worklist": name, "item": identity, "decision": body.decision, "bank": worklist.bank}
-    async with contextmanager_in_threadpool(change("worklist.decide", **about)):
+    async with contextmanager_in_threadpool(change("worklist.decide", **about)) as more:
         if body.add_to_bank:
-            await _add_template(request, store, worklist, item, caller)
+            more["templates"] = await _add_template(request, store, worklist, item, caller)
         history = (*item.history, item.decision)[-32:]
         changed = await run_in_threadpool(
             store.change, worklist, item,
@@ -286,9 +285,28 @@ def export(
 ) -> Response:
     """The worklist as a ZIP archive: accepted images with masks, all others without."""
     worklist = store.get(name, caller)
-    data = export_worklist(store, worklist, _classes(banks, worklist), format)
+    parts = export_worklist(store, worklist, _classes(banks, worklist), format)
     disposition = f'attachment; filename="{name}-{format}.zip"'
-    return Response(data, media_type=_ZIP, headers={"Content-Disposition": disposition})
+    return StreamingResponse(parts, media_type=_ZIP, headers={"Content-Disposition": disposition})
+
+
+def _put_labels(
+    engine: Engine, store: WorklistStore, name: str, identity: str, body: bytes, caller: Caller
+) -> Item:
+    worklist = store.get(name, caller)
+    item = store.item(worklist, identity)
+    if len(body) != item.height * item.width:
+        raise ShapeMismatch(
+            f"labels of this image are {item.height} x {item.width} bytes, got {len(body)} bytes"
+        )
+    labels = np.frombuffer(body, np.uint8).reshape(item.height, item.width)
+    known = _classes(callers_banks(engine, caller), worklist)
+    unknown = sorted({int(v) for v in np.unique(labels) if v} - set(known))
+    if known and unknown:
+        raise UnknownClass(
+            f"the labels hold the class ids {unknown}; bank {worklist.bank!r} has {sorted(known)}"
+        )
+    return store.set_labels(worklist, item, labels, edited=True)
 
 
 async def _segment(
@@ -326,7 +344,7 @@ def _keep(store: WorklistStore, worklist: Worklist, item: Item, result: SegmentR
 
 async def _add_template(
     request: Request, store: WorklistStore, worklist: Worklist, item: Item, caller: Caller
-) -> None:
+) -> list[str]:
     with limits_of(request).work(caller), service_of(request).permit() as engine:
         banks = callers_banks(engine, caller)
 
@@ -338,14 +356,13 @@ async def _add_template(
                 raise InvalidRequest("the labels are empty: a template needs at least one pixel of a class")
             image = store.image(worklist, item)
             named = {value: classes[value] for value in ids}
-            return TemplateRequest(
-                worklist.bank, [TemplateItem(image, labels, named, item.group or item.name)]
-            )
+            return TemplateRequest(worklist.bank, [TemplateItem(image, labels, named, item.patient)])
 
         wanted = await run_in_threadpool(read)
         limits_of(request).take(caller, 1)
         templates = await unless_gone(request, engine.encode(wanted, banks))
-        await run_in_threadpool(banks.add, worklist.bank, templates)
+        infos = await run_in_threadpool(banks.add, worklist.bank, templates)
+    return [info.id for info in infos if info.created]
 
 
 def _classes(banks: CallersBanks, worklist: Worklist) -> dict[int, str]:

@@ -1,0 +1,125 @@
+"""Define what a worklist's files hold, and read them."""
+
+import io
+import zlib
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from vessa.errors import InternalError
+from vessa.schemas import ERASED
+from vessa_server.storage.files import disk
+
+Decision = Literal["open", "accepted", "rejected"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a worklist.
+
+    name, group: as they were given; height, width: px; versions: numbers of the kept label maps, the newest
+    last; doubt: 1 - mean confidence of the annotator over what it labeled, None before it was asked;
+    edited: whether a person changed the newest labels; templates: those that guided it, as in Provenance;
+    history: earlier decisions, the newest last
+    """
+
+    id: str
+    name: str
+    group: str
+    height: int
+    width: int
+    added: float
+    versions: tuple[int, ...] = ()
+    decision: Decision = "open"
+    history: tuple[Decision, ...] = ()
+    doubt: float | None = None
+    edited: bool = False
+    in_bank: bool = False
+    image_id: str = ""
+    templates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def patient(self) -> str:
+        """The patient of a template that is made of this image."""
+        return self.group or self.name
+
+    def without_patient(self, group: str) -> "Item":
+        """Return the item with a patient's name removed from the templates that guided it."""
+        templates = {
+            name: [use | {"group": ERASED} if use.get("group") == group else use for use in uses]
+            for name, uses in self.templates.items()
+        }
+        return replace(self, templates=templates)
+
+
+@dataclass(frozen=True)
+class Worklist:
+    """A named list of images of one key, annotated by one bank."""
+
+    name: str
+    owner: str
+    bank: str
+    created: float
+
+
+_ITEM, _WORKLIST = TypeAdapter(Item), TypeAdapter(Worklist)
+
+
+def encode(record: Item | Worklist) -> bytes:
+    """Return the bytes of a record's file."""
+    adapter: TypeAdapter[Any] = _ITEM if isinstance(record, Item) else _WORKLIST
+    return adapter.dump_json(record)
+
+
+def read_item(path: Path) -> Item | None:
+    """Return a stored item, None when it was removed. Raises ValueError when its file is damaged."""
+    try:
+        item = _ITEM.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if item.id != path.stem:
+        raise ValueError("it belongs to another item")
+    return item
+
+
+def read_worklist(path: Path) -> Worklist | None:
+    """Return a stored worklist, None when it was deleted. Raises ValueError when its file is damaged."""
+    try:
+        return _WORKLIST.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def read_png(path: Path) -> NDArray[np.uint8]:
+    """Return the pixels of a stored PNG. Raises InternalError when it is missing or damaged."""
+    with disk("read"):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+    if not _is_whole(data):
+        raise InternalError(
+            f"A stored file of item {path.name.partition('.')[0]} is missing or damaged. Remove the item "
+            "(DELETE) and add its image again."
+        )
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.array(image, dtype=np.uint8)
+
+
+def _is_whole(data: bytes) -> bool:
+    """Return whether all chunks of a PNG file match their checksums. Pillow skips those of the pixels."""
+    place, name = 8, b""
+    while name != b"IEND" and place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4])
+        name = data[place + 4 : place + 8]
+        if zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            return False
+        place = end
+    return name == b"IEND" and place == len(data)
