@@ -83,6 +83,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         jobs.start()
+        await run_in_threadpool(app.state.worklists.sweep)
         sweeping = asyncio.create_task(app.state.viewer_sessions.sweep_forever())
         yield
         sweeping.cancel()
@@ -192,7 +193,11 @@ def serve(settings: Settings) -> None:
             log_level=settings.log_level,
             log_config=None,
             lifespan="on",
-            http=bounded_http(settings.limits.max_connections, settings.limits.write_timeout_s),
+            http=bounded_http(
+                settings.limits.max_connections,
+                settings.limits.write_timeout_s,
+                settings.limits.max_unread_bytes,
+            ),
             access_log=False,  # Observe writes one line a request, with key, bank and real address
             ws="none",
             server_header=False,

@@ -76,6 +76,9 @@ class Limits(_Group):
     write_timeout_s: Seconds = Field(
         30.0, description="for the client to read an answer, plus 1 s for each 256 KiB of it"
     )
+    max_unread_bytes: Positive = Field(
+        1024 * MEGABYTE, description="answers that clients have not read yet, in memory, of all connections"
+    )
     suggest_timeout_s: Seconds = Field(60.0, description="longest computation of one suggestion")
     adapt_s: Seconds = Field(3600.0, description="longest adaptation to a bank that may be requested")
 
@@ -291,6 +294,11 @@ class Settings(_Group):
             raise ValueError("VESSA_LANGUAGE=vllm and VESSA_WITHOUT=language exclude each other")
         if language.language == "vllm" and language.vllm_timeout_s >= limits.request_timeout_s:
             raise ValueError("vllm_timeout_s must be shorter than request_timeout_s")
+        if limits.max_answer_bytes > limits.max_unread_bytes:
+            raise ValueError(
+                f"max_answer_bytes ({limits.max_answer_bytes}) must not exceed max_unread_bytes "
+                f"({limits.max_unread_bytes}): the largest answer would be cut off"
+            )
         if limits.max_items > self.queue.queue_items:
             raise ValueError(
                 f"max_items ({limits.max_items}) must not exceed queue_items ({self.queue.queue_items}): "

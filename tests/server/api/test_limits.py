@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import iter_route_contexts
 
 from vessa.codec import encode, image_digest, read_header
 from vessa.errors import DeadlineExceeded, LimitReached
 from vessa_server.active_learning import ranking
 from vessa_server.api import h11_limits
-from vessa_server.api.h11_limits import bounded_http
+from vessa_server.api.dependencies import JSON_BYTES
+from vessa_server.api.h11_limits import BoundedHttp
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.settings import Settings
 
@@ -43,7 +46,9 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     async def refused(request: Request) -> Response:
         return Response("no", 401)
 
-    protocol = bounded_http(max_connections=4, write_timeout_s=1.0)
+    # The limits stay those of the class, so that a test may change them.
+    protocol = type("Limited", (BoundedHttp,), {"max_connections": 4})
+    monkeypatch.setattr(BoundedHttp, "write_timeout_s", 1.0)
     config = uvicorn.Config(
         app, port=0, http=protocol, ws="none", log_level="warning", timeout_keep_alive=2, lifespan="off"
     )
@@ -104,6 +109,23 @@ def test_an_answer_that_nobody_reads_is_dropped(web: int) -> None:
         assert received < 64 << 20
 
 
+def test_unread_answers_of_all_connections_are_bounded(web: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedHttp, "max_unread_bytes", 100 << 20)
+    monkeypatch.setattr(BoundedHttp, "write_timeout_s", 60.0)
+    request = b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    received = []
+    with contextlib.ExitStack() as open_:
+        readers = [open_.enter_context(connect(web, request)) for _ in range(3)]
+        time.sleep(1)
+        for reader in readers:
+            reader.settimeout(20)
+            received.append(0)
+            with contextlib.suppress(ConnectionError):
+                while chunk := reader.recv(1 << 20):
+                    received[-1] += len(chunk)
+    assert sum(count > 64 << 20 for count in received) == 1, received
+
+
 def test_an_answer_that_is_read_comes_whole(web: int) -> None:
     with connect(web, b"GET /medium HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") as connection:
         connection.settimeout(20)
@@ -153,6 +175,28 @@ def test_reads_of_a_key_are_bounded(server: Any, key_of: Any, monkeypatch: pytes
         answer = reader.http.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "limit_reached"), path
     assert reader.http.get("/readyz").status_code == 200
+
+
+def test_json_bodies_are_bounded_without_a_key(server: Any) -> None:
+    """FastAPI reads the body of a pydantic model before it checks the key."""
+    large, found = b'{"key": "' + bytes(2 * JSON_BYTES) + b'"}', []
+    for route in iter_route_contexts(server.app.routes):
+        if getattr(route.original_route, "body_field", None) is None:
+            continue
+        path = re.sub(r"{[^}]*}", "x", route.path)
+        (method,) = route.methods
+        headers = {"Authorization": "", "Content-Type": "application/json"}
+        answer = server.http.request(method, path, content=large, headers=headers)
+        found.append((path, answer.status_code))
+    assert {status for _, status in found} == {413}, found
+    assert {"/session", "/worklists"} <= {path for path, _ in found}
+
+
+def test_drawn_labels_take_a_place(server: Any, key_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawer = server.as_key(key_of("annotate", "drawer"))
+    monkeypatch.setattr(server.app.state.limits, "requests", 0)
+    answer = drawer.http.put(f"/worklists/x/items/{'0' * 32}/labels", content=b"")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "limit_reached")
 
 
 def test_changes_of_a_key_are_bounded(server: Any, key_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,15 @@ def upload(server: Any, name: str, data: bytes) -> Any:
     return server.http.put(f"{BASE}/datastore/", params={"image": name}, files=files, data={"params": "{}"})
 
 
+def test_reads_of_a_key_are_bounded(viewers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume as it was sent may have 512 MiB."""
+    server = viewers()
+    monkeypatch.setattr(server.app.state.limits, "reads", 0)
+    for path in ("info/", "datastore/", "datastore/image?image=x"):
+        answer = server.http.get(f"{BASE}/{path}")
+        assert answer.json()["error"]["code"] == "limit_reached", path
+
+
 def infer(server: Any, model: str, params: dict[str, Any], **query: str) -> Any:
     """Ask for a segmentation."""
     given = {"params": (None, json.dumps(params))}

@@ -187,6 +187,23 @@ def test_messages_and_warnings_of_file_readers_are_withheld(
     assert "UserWarning raised at valuerep.py:12" in written
 
 
+def test_addresses_of_fetched_images_and_configured_secrets_stay_out_of_the_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    for name in ("httpx", "httpcore"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    log_to_stderr(Settings(labelstudio_token="token-of-label-studio", log_level="debug"))
+    logging.getLogger("httpx").info("HTTP Request: GET http://labels/data/DOE_JANE.png")
+    logging.getLogger("httpcore.http11").debug("target=/data/DOE_JANE.png")
+    logging.getLogger("x").error("header Token token-of-label-studio")
+    written = capsys.readouterr().err
+    assert "DOE_JANE" not in written
+    assert "token-of-label-studio" not in written
+    assert "header Token ***" in written
+
+
 def test_the_access_log_names_key_bank_and_address(
     server: Any, bank: str, caplog: pytest.LogCaptureFixture
 ) -> None:

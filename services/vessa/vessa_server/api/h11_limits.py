@@ -24,6 +24,8 @@ class BoundedHttp(H11Protocol):
     - A head must arrive within `timeout_keep_alive` seconds.
     - When an answer is complete before the request's body, the connection is closed after `LINGER_S`.
     - An answer must be read within `write_timeout_s` plus its size / `SLOWEST_READER`.
+    - When all unread answers together hold more than `max_unread_bytes`, the connection with the largest one
+      is closed.
     - Connections beyond `max_connections` get 503 and are closed.
 
     httptools, which uvicorn prefers where it is installed, bounds none of these: without a key, endless
@@ -31,6 +33,7 @@ class BoundedHttp(H11Protocol):
     """
 
     max_connections = 512
+    max_unread_bytes = 1 << 30
     write_timeout_s = 30.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -38,6 +41,7 @@ class BoundedHttp(H11Protocol):
         self._head: asyncio.TimerHandle | None = None
         self._rest: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
+        self._aborted = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the head's timer, or refuse one connection too many."""
@@ -82,6 +86,7 @@ class BoundedHttp(H11Protocol):
         if self._unread is None:
             seconds = self.write_timeout_s + self.transport.get_write_buffer_size() / SLOWEST_READER
             self._unread = self.loop.call_later(seconds, self._give_up)
+        self._bound_unread()
 
     def resume_writing(self) -> None:
         """Stop the timer of the answer."""
@@ -111,16 +116,33 @@ class BoundedHttp(H11Protocol):
             seconds = self.write_timeout_s + self.transport.get_write_buffer_size() / SLOWEST_READER
             self._unread = self.loop.call_later(seconds, self._give_up)
 
+    def _bound_unread(self) -> None:
+        """Close the connection with the largest unread answer while all of them hold too much memory."""
+        open_ = [c for c in self.connections if isinstance(c, BoundedHttp) and not c._aborted]
+        sizes = {c: c.transport.get_write_buffer_size() for c in open_}
+        while sum(sizes.values()) > self.max_unread_bytes:
+            largest = max(sizes, key=sizes.__getitem__)
+            del sizes[largest]
+            largest._give_up()
+
     def _give_up(self) -> None:
+        self._aborted = True
         left = self.transport.get_write_buffer_size()
         if left:
             log.info(
-                "a client did not read its answer in time: the connection is closed, %d bytes left", left
+                "a client did not read its answer in time or room: the connection is closed, %d bytes left",
+                left,
             )
         self.transport.abort()
 
 
-def bounded_http(max_connections: int, write_timeout_s: float) -> type[BoundedHttp]:
+def bounded_http(
+    max_connections: int, write_timeout_s: float, max_unread_bytes: int = 1 << 30
+) -> type[BoundedHttp]:
     """Return the protocol class with these limits, for uvicorn, which makes one object a connection."""
-    limits = {"max_connections": max_connections, "write_timeout_s": write_timeout_s}
+    limits = {
+        "max_connections": max_connections,
+        "write_timeout_s": write_timeout_s,
+        "max_unread_bytes": max_unread_bytes,
+    }
     return type("LimitedHttp", (BoundedHttp,), limits)

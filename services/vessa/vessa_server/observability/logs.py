@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from vessa.redaction import RedactingFormatter, redacted
+from vessa.redaction import RedactingFormatter, redacted, remember_secret
 from vessa_server.observability.request_context import current_request
 from vessa_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _FILE_READERS = {"pydicom", "highdicom", "nibabel", "PIL", "nrrd", "tifffile"}
+_URL_LOGGERS = ("httpx", "httpcore")  # below a warning they log the URL of each image that is fetched
 _TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s %(key)s]: %(message)s"
 
 
@@ -41,6 +42,10 @@ def log_to_stderr(settings: Settings) -> None:
     handler.addFilter(_name_request)
     handler.addFilter(_withhold_file_contents)
     warnings.showwarning = _show_warning
+    for secret in (settings.api_key, settings.language_model.vllm_key, settings.viewers.labelstudio_token):
+        remember_secret(secret.get_secret_value())
+    for name in _URL_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     text = RedactingFormatter(logging.Formatter(_TEXT))
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])

@@ -26,6 +26,7 @@ from vessa.volumes import Bounds, isolated, write_labels
 from vessa_server.active_learning import suggest
 from vessa_server.api.authentication import CallerDep, caller_of_key, require_curator, require_key
 from vessa_server.api.dependencies import (
+    READ,
     BankPath,
     BanksDep,
     ChangeDep,
@@ -83,7 +84,7 @@ async def token_is_valid() -> dict[str, bool]:
     return {"valid": True}
 
 
-@monailabel_api.get("/info/")
+@monailabel_api.get("/info/", dependencies=READ)
 def info(request: Request, bank: BankPath, banks: BanksDep, caller: CallerDep) -> dict[str, Any]:
     """Describe the bank as models."""
     return monailabel.info(banks.get(bank), [s.work for s in _images(request, caller, bank)])
@@ -126,7 +127,7 @@ async def add_image(
     return {"image": name}
 
 
-@monailabel_api.get("/datastore/")
+@monailabel_api.get("/datastore/", dependencies=READ)
 async def datastore(request: Request, bank: BankPath, caller: CallerDep) -> dict[str, Any]:
     """List the volumes of this key in memory."""
     images: list[Image] = [s.work for s in _images(request, caller, bank)]
@@ -136,7 +137,7 @@ async def datastore(request: Request, bank: BankPath, caller: CallerDep) -> dict
     return {"objects": objects, "total": len(images), "completed": sum(i.saved for i in images)}
 
 
-@monailabel_api.get("/datastore/image")
+@monailabel_api.get("/datastore/image", dependencies=READ)
 async def download_image(request: Request, bank: BankPath, caller: CallerDep, image: ImageQuery) -> Response:
     """Return a volume as it was sent."""
     found: Image = _image(request, caller, bank, image).work
@@ -306,7 +307,7 @@ def _open(request: Request, caller: Caller, bank: str, name: str, data: bytes) -
     except VessaError:
         sessions.close(session)
         raise
-    session.work = image
+    session.work, session.group = image, name
     return session
 
 
