@@ -35,7 +35,8 @@ SHELL := /bin/sh
 # fewer inputs.
 PROVING := $(addprefix tests/e2e/,test_openapi.py test_bombs.py test_faults.py test_overload.py test_sick.py test_bulk.py) \
            $(addprefix tests/server/,serialization/test_decoders.py api/test_bad_input.py api/test_limits.py auth \
-             template_bank volume_jobs cli/test_store_cli.py observability adaptation serving/test_annotation_cache.py) \
+             api/test_erasure.py api/test_console.py template_bank volume_jobs worklists cli/test_store_cli.py \
+             observability adaptation serving/test_annotation_cache.py) \
            $(addprefix tests/shared/,test_redaction.py test_redis_url.py test_cli.py bulk/test_manifest.py \
              volumes/test_volumes_refused.py volumes/test_dicom_pixels.py) \
            tests/trainer/students/test_checkpoint.py tests/trainer/test_user_reports.py tests/test_deploy.py

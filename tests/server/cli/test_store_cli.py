@@ -7,16 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from typer.testing import CliRunner
 
 from vessa_server.auth.audit_log import open_audit
-from vessa_server.auth.keys import FileKeys, Role, create_key
+from vessa_server.auth.keys import Caller, FileKeys, Role, create_key
 from vessa_server.cli.main import app as cli
 from vessa_server.settings import Settings
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.store import open_store
+from vessa_server.worklists.store import WorklistStore
+from vessa_server.worklists.store import folder_of as worklists_folder
 
 PATIENT = "patient-4711"
 
@@ -34,6 +37,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("VESSA_KEYS_FILE", str(tmp_path / "keys.jsonl"))
     monkeypatch.setenv("VESSA_JOBS_FOLDER", str(tmp_path / "jobs"))
+    monkeypatch.setenv("VESSA_WORKLISTS_FOLDER", str(tmp_path / "worklists"))
     place = f"folder:{tmp_path / 'banks'}"
     if request.param == "redis":
         place = str(request.getfixturevalue("redis_url"))
@@ -104,6 +108,25 @@ def test_damaged_key_records_and_jobs_are_found(tmp_path: Path) -> None:
     assert run("store", "check", "--repair")[0] == 0
     assert list(keys.all()) == ["alice"]
     assert not (tmp_path / "jobs" / "j1").exists()
+
+
+@pytest.mark.usefixtures("address")
+def test_damaged_worklists_are_found_and_items_removed() -> None:
+    settings = Settings()
+    lists = WorklistStore(worklists_folder(settings), settings.console.worklist_bytes)
+    worklist = lists.create("list", "bank", Caller("anna", Role.annotate))
+    item = lists.add(worklist, np.zeros((4, 4), np.uint8), "a", "")
+    (path,) = lists.folder.rglob(f"{item.id}.json")
+    path.write_text("{")
+    code, result = run("erase", "--group", PATIENT)
+    assert (code, len(result["unreadable_worklist_items"])) == (1, 1)
+    code, result = run("store", "check")
+    assert (code, result["left"], result["faults"][0]["problem"]) == (1, 1, "its state cannot be read")
+    assert run("store", "check", "--repair")[0] == 0
+    assert not list(lists.folder.rglob("*.png"))
+    (head,) = lists.folder.rglob("worklist.json")
+    head.write_text("{")
+    assert run("store", "check", "--repair")[0] == 1  # only its owner knows its bank
 
 
 def test_a_patient_is_erased_from_disk_and_redis(

@@ -220,8 +220,12 @@ def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_
     )
     assert (labels[:, :, :2] == 2).all()
     np.testing.assert_array_equal(labels[:, :, 2:], before[:, :, 2:])
-    made = [f"{k:05d}.made" for k in range(5)]
-    assert sorted(p.name for p in folder.iterdir()) == [*made, "job.json", "result"]
+    left = [*(f"{k:05d}.made" for k in range(5)), "job.json", "result"]
+    for _ in range(100):  # the inputs are removed after the outcome is stored
+        if sorted(p.name for p in folder.iterdir()) == left:
+            break
+        time.sleep(0.1)
+    assert sorted(p.name for p in folder.iterdir()) == left
     assert not (folder.parent / ".cut-off-upload").exists()
     modes = {p.stat().st_mode & 0o777 for p in (folder, *folder.iterdir())}
     assert modes == {0o700, 0o600}

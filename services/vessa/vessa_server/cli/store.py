@@ -18,6 +18,7 @@ from vessa_server.storage.redis_connection import connect, is_redis, reachable
 from vessa_server.template_bank.bank import TemplateBanks
 from vessa_server.template_bank.repair import Fault, check_banks
 from vessa_server.template_bank.store import check_store, open_store
+from vessa_server.volume_jobs.slices import erase_patient
 from vessa_server.volume_jobs.store import JobStore, folder_of
 from vessa_server.worklists.store import WorklistStore
 from vessa_server.worklists.store import folder_of as worklists_folder
@@ -34,7 +35,7 @@ def check(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Check banks, key records and jobs for damage; exit code 1 when some is left.
+    """Check banks, key records, jobs and worklists for damage; exit code 1 when some is left.
 
     Stop the annotators before a repair.
     """
@@ -75,6 +76,9 @@ def _faults(settings: Settings, *, repair: bool = False) -> Iterator[Fault]:
         yield Fault(f"job {name}", problem, "delete the job; send the volume again")
         if repair:
             jobs.remove(name)
+    worklists = WorklistStore(worklists_folder(settings), settings.console.worklist_bytes)
+    for name, (problem, mending) in worklists.damaged(repair=repair).items():
+        yield Fault(f"worklist {name}", problem, mending)
 
 
 def erase(
@@ -99,7 +103,7 @@ def erase(
         console.print(f"{key}: {value}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(result))
-    if result["unreadable_banks"]:
+    if any(result[name] for name in result if name.startswith("unreadable_")):
         raise typer.Exit(1)
 
 
@@ -111,20 +115,19 @@ def _erase(settings: Settings, group: str, labels: str | None) -> dict[str, Any]
             names.append(bank.name)
             templates += removed
     jobs = JobStore(folder_of(settings))
-    mine = [job for job in jobs.all() if job.group == group]
-    for job in mine:
-        jobs.remove(job.id)
+    erased_jobs = erase_patient(jobs, group)
     worklists = WorklistStore(worklists_folder(settings), settings.console.worklist_bytes)
     rewritten = is_redis(settings.storage.store) and _rewrite_log(settings.storage.store)
     return {
         "banks": names,
         "templates": templates,
-        "jobs": len(mine),
+        "jobs": erased_jobs,
         "worklist_items": worklists.erase_group(group),
         "labels": 0 if labels is None else _erase_labels(labels),
         "redis_log_rewritten": bool(rewritten),
         "unreadable_banks": sorted(banks.damaged),
         "unreadable_jobs": sorted(jobs.damaged),
+        "unreadable_worklist_items": sorted(worklists.damaged()),
         "not_reached": _not_reached(settings, labels, rewritten=bool(rewritten)),
     }
 

@@ -26,6 +26,7 @@ class ViewerSession:
     token: names it, 256 random bits; protocol: nninteractive or monailabel; owner: name of its key
     bank: name of the template bank of its address; beats: whether the viewer sends heartbeats
     work: the protocol's own state; lock: held while a request changes `work`
+    group: patient as the viewer named it, empty when it names none
     """
 
     token: str
@@ -37,6 +38,7 @@ class ViewerSession:
     seen: float
     work: Any = None
     nbytes: int = 0
+    group: str = ""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -113,6 +115,14 @@ class ViewerSessions:
         """End a session."""
         with self._lock:
             self._sessions.pop(session.token, None)
+
+    def erase_group(self, group: str) -> int:
+        """End the sessions that show a patient, or may show it because they name none; return how many."""
+        with self._lock:
+            gone = [token for token, s in self._sessions.items() if s.group in ("", group)]
+            for token in gone:
+                del self._sessions[token]
+        return len(gone)
 
     def remaining(self, session: ViewerSession) -> float:
         """Return the seconds until an unused session ends."""

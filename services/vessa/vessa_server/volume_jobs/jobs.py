@@ -202,13 +202,6 @@ class Jobs:
         except (ValueError, KeyError, TypeError):
             raise InternalError("The stored provenance of this job is damaged. Send it again.") from None
 
-    def erase_group(self, group: str) -> int:
-        """Delete all jobs of a group (patient), finished or not; return how many."""
-        jobs = [job for job in self.store.all() if job.group == group]
-        for job in jobs:
-            self.store.remove(job.id)
-        return len(jobs)
-
     def _get(self, identity: str, caller: Caller) -> Job:
         job = next((job for job in self.store.all() if job.id == identity and _may(caller, job)), None)
         if job is None:

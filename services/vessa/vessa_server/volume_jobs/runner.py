@@ -34,8 +34,6 @@ from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.volume_jobs.slices import (
-    CONFIDENCE,
-    IMAGES,
     assemble,
     check_inputs,
     finished_slices,
@@ -224,6 +222,4 @@ class JobRunner:
             self._store.change(job, ended=max(time.time(), job.created), **changes)
         except FileNotFoundError:
             return  # deleted
-        for pattern in ("*.input", "*.png", f"*{CONFIDENCE}", IMAGES):
-            for path in self._store.path(job).glob(pattern):
-                path.unlink(missing_ok=True)
+        self._store.remove_inputs(job)

@@ -17,7 +17,7 @@ from vessa.schemas import Provenance
 from vessa.volumes import Volume
 from vessa.volumes.grid import slice_of
 from vessa_server.serialization.image_files import decode_mask, label_png
-from vessa_server.volume_jobs.store import Job, digest_of_file
+from vessa_server.volume_jobs.store import Job, JobStore, digest_of_file
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,31 @@ def read_provenance(folder: Path) -> list[Provenance]:
     """Return the provenance of each finished slice, in their order. Raises OSError, ValueError."""
     records = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.made"))]
     return [Provenance.model_validate_json(record["made"]) for record in records]
+
+
+def erase_patient(store: JobStore, group: str) -> int:
+    """Delete the jobs of a patient and its name in the provenance of others; return how many were deleted."""
+    erased = 0
+    for job in store.all():
+        if job.group == group:
+            store.remove(job.id)
+            erased += 1
+        else:
+            _forget_patient(store.path(job), group)
+    return erased
+
+
+def _forget_patient(folder: Path, group: str) -> None:
+    """Replace a patient's name among the templates that guided the slices of a job."""
+    for path in folder.glob("*.made"):
+        try:
+            record = json.loads(path.read_bytes())
+            made = Provenance.model_validate_json(record["made"])
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            continue  # deleted, or damaged: `finished_slices` removes it then
+        without = made.without_patient(group)
+        if without != made:
+            write_bytes(path, json.dumps(record | {"made": without.model_dump_json()}).encode(), 0o600)
 
 
 def read_stack(job: Job, folder: Path) -> NDArray[np.uint8]:

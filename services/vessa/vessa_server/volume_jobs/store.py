@@ -28,7 +28,7 @@ from vessa.atomic_write import write_bytes
 from vessa.schemas import Cleaning
 from vessa_server.serialization.job_request import ResultKind
 from vessa_server.settings import DAY_S, Settings, default_store
-from vessa_server.storage.files import close_to_others
+from vessa_server.storage.files import close_to_others, make_private
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class JobStore:
 
         A lock on the folder shows other processes, and `sweep`, that it is in use.
         """
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(self.folder)
         close_to_others(self.folder)
         folder = self.folder / f".{secrets.token_hex(12)}"
         folder.mkdir(mode=0o700)
@@ -139,6 +139,12 @@ class JobStore:
         write_bytes(self.path(job) / "job.json", _encode(changed), 0o600)
         return changed
 
+    def remove_inputs(self, job: Job) -> None:
+        """Remove all files of a finished job but its state, its result and the provenance of its slices."""
+        for path in self.path(job).glob("*"):
+            if path.name not in ("job.json", "result") and path.suffix != ".made":
+                path.unlink(missing_ok=True)
+
     def remove(self, name: str) -> None:
         """Delete a job's folder at once, whoever still writes to it, and completely even after a kill."""
         folder = self.folder / name
@@ -160,6 +166,8 @@ class JobStore:
             seen = time.monotonic() - self._finished.get(job.id, math.inf)
             if job.finished and time.time() - job.ended > age_s and seen >= min(age_s, DAY_S):
                 self.remove(job.id)
+            elif job.finished:  # a kill may have come between the outcome and this
+                self.remove_inputs(job)
 
     def bytes_by_owner(self) -> Counter[str]:
         """Return the bytes on disk by the owner of the jobs; uploads count for the owner ""."""
