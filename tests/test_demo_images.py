@@ -11,7 +11,7 @@ from PIL import Image
 
 from vessa.datasets import open_dataset
 from vessa_server.pretraining.data import synthetic
-from vessa_trainer.experiments.verify_data import verify_data
+from vessa_trainer.data.verification import verify_data
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATOR = ROOT / "examples" / "knees.py"

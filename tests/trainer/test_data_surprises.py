@@ -14,8 +14,8 @@ from vessa.errors import InvalidConfig, InvalidDataset
 from vessa_trainer.config import DataConfig
 from vessa_trainer.data.splits import plan_splits
 from vessa_trainer.data.training_data import open_training_data
+from vessa_trainer.data.verification import verify_data
 from vessa_trainer.experiments import run as run_module
-from vessa_trainer.experiments.verify_data import verify_data
 from vessa_trainer.semi_supervised.trainer import Interrupted
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessa_trainer.experiments.verify_data import verify_data
+from vessa_trainer.data.verification import verify_data
 
 
 def with_bom(folder):

@@ -21,8 +21,8 @@ from vessa.errors import InvalidConfig, InvalidDataset
 from vessa_trainer.config import DataConfig
 from vessa_trainer.data.splits import plan_splits
 from vessa_trainer.data.training_data import open_training_data
+from vessa_trainer.data.verification import verify_data
 from vessa_trainer.experiments.run_lock import locked
-from vessa_trainer.experiments.verify_data import verify_data
 from vessa_trainer.prediction.predict import predict
 from vessa_trainer.semi_supervised.divergence import Diverged
 from vessa_trainer.semi_supervised.trainer import Interrupted

@@ -1,6 +1,6 @@
 """Fill a template bank with the annotated slices of a data set."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,18 @@ def seed_bank(
             f"no mask of the {len(groups)} groups of '{dataset.name}' shows a class: {sorted(groups)[:5]}; "
             "choose groups with masks"
         )
+    created = add_slices(client, dataset, items, bank, progress)
+    return SeedResult(created, client.bank(bank))
+
+
+def add_slices(
+    client: AnnotatorClient,
+    dataset: Dataset,
+    items: Sequence[tuple[Slice, Mask]],
+    bank: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Add slices with their masks to a bank in batches; returns how many it did not have before."""
     created = 0
     progress(0, len(items))
     for start in range(0, len(items), _BATCH):
@@ -70,4 +82,4 @@ def seed_bank(
         )
         created += sum(template.created for template in added)
         progress(start + len(batch), len(items))
-    return SeedResult(created, client.bank(bank))
+    return created

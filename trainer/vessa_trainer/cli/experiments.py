@@ -40,7 +40,7 @@ def verify(
 
     Prints how images are grouped into patients, which splits are read or drawn, and what each of them holds.
     """
-    from vessa_trainer.experiments.verify_data import verify_data
+    from vessa_trainer.data.verification import verify_data
 
     result = verify_data(data, splits or [])
     for line in result.lines:
@@ -171,6 +171,47 @@ def fit(
         {"dice": dice, "test": summary["test"], "out": resolved.out, "wait_share": summary["wait_share"]},
         as_json,
     )
+
+
+@app.command("second-round")
+def second_round(
+    run: Annotated[Path, typer.Argument(help="Finished run of method vessa.")],
+    out: Annotated[Path, typer.Option(help="Folder of the second run.")],
+    url: Url = None,
+    candidates: Annotated[
+        int, typer.Option(help="Unlabeled patients that are tried as templates, drawn at random.", min=1)
+    ] = 24,
+    templates: Annotated[int, typer.Option(help="Patients of them that join the bank.", min=1)] = 8,
+    as_json: Json = False,
+) -> None:
+    """Train again with a bank that the first student's best volumes joined, if that improves the labels.
+
+    A volume is the better a template, the better the annotated slices can be segmented back from it. The
+    validation patients decide whether the new labels are used, and which of the two students is better.
+    """
+    from vessa_trainer.experiments.second_round import second_round as train
+
+    result = train(
+        run,
+        out,
+        url=url,
+        candidates=candidates,
+        templates=templates,
+        resume_line=command_line(),
+        console=console,
+    )
+    say(
+        f"validation Dice of the labels {result['label_dice_before']:.3f} with the first bank, "
+        f"{result['label_dice_after']:.3f} with {len(result['templates'])} predicted patients besides"
+    )
+    if result["second"] is None:
+        say("no gain: no second student was trained")
+    else:
+        say(
+            f"validation Dice of the student {result['first_val_dice']:.3f} in the first round, "
+            f"{result['second_val_dice']:.3f} in the second; predict with {result['selected']}"
+        )
+    finish(result, as_json)
 
 
 @app.command()
