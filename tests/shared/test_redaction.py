@@ -7,7 +7,15 @@ import logging
 
 import pytest
 
-from vessa.redaction import RedactingFormatter, redact, redacted, remember_secret, remember_url, secrets
+from vessa.redaction import (
+    RedactingFormatter,
+    argument_warning,
+    redact,
+    redacted,
+    remember_secret,
+    remember_url,
+    secrets,
+)
 
 KEY = "vessa_" + "Ab1-_" * 9
 
@@ -105,3 +113,20 @@ def test_log_lines_are_redacted_with_their_arguments_and_tracebacks() -> None:
         log.exception("failed at %s", "redis://:s3cret@h/0")
     assert "s3cret" not in stream.getvalue()
     assert "redis://***@h/0" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "held"),
+    [
+        (["train", "--set", "cache.url=redis://trainer:s3cret@redis/1"], True),
+        (["segment", "--api-key", "a-key-of-ones-own"], True),
+        (["segment", "--api-key=a-key-of-ones-own"], True),
+        (["segment", KEY], True),
+        (["train", "--set", "cache.url=redis://trainer@redis/1?password_file=/run/password"], False),
+        (["segment", "--bank", "heart"], False),
+    ],
+)
+def test_secrets_among_arguments_are_warned_of(arguments: list[str], held: bool) -> None:
+    warning = argument_warning(arguments)
+    assert (warning is not None) == held
+    assert "s3cret" not in str(warning)

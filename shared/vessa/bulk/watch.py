@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vessa.client import AnnotatorClient
-from vessa.errors import InvalidConfig, Retryable, VessaError
+from vessa.errors import DeadlineExceeded, InvalidConfig, Retryable, VessaError
 from vessa.volumes.dicom.segmentation import SERIES_DESCRIPTION
 from vessa.volumes.dicomweb import NO_IMAGES, Archive, ArchiveSeries
 
@@ -46,8 +46,12 @@ class Journal:
     """Remember on disk what was done with each series. One process writes a journal at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Read a journal, or begin one. Raises InvalidConfig for a damaged one."""
+        """Read a journal, or begin one. Raises InvalidConfig for a damaged one.
+
+        A last line that a power cut left unfinished is removed: its series is tried again.
+        """
         self.path = path
+        self.cut = _cut_unfinished(path) if path.exists() else False
         self._failures: Counter[str] = Counter()
         self._done: set[str] = set()
         self.stored: set[str] = set()
@@ -121,9 +125,10 @@ class Watcher:
                 continue
             try:
                 stored = self._segment(series)
-            except Retryable:
-                raise
             except VessaError as error:
+                # A series that takes too long once takes too long again, and would hold up all others.
+                if isinstance(error, Retryable) and not isinstance(error, DeadlineExceeded):
+                    raise
                 self.say(f"series {series.uid} failed: {error}")
                 yield self.journal.write(series, "failed", error=error.code)
                 continue
@@ -145,3 +150,13 @@ class Watcher:
             self.archive.retrieve(series.study, series.uid, files)
             data = self.client.segment_volume(files, bank=self.bank, classes=self.classes, result="dicom-seg")
         return self.archive.store(data)
+
+
+def _cut_unfinished(path: Path) -> bool:
+    """Remove a last line without its end; returns whether there was one."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) == len(data):
+        return False
+    os.truncate(path, len(whole))
+    return True

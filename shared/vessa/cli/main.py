@@ -1,6 +1,7 @@
 """Use an annotator: fill banks, segment images and volumes, annotate folders, check data."""
 
 import logging
+import sys
 
 import typer
 
@@ -12,6 +13,7 @@ from vessa.cli.verify import verify
 from vessa.cli.volumes import dicomweb
 from vessa.cli.watch import watch
 from vessa.errors import VessaError
+from vessa.redaction import argument_warning
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 for _command in (seed, segment, annotation, annotate, suggest, banks, adapt, verify, dicomweb, watch):
@@ -21,6 +23,8 @@ for _command in (seed, segment, annotation, annotate, suggest, banks, adapt, ver
 def main() -> None:
     """Run the command line; a VessaError or an OSError becomes one line on stderr and exit code 1."""
     logging.getLogger("stamina").setLevel(logging.ERROR)  # its log lines do not name the cause of a retry
+    if warning := argument_warning(sys.argv[1:]):
+        complain(f"warning: {warning}")
     try:
         app()
     except VessaError as error:

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from vessa.redaction import redact
+
 console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
@@ -18,13 +20,13 @@ Bank = Annotated[str, typer.Option(help="Template bank.")]
 
 
 def say(text: str) -> None:
-    """Print a line to stderr as it is, without colors or line breaks."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line to stderr without colors, line breaks and secrets."""
+    console.print(redact(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def complain(text: str) -> None:
-    """Print an error to stderr in red."""
-    console.print(f"vessa: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+    """Print an error to stderr in red, without secrets."""
+    console.print(f"vessa: {redact(text)}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def progress_bar() -> Progress:

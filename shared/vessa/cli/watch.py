@@ -51,8 +51,11 @@ def watch(
         raise typer.BadParameter(f"--since is a date such as 20261127, got '{oldest}'")
     outcomes: Counter[str] = Counter()
     with open_archive(url) as archive, AnnotatorClient(annotator, api_key) as client:
+        known = Journal(journal)
+        if known.cut:
+            say(f"the last line of {journal} was unfinished and is removed; its series is tried again")
         watcher = Watcher(
-            archive, client, Rule(modality, description), Journal(journal), bank, classes, oldest,
+            archive, client, Rule(modality, description), known, bank, classes, oldest,
             settled=not once, say=say,
         )  # fmt: skip
         while True:

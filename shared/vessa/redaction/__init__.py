@@ -3,10 +3,19 @@
 from vessa.redaction.secrets import (
     REDACTED,
     RedactingFormatter,
+    argument_warning,
     redact,
     redacted,
     remember_secret,
     remember_url,
 )
 
-__all__ = ["REDACTED", "RedactingFormatter", "redact", "redacted", "remember_secret", "remember_url"]
+__all__ = [
+    "REDACTED",
+    "RedactingFormatter",
+    "argument_warning",
+    "redact",
+    "redacted",
+    "remember_secret",
+    "remember_url",
+]

@@ -7,7 +7,7 @@ annotator's key, a bearer token, a token of a known issuer, and every value that
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
@@ -28,6 +28,8 @@ _TOKENS = re.compile(
 )
 _HEADER = re.compile(r"(?P<scheme>\b(?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=\-]{8,}", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"(?:^|[_\-.])(?:password|passwd|pwd|secret|token|api_?key|credential)s?$", re.I)
+
+_NAMES_FILE = re.compile(r"^[^@]*rediss?://[^:@/]*@[^@]*[?&]password_file=[^@]*$")  # a user, and no password
 
 _known: set[str] = set()
 _lock = threading.Lock()
@@ -80,6 +82,18 @@ def redacted(value: Any) -> Any:
     if hasattr(value, "get_secret_value"):  # a pydantic secret
         return REDACTED if value.get_secret_value() else ""
     return value
+
+
+def argument_warning(arguments: Sequence[str]) -> str | None:
+    """Return a warning when a command's arguments hold a secret, None when they hold none."""
+    named = ("--api-key", "--key", "--password", "--token")
+    held = any(redact(argument) != argument for argument in arguments if not _NAMES_FILE.search(argument))
+    if not held and not any(argument.partition("=")[0] in named for argument in arguments):
+        return None
+    return (
+        "The command line holds a secret, which other users of this machine can read in the process list. "
+        "Use VESSA_API_KEY or the key file for a key, and password_file in the address of Redis."
+    )
 
 
 class RedactingFormatter(logging.Formatter):

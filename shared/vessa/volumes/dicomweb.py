@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import pydicom
 
-from vessa.errors import InvalidConfig, InvalidRequest, Unreachable
+from vessa.errors import InvalidConfig, InvalidImage, InvalidRequest, Unreachable, VessaError
+from vessa.redaction import redact, remember_secret
 
 _T = TypeVar("_T")
 NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "DOC", "REG"}
@@ -46,6 +47,9 @@ class Archive:
             raise InvalidConfig(
                 "DICOMweb needs the extra `dicomweb`: pip install 'vessa[dicomweb]'"
             ) from error
+        for secret in (token, password):
+            if secret:
+                remember_secret(secret)
         if (user is None) != (password is None) or (token and user):
             raise InvalidConfig("the archive's credentials are a token, or a user with a password")
         if user is not None and password is not None:
@@ -117,7 +121,7 @@ class Archive:
 
     def store(self, data: bytes) -> str:
         """Store one DICOM file and return the UID of its series."""
-        dataset = pydicom.dcmread(io.BytesIO(data))
+        dataset = pydicom.dcmread(io.BytesIO(data))  # one of ours
         answer = self._ask(lambda: self._client.store_instances([dataset]))
         if "FailedSOPSequence" in answer and answer.FailedSOPSequence:
             reason = int(answer.FailedSOPSequence[0].get("FailureReason", 0))
@@ -141,7 +145,14 @@ class Archive:
             ) from None
         except (requests.RequestException, OSError):
             raise Unreachable(
-                f"no DICOMweb archive answers at {self._url}; check the URL and the network"
+                f"no DICOMweb archive answers at {redact(self._url)}; check the URL and the network"
+            ) from None
+        except VessaError:
+            raise
+        except Exception as error:
+            # The libraries raise many kinds for a damaged answer, with words that may quote a patient.
+            raise InvalidImage(
+                f"the archive sent an answer or a file that cannot be read ({type(error).__name__})"
             ) from None
 
 

@@ -2,12 +2,13 @@
 
 import logging
 import signal
+import sys
 from typing import NoReturn
 
 from rich.logging import RichHandler
 
 from vessa.errors import VessaError
-from vessa.redaction import redact
+from vessa.redaction import argument_warning, redact
 from vessa_trainer.cli import experiments, prediction
 from vessa_trainer.cli.options import app, console, say
 
@@ -23,6 +24,8 @@ def main() -> None:
         handlers=[RichHandler(console=console, markup=False, show_time=False, show_path=False)],
     )
     logging.getLogger("stamina").setLevel(logging.ERROR)  # its lines announce retries without the reason
+    if warning := argument_warning(sys.argv[1:]):
+        say(f"vessa-trainer: warning: {warning}", style="red")
     try:
         app()
     except VessaError as error:

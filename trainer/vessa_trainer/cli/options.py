@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vessa.redaction import redact
 from vessa_trainer.config import Config, load_config, shipped
 
 app = typer.Typer(
@@ -74,6 +75,6 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
 
 
 def command_line(*extra: str) -> str:
-    """Return the line that runs this command again, with more arguments."""
+    """Return the line that runs this command again, with more arguments and without secrets."""
     arguments = [a for a in sys.argv[1:] if a not in extra]
-    return "vessa-trainer " + shlex.join([*arguments, *extra])
+    return redact("vessa-trainer " + shlex.join([*arguments, *extra]))

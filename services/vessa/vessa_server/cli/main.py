@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from vessa.errors import InvalidConfig, InvalidRequest, VessaError
-from vessa.redaction import redact
+from vessa.redaction import argument_warning, redact
 from vessa_server.cli.audit import audit as audit_app
 from vessa_server.cli.data import data as data_app
 from vessa_server.cli.keys import keys as keys_app
@@ -258,9 +258,12 @@ def phantoms(
 
 def main() -> None:
     """Run the command line; a VessaError becomes one clear line and exit code 1."""
+    console = Console(stderr=True)
+    if warning := argument_warning(sys.argv[1:]):
+        console.print(f"vessa-server: warning: {warning}", style="red", markup=False, soft_wrap=True)
     try:
         app()
     except VessaError as error:
         line = redact(f"vessa-server: {error.code}: {error}")
-        Console(stderr=True).print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(1) from error
