@@ -96,6 +96,7 @@ class Cluster:
             "VESSA_THREADS": "1",
             "VESSA_FEATURE_CACHE_BYTES": "0",  # every image is new
             "VESSA_LOG_LEVEL": "warning",
+            "VESSA_SERVE_VIEWERS": "monailabel",
             "VESSA_AUDIT_FILE": str(self.folder / f"audit-{place}.jsonl"),
             "XDG_CONFIG_HOME": str(self.folder),
             "XDG_DATA_HOME": str(self.folder),  # place of the jobs, apart from the user's own

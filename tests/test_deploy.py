@@ -65,13 +65,17 @@ def test_replicas_are_alike_but_for_the_port() -> None:
 
 def test_nginx_takes_what_the_annotator_takes() -> None:
     conf, settings = (DEPLOY / "nginx" / "nginx.conf").read_text(), Settings()
-    body, job = re.findall(r"client_max_body_size (\d+)m;", conf)
+    body, job, viewer = re.findall(r"client_max_body_size (\d+)m;", conf)
     (read,) = re.findall(r"proxy_read_timeout (\d+)s;", conf)
-    (wait,) = re.findall(r"client_body_timeout (\d+)s;", conf)
+    wait, viewer_wait = re.findall(r"client_body_timeout (\d+)s;", conf)
     assert settings.limits.max_body_bytes < int(body) << 20
     assert settings.jobs.max_job_bytes < int(job) << 20
     assert settings.limits.request_timeout_s < int(read)
     assert settings.limits.body_timeout_s == int(wait)
+    assert settings.viewers.viewer_body_bytes < int(viewer) << 20
+    assert settings.viewers.viewer_body_s == int(viewer_wait)
+    tls = (DEPLOY / "nginx" / "tls.conf").read_text()
+    assert f"client_max_body_size {viewer}m" in tls
 
 
 def test_dashboard_asks_for_metrics_that_exist() -> None:
@@ -109,7 +113,8 @@ def test_kubernetes_example_fits_together() -> None:
     assert all(("PersistentVolumeClaim", claim["claimName"]) in by_kind for claim in claimed)
     mounted = {m["mountPath"] for m in container["volumeMounts"]}
     values = {e["name"]: e.get("value", "") for e in container["env"]}
-    assert all(str(Path(values[n]).parent) in mounted for n in ("VESSA_JOBS_FOLDER", "VESSA_AUDIT_FILE"))
+    shared = ("VESSA_JOBS_FOLDER", "VESSA_AUDIT_FILE", "VESSA_WORKLISTS_FOLDER")
+    assert all(str(Path(values[n]).parent) in mounted for n in shared)
     scaler = by_kind["HorizontalPodAutoscaler", "annotator"]["spec"]
     assert scaler["scaleTargetRef"]["name"] == "annotator"
     assert scaler["metrics"][0]["pods"]["metric"]["name"] in Metrics().expose().decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ OTHERS = re.compile(
     r"^(splits|images|masks|language|data|tensorboard|docs|runs|\.audit|\.worklists|vessa\.json|meta\.json|config\.yaml|results\.md"
     r"|table\d\.md|/.*)(/.*|\.md)?$"
 )
+# A file or folder of tests, with the words that select some of them.
+TESTS = re.compile(r"`((?:server|shared|trainer|e2e)/[\w/.-]*|test_[\w.]+)(?: -k (\w+|\"[^\"]+\"))?`")
 
 
 @pytest.mark.parametrize("name", docs_reference.TABLES)
@@ -83,3 +86,29 @@ def test_argument_lines_of_docstrings_become_lists() -> None:
 
 def test_options_are_shown_as_they_are_written() -> None:
     assert "| `--bank` | `default` |" in docs_reference.cli_pages()
+
+
+def functions(place: str) -> list[str]:
+    """Return the names of the tests in a file or folder of tests/."""
+    path = ROOT / "tests" / place
+    files = [path] if path.is_file() else sorted(path.rglob("test_*.py"))
+    return [
+        node.name
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+
+
+def test_every_attack_and_threat_names_tests_that_exist() -> None:
+    """Each word of a `-k` expression selects a test, so that a renamed test does not leave its line empty."""
+    named, wrong = 0, []
+    for page in ("reliability.md", "threat-model.md"):
+        text = (ROOT / "docs" / "explanation" / page).read_text(encoding="utf-8")
+        for place, words in TESTS.findall(text):
+            named += 1
+            found = functions(place)
+            if not found or any(not any(w in name for name in found) for w in words.strip('"').split(" or ")):
+                wrong.append(f"{page}: {place} -k {words}")
+    assert wrong == []
+    assert named > 70

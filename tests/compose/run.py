@@ -64,6 +64,30 @@ for method, path in (("DELETE", "/groups/p1"), ("GET", "/banks")):
         opened.append(f"{method} {path}: {status}")
 print(json.dumps(opened))
 """
+# What a viewer sends: a session, a volume as a packed array (Blosc2), and a click.
+VIEWER = """
+import json, pathlib
+import httpx, numpy
+from vessa.client import AnnotatorClient
+from vessa.volumes.packed_array import pack
+key = pathlib.Path("/var/lib/vessa/config/vessa/api-key").read_text().strip()
+image = numpy.random.default_rng(0).integers(0, 60, (64, 64), numpy.uint8)
+mask = numpy.zeros((64, 64), numpy.uint8)
+mask[20:44, 20:44] = 1
+image[mask > 0] += 150
+with AnnotatorClient("http://annotator:8700", key) as client:
+    client.add_templates("viewer", [image], [mask], {1: "square"}, ["p"])
+    base = "http://annotator:8700/nninteractive/viewer/square"
+    with httpx.Client(headers={"Authorization": "Bearer " + key}, timeout=120, trust_env=False) as http:
+        token = http.post(base + "/claim").raise_for_status().json()["lease_token"]
+        lease = {"X-Lease-Token": token, "X-Meta": "{}"}
+        volume = pack(numpy.stack([image, image])[None].astype("float32"))
+        http.post(base + "/set_image", content=volume, headers=lease).raise_for_status()
+        click = {"coordinates": [1, 32, 32], "include_interaction": True}
+        answer = http.post(base + "/add_point_interaction", json=click, headers=lease).raise_for_status()
+    client.delete_bank("viewer")
+print(json.loads(answer.headers["X-Meta"])["bbox"] is not None)
+"""
 LINES = f"""
 from pathlib import Path
 print(sum(len(p.read_text().splitlines()) for p in Path("{RUN}").rglob("metrics.jsonl")))
@@ -90,6 +114,7 @@ class Stack:
                 "VESSA_GATEWAY_PORT": "8791",
                 "VESSA_TLS_PORT": "8792",
                 "GRAFANA_PORT": "8793",
+                "VESSA_SERVE_VIEWERS": "nninteractive,monailabel,labelstudio",
             }
             | settings
         )
@@ -195,11 +220,19 @@ def check_trainer_is_kept_out(stack: Stack) -> None:
     assert not opened, f"the trainer reaches {opened}"
 
 
+def check_viewer(stack: Stack) -> None:
+    """Check by a real request that the annotator's image serves a viewer's protocol."""
+    told = stack.compose("exec", "-T", "trainer", "python", "-c", VIEWER).split()
+    assert told[-1] == "True", f"a click of a viewer changed nothing: {told}"
+    say("a viewer's click was answered")
+
+
 def plain(stack: Stack) -> dict[str, float]:
-    """Start the stack, check its users and limits, and wait for the table."""
+    """Start the stack, check its users, limits and viewers, and wait for the table."""
     stack.compose("up", "-d", "--pull", "never")
     check_confined(stack, ("redis", "annotator", "trainer"))
     check_trainer_is_kept_out(stack)
+    check_viewer(stack)
     return stack.result()
 
 

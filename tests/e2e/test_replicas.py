@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import urllib.error
 import urllib.request
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+import nibabel as nib
 import numpy as np
 import pytest
 import scale
@@ -77,6 +80,24 @@ def _segmented(cluster: Any, replica: int) -> float:
         for line in lines
         if line.startswith("vessa_requests_total") and 'route="/segment"' in line
     )
+
+
+def test_sessions_of_browsers_and_viewers_stay_on_one_replica(cluster: Any) -> None:
+    """They are in the memory of one replica."""
+    with httpx.Client(base_url=cluster.url, timeout=60, trust_env=False) as browser:
+        csrf = browser.post("/session", json={"key": scale.KEY}).json()["csrf"]
+        assert {browser.get(path).status_code for path in ("/session", "/banks") * 4} == {200}
+        assert browser.delete("/session", headers={"X-CSRF-Token": csrf}).status_code == 204
+    with cluster.client() as front:
+        scale.add(front, "viewer", 0, SIZE)
+    voxels = gzip.compress(nib.Nifti1Image(np.zeros((8, 8, 4), np.int16), np.eye(4)).to_bytes())  # type: ignore[no-untyped-call]
+    key = {"Authorization": f"Bearer {scale.KEY}"}
+    with httpx.Client(
+        base_url=f"{cluster.url}/monailabel/viewer", headers=key, timeout=60, trust_env=False
+    ) as viewer:
+        sent = viewer.put("/datastore/", params={"image": "v"}, files={"file": ("v.nii.gz", voxels)})
+        assert sent.status_code == 200, sent.text
+        assert [viewer.get("/datastore/").json()["total"] for _ in range(8)] == [1] * 8
 
 
 def test_a_body_too_large_for_nginx_is_refused_in_our_words(cluster: Any) -> None:

@@ -249,16 +249,21 @@ def test_a_key_has_its_share_of_bytes(server: Any, filled: Any, monkeypatch: pyt
 
 def test_runs_of_the_allowed_folder_are_listed(server_of: Any, nano_weights: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    for name, step in (("one", 3), ("..two", 4)):
+    for name, step in (("one", 3), ("..two", 4), ("torn", 5)):
         (runs / name).mkdir(parents=True)
         (runs / name / "config.yaml").write_text("title: x")
+        if name == "torn":
+            (runs / name / "summary.json").write_text("[1]")
+            (runs / name / "metrics.jsonl").write_text('{"step": "x"}\n7\n[]\n')
+            continue
         (runs / name / "metrics.jsonl").write_text(json.dumps({"step": step, "dice": 0.5}) + "\n{cut")
     (runs / "one" / "report.html").write_text("<p>report</p>")
     settings = Settings(
         api_key="k" * 20, weights=str(nano_weights), store=f"folder:{tmp_path / 'b'}", runs_folder=runs
     )
     http = server_of(settings, wait=False).http
-    (run,) = http.get("/runs").json()
+    run, torn = http.get("/runs").json()
+    assert (torn["name"], torn["state"], torn["step"], torn["summary"]) == ("torn", "running", None, None)
     assert (run["name"], run["state"], run["step"], run["has_report"]) == ("one", "running", 3, True)
     assert http.get("/runs/one/metrics").json() == [{"step": 3, "dice": 0.5}]
     report = http.get("/runs/one/report.html")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import re
 import stat
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
+from fastapi.testclient import TestClient
 
 from vessa.client import AnnotatorClient, default_key_file
 from vessa.errors import InvalidConfig
-from vessa_server.api.authentication import require_key, require_monitor
+from vessa_server.api.authentication import require_key, require_monitor, require_password
 from vessa_server.app import create_app
 from vessa_server.auth.api_key import resolve_access
 from vessa_server.auth.client_address import client_address, is_served_host
@@ -24,6 +27,9 @@ from vessa_server.settings import Settings
 OPEN_ROUTES = {"/livez", "/readyz"}
 # The console's files hold no data, and POST /session checks a key or a one-time link itself.
 CONSOLE_ROUTES = {"/", "/console/{path:path}", "/session"}
+# 3D Slicer asks whether it must sign in, and signs in by a key.
+SIGN_IN_ROUTES = {"/monailabel/{bank}/auth/", "/monailabel/{bank}/auth/token"}
+VIEWERS = "nninteractive,monailabel,labelstudio"
 
 
 @pytest.fixture(autouse=True)
@@ -34,19 +40,35 @@ def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def routes() -> list[Any]:
-    return list(iter_route_contexts(create_app(Settings(api_key="k" * 20)).routes))
+def app_of(**settings: Any) -> FastAPI:
+    return create_app(Settings(api_key="k" * 20, serve_viewers=VIEWERS, **settings))
 
 
 def test_every_route_but_the_probes_depends_on_the_key() -> None:
     unprotected = set()
-    for context in routes():
+    for context in iter_route_contexts(app_of().routes):
         # A mount or a plain Starlette route has no dependant and would count as unprotected.
         dependant = getattr(context, "dependant", None)
         calls = {part.call for part in dependant.dependencies} if dependant else set()
-        if not calls & {require_key, require_monitor}:
+        if not calls & {require_key, require_monitor, require_password}:
             unprotected.add(context.path)
-    assert unprotected == OPEN_ROUTES | CONSOLE_ROUTES
+    assert unprotected == OPEN_ROUTES | CONSOLE_ROUTES | SIGN_IN_ROUTES
+
+
+def test_every_route_of_viewers_refuses_a_missing_and_a_wrong_key() -> None:
+    app = app_of(failed_keys_per_minute=0)
+    paths = {(m, c.path) for c in iter_route_contexts(app.routes) for m in c.methods}
+    viewers = {p for p in paths if p[1].startswith(tuple(f"/{name}/" for name in VIEWERS.split(",")))}
+    http, basic = TestClient(app), base64.b64encode(b"user:wrong").decode()
+    for method, path in viewers:
+        if path in SIGN_IN_ROUTES:
+            continue
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {basic}"}):
+            answer = http.request(method, re.sub(r"{\w+}", "x", path), headers=header)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized"), path
+    wrong = http.post("/monailabel/x/auth/token", content=b"username=a&password=wrong")
+    assert wrong.status_code == 401
+    assert len(viewers) > 40
 
 
 def test_every_route_refuses_a_missing_and_a_wrong_key(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,10 +189,7 @@ def audit_lines(request: Request, count: Annotated[int, Query(ge=1, le=1000)] = 
         return []
     found = []
     for line in reversed(lines):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # the first line read may be cut
+        found += _objects([line])  # the first line read may be cut, others damaged
         if len(found) == count:
             break
     return found
@@ -216,13 +213,8 @@ def list_runs(request: Request) -> list[RunInfo]:
 def run_metrics(name: str, request: Request) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     path = _run_folder(name, request) / "metrics.jsonl"
-    rows = []
-    for line in _tail(path, _LONGEST_METRICS):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a run that writes now, or the first one cut
-    return rows
+    # The last line of a run that writes now may be unfinished, and the first one cut.
+    return _objects(_tail(path, _LONGEST_METRICS))
 
 
 @operator_api.get(
@@ -257,26 +249,32 @@ def _run_folder(name: str, request: Request) -> Path:
 
 
 def _run(path: Path) -> RunInfo:
-    summary: dict[str, Any] | None = None
     try:
-        summary = json.loads((path / "summary.json").read_bytes())
-    except (OSError, ValueError):
-        summary = None  # it is written at the end of a run
-    lines = _tail(path / "metrics.jsonl", 1 << 16)
-    step = None
-    for line in reversed(lines):
-        try:
-            step = json.loads(line).get("step")
-            break
-        except ValueError:
-            continue
+        written = _objects([(path / "summary.json").read_bytes()])
+    except OSError:
+        written = []  # it is written at the end of a run
+    rows = _objects(_tail(path / "metrics.jsonl", 1 << 16))
+    step = rows[-1].get("step") if rows else None
     return RunInfo(
         name=path.name,
-        state="done" if summary is not None else "running",
-        step=step,
-        summary=summary,
+        state="done" if written else "running",
+        step=step if isinstance(step, int) else None,
+        summary=written[0] if written else None,
         has_report=(path / "report.html").is_file(),
     )
+
+
+def _objects(lines: list[bytes]) -> list[dict[str, Any]]:
+    """Return the JSON objects among some lines; damaged lines are left out."""
+    found = []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def _tail(path: Path, most: int) -> list[bytes]:
