@@ -15,5 +15,6 @@ def victim(start_annotator: Any, tmp_path_factory: pytest.TempPathFactory) -> An
         VESSA_MAX_BODY_BYTES=str(8 << 20),
         VESSA_MAX_JOB_BYTES=str(16 << 20),
         VESSA_BODY_TIMEOUT_S="2",
+        VESSA_SERVE_VIEWERS="nninteractive,monailabel,labelstudio",
         VESSA_FAILED_KEYS_PER_MINUTE="0",  # schemathesis tries wrong keys without end
     )

@@ -22,7 +22,8 @@ from vessa_server.app import create_app
 from vessa_server.settings import Settings
 
 EXAMPLES = 25
-DOCUMENT = create_app(Settings(api_key="k" * 20)).openapi()
+VIEWERS = "nninteractive,monailabel,labelstudio"
+DOCUMENT = create_app(Settings(api_key="k" * 20, serve_viewers=VIEWERS)).openapi()
 
 
 def can_be_wrong(about: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vessa.errors import TooLarge
 from vessa_server.auth.keys import Role, create_key
 from vessa_server.viewers import brush
 
@@ -117,6 +118,43 @@ def test_damaged_brush_masks_are_refused() -> None:
             brush.decode(rle, 9, 9, 100)  # type: ignore[arg-type]
     with pytest.raises(Exception, match="1 to 80 pixels"):
         brush.decode(whole, 9, 9, 80)
+
+
+def test_brush_masks_that_compute_for_minutes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).random((64, 64)) > 0.5
+    monkeypatch.setattr(brush, "MAX_RUNS", 1000)
+    with pytest.raises(TooLarge, match="more than 1000 runs"):
+        brush.decode(brush.encode(noise), 64, 64, 10**6)
+
+
+EVENTS: list[tuple[dict[str, Any], str | None]] = [
+    ({"action": "ANNOTATION_CREATED"}, "invalid_request"),
+    ({"action": {"a": 1}, "task": 3}, None),
+    ({"action": "ANNOTATION_CREATED", "task": [1], "project": "x", "annotation": 3}, "invalid_request"),
+    ({"result": [{"type": "brushlabels"}] * 300}, "too_large"),
+    ({"result": [{"type": "brushlabels", "value": {"brushlabels": ["x" * 9999]}}]}, "invalid_request"),
+    ({"result": [{"type": "brushlabels", "value": {"brushlabels": [7], "rle": 3}}]}, "invalid_request"),
+]
+
+
+def test_damaged_and_growing_requests_are_refused(viewers: Any, picture: str) -> None:
+    server, headers = viewers(), basic(KEY) | {"Content-Type": "application/json"}
+    for event, code in EVENTS:
+        if "result" in event:
+            task, project = {"id": 7, "data": {"picture": picture}}, {"label_config": CONFIG}
+            event = {"action": "ANNOTATION_CREATED", "annotation": event, "task": task, "project": project}
+        answer = server.http.post(f"{BASE}/webhook", json=event, headers=headers)
+        assert answer.json().get("error", {}).get("code") == code, answer.text
+    # Two bytes of JSON may become a hundred in memory, and ten levels of ten references ten billion letters.
+    many = b'{"tasks": [' + b"[]," * 1_500_000 + b"[]]}"
+    answer = server.http.post(f"{BASE}/predict", content=many, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+    deep = server.http.post(f"{BASE}/predict", content=b'{"tasks": ' + b"[" * 100_000, headers=headers)
+    assert deep.json()["error"]["code"] == "invalid_request"
+    entities = "".join(f'<!ENTITY e{k} "{f"&e{k - 1};" * 10}">' for k in range(1, 11))
+    bomb = f'<!DOCTYPE x [<!ENTITY e0 "aaaaaaaaaa">{entities}]><View>&e10;</View>'
+    answer = server.http.post(f"{BASE}/setup", json={"schema": bomb}, headers=headers)
+    assert answer.json()["error"]["code"] == "invalid_request"
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from vessa.errors import InvalidRequest, MalformedBody, TooLarge
 
 MAX_PARTS = 32
 MAX_HEADER_BYTES = 4096
+MAX_VALUES = 2_000_000  # of one JSON text
 MAX_TEXT_BYTES = 1 << 20  # as much as a safetensors header; parsed JSON takes many times its bytes
 
 
@@ -82,7 +83,12 @@ class Form:
 
 
 def read_json(text: str, what: str) -> Any:
-    """Parse JSON that a caller sent. Raises InvalidRequest when it is none."""
+    """Parse JSON that a caller sent. Raises InvalidRequest when it is none, TooLarge for too many values.
+
+    Parsed, a value of two bytes takes up to a hundred: the number of values bounds the memory.
+    """
+    if text.count(",") + text.count("[") + text.count("{") > MAX_VALUES:
+        raise TooLarge(f"{what} holds more than {MAX_VALUES} values, the limit. Send less in one request.")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -9,6 +9,7 @@ from vessa.errors import InvalidRequest, TooLarge
 
 _SIZES = (3, 4, 8, 16)  # bits of a run's length, as Label Studio writes them
 _WORD = 8
+MAX_RUNS = 1 << 18  # each takes a few microseconds; a smooth outline crosses a row a few times
 _HEAD = 32 + 5 + 4 * 4
 
 
@@ -32,7 +33,7 @@ def encode(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def decode(rle: Sequence[int], height: int, width: int, max_pixels: int) -> NDArray[np.bool_]:
-    """Return the mask (H, W) of `value.rle`. Raises InvalidRequest, TooLarge."""
+    """Return the mask (H, W) of `value.rle`. Raises InvalidRequest, TooLarge for one of too many runs."""
     if height < 1 or width < 1 or height * width > max_pixels:
         raise TooLarge(f"A brush mask has 1 to {max_pixels} pixels, got {height} x {width}.")
     wrong = InvalidRequest("A brush mask's rle is damaged or of another size than its image.")
@@ -44,10 +45,13 @@ def decode(rle: Sequence[int], height: int, width: int, max_pixels: int) -> NDAr
     if bits.size < _HEAD or _number(bits[:32]) != count or _number(bits[32:37]) != _WORD - 1:
         raise wrong
     sizes = [_number(bits[37 + 4 * i : 41 + 4 * i]) + 1 for i in range(4)]
-    out, place, at = np.zeros(count, np.uint8), 0, _HEAD
+    out, place, at, runs = np.zeros(count, np.uint8), 0, _HEAD, 0
     while place < count:
         if at + 3 > bits.size:
             raise wrong
+        runs += 1
+        if runs > MAX_RUNS:
+            raise TooLarge(f"A brush mask has more than {MAX_RUNS} runs, the limit. Draw smoother outlines.")
         size = sizes[_number(bits[at + 1 : at + 3])]
         length = _number(bits[at + 3 : at + 3 + size]) + 1
         words = 1 if bits[at] else length

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vessa.errors import InvalidPrompt, InvalidRequest, UnknownClass
+from vessa.errors import InvalidPrompt, InvalidRequest, TooLarge, UnknownClass
+from vessa_server.serialization.fields import read_name
 from vessa_server.viewers import brush
 
 _LONGEST_CONFIG = 256 * 1024
-_SAVED = {"ANNOTATION_CREATED", "ANNOTATION_UPDATED"}
+_SAVED = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED")
+MAX_REGIONS = 256  # brush regions of one annotation
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,15 @@ def drawn_mask(
     size: (H, W) of the image. A label that the bank lacks gets the next free id. Raises InvalidRequest.
     """
     mask, ids, others = np.zeros(size, np.uint8), {name: key for key, name in classes.items()}, 0
-    for region in results if isinstance(results, list) else []:
+    results = results if isinstance(results, list) else []
+    if len(results) > MAX_REGIONS:
+        raise TooLarge(f"An annotation has {len(results)} regions, the limit is {MAX_REGIONS}. Merge some.")
+    for region in results:
         if not isinstance(region, dict) or region.get("type") != "brushlabels":
             others += 1
             continue
         try:
-            name, rle = str(region["value"]["brushlabels"][0]), region["value"]["rle"]
+            name, rle = read_name(region["value"]["brushlabels"][0], "a label"), region["value"]["rle"]
             given = int(region["original_height"]), int(region["original_width"])
         except (KeyError, TypeError, ValueError, IndexError):
             raise InvalidRequest("A brush region lacks its label, its rle or its size.") from None

@@ -83,7 +83,9 @@ async def webhook(
         return {"templates": []}
     if caller.role < Role.curate:
         raise Forbidden(f"Key {caller.name!r} may not change banks. Give the backend a key of role curate.")
-    task, project, annotation = (event.get(name) or {} for name in ("task", "project", "annotation"))
+    task, project, annotation = (event.get(name) for name in ("task", "project", "annotation"))
+    if not all(isinstance(part, dict) for part in (task, project, annotation)):
+        raise InvalidRequest("The event needs the objects task, project and annotation.")
     config = labelstudio.read_config(project.get("label_config"))
     image = await _image(engine, config, task)
     banks = callers_banks(engine, caller)
