@@ -13,7 +13,7 @@ from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
-from vessa.volumes import packed_array
+from vessa.volumes import isolated, packed_array
 from vessa_server import __version__
 from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
@@ -37,6 +37,7 @@ from vessa_server.auth.rate_limits import KeyLimits
 from vessa_server.auth.sessions import Sessions
 from vessa_server.observability.logs import log_to_stderr
 from vessa_server.observability.metrics import Observe
+from vessa_server.observability.request_context import current_request
 from vessa_server.observability.trace_export import export_traces
 from vessa_server.serving.lifecycle import Service, WorkerFactory
 from vessa_server.serving.worker import Worker
@@ -76,6 +77,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
     """
     settings = settings or Settings()
     service = Service(settings, worker_factory)
+    isolated.share_by(lambda: current_request().key)
     access = resolve_access(settings)
     jobs = Jobs(settings, service, access.current)
 

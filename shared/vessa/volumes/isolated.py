@@ -2,7 +2,8 @@
 
 Decoders of compressed data are written in C, and headers may claim anything. What they do to a child process
 (a crash, gigabytes, minutes) ends with the child, and its caller gets an error. Children stay alive between
-files, at most `_CHILDREN` at once; functions here may be called from any thread.
+files, at most `_CHILDREN` at once, `_SHARE` of them for one owner (`share_by`); functions here may be called
+from any thread.
 """
 
 import atexit
@@ -16,7 +17,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from vessa.volumes.grid import Bounds, Source, VoiTable, Volume
 
 VOLUME_S = 120.0  # longest time for a volume
 PICTURE_S = 30.0  # longest time for a picture
-_CHILDREN = 2
+_CHILDREN = 3
+_SHARE = 2
 _USES = 200  # files after which a child is replaced
 _MAX_REPLY = 64 << 20  # bytes of a reply without its voxels
 _START_S = 60.0
@@ -168,13 +171,39 @@ class _Child:
 
 _idle: list[_Child] = []
 _lock = threading.Lock()
-_places = threading.BoundedSemaphore(_CHILDREN)
+_places = threading.Condition()
+_held: Counter[str] = Counter()
+_owner: Callable[[], str] = str  # one owner, without a name
+
+
+def share_by(owner: Callable[[], str]) -> None:
+    """Name the owner of each call, so that slow files of one owner do not hold up those of all others.
+
+    owner: returns the name of the calling thread's owner
+    """
+    global _owner
+    _owner = owner
+
+
+@contextlib.contextmanager
+def _place() -> Iterator[None]:
+    """Wait for a place among the children, of which an owner has a share."""
+    owner = _owner()
+    with _places:
+        _places.wait_for(lambda: _held.total() < _CHILDREN and _held[owner] < _SHARE)
+        _held[owner] += 1
+    try:
+        yield
+    finally:
+        with _places:
+            _held[owner] -= 1
+            _places.notify_all()
 
 
 @contextlib.contextmanager
 def _child() -> Iterator[_Child]:
     """Lend a child; one that failed is not used again."""
-    with _places:
+    with _place():
         with _lock:
             child = _idle.pop() if _idle else None
         if child is not None and child.process.poll() is not None:
