@@ -86,7 +86,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         service.start()
         jobs.start()
         await run_in_threadpool(app.state.worklists.sweep)
-        sweeping = asyncio.create_task(app.state.viewer_sessions.sweep_forever())
+        sweeping = asyncio.create_task(app.state.viewer_sessions.sweep_forever(access.current))
         yield
         sweeping.cancel()
         await run_in_threadpool(jobs.stop, settings.queue.drain_s)

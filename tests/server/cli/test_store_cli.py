@@ -158,6 +158,20 @@ def test_cached_labels_are_erased_when_asked_for(redis_url: str) -> None:
     client.flushdb()
 
 
+@pytest.mark.usefixtures("address")
+def test_nothing_but_labels_is_erased_from_a_folder(tmp_path: Path) -> None:
+    """A wrong folder must not lose its files."""
+    folder, key = tmp_path / "labels", "ab" + "0" * 62
+    labels = [f"ab/{key}", f"ab/.{key}.claim", f"ab/.{key}.1234abcd.part"]
+    others = ["thesis.txt", "ab/notes.txt", "images/p1.png", f"{key}", f"ab/cd/{key}"]
+    for name in labels + others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert run("erase", "--group", PATIENT, "--labels", f"folder:{folder}")[1]["labels"] == 1
+    left = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert left == set(others)
+
+
 def test_a_damaged_bank_is_named_by_erase(address: str, banks: TemplateBanks) -> None:
     tear_index(address, "b")
     code, result = run("erase", "--group", PATIENT)

@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
-from vessa.errors import LimitReached, QueueFull, TooLarge, UnknownSession
+from vessa.errors import LimitReached, QueueFull, StoreUnavailable, TooLarge, UnknownSession
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.settings import Viewers
+from vessa_server.viewers import sessions as module
 from vessa_server.viewers.sessions import LIVENESS_S, ViewerSessions
 
 ANNA, BEN = Caller("anna", Role.annotate), Caller("ben", Role.annotate)
@@ -84,3 +85,33 @@ def test_a_session_in_work_is_not_swept() -> None:
         assert sessions.sweep() == 1
 
     asyncio.run(check())
+
+
+def test_sessions_of_a_revoked_key_end() -> None:
+    sessions = ViewerSessions(Viewers())
+    kept = sessions.open("p", ANNA, "bank")
+    sessions.open("p", BEN, "bank")
+    known = {"anna": ANNA}
+    assert sessions.end_revoked(known.get) == 1
+    assert (sessions.of("p", ANNA, "bank"), sessions.of("p", BEN, "bank")) == ([kept], [])
+
+
+def test_sweeping_goes_on_while_the_keys_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions, asked = ViewerSessions(Viewers()), []
+    sessions.open("p", ANNA, "bank")
+    monkeypatch.setattr(module, "SWEEP_S", 0.001)
+
+    def caller_of(name: str) -> Caller | None:
+        asked.append(name)
+        if len(asked) < 3:
+            raise StoreUnavailable("Redis is away")
+        return None
+
+    async def until_it_ends() -> None:
+        sweeping = asyncio.create_task(sessions.sweep_forever(caller_of))
+        while sessions.of("p", ANNA, "bank"):
+            await asyncio.sleep(0.001)
+        sweeping.cancel()
+
+    asyncio.run(asyncio.wait_for(until_it_ends(), 20))
+    assert len(asked) == 3

@@ -299,6 +299,15 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, caplog):
     assert "cannot be written" in warnings_of(caplog)[0]
 
 
+def test_labels_in_a_folder_are_closed_to_others(tmp_path):
+    cache = FolderCache(tmp_path / "cache")
+    cache.claim(["aa"])
+    cache.put({"ab": label_of()})
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "cache").rglob("*")}
+    assert modes == {"aa": 0o700, ".aa.claim": 0o600, "ab": 0o600}
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_folder_that_was_deleted_is_made_again(tmp_path):
     cache = FolderCache(tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")

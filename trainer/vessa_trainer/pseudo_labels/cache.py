@@ -133,7 +133,10 @@ class LabelCache(Protocol):
 
 
 class FolderCache:
-    """One file a label under two-letter folders; several processes may share it."""
+    """One file a label under two-letter folders; several processes of one user may share it.
+
+    Folders have mode 0700 and files 0600, because labels show patients.
+    """
 
     def __init__(self, folder: Path, expire_s: float | None = None) -> None:
         """Use a folder, made when missing. Raises InvalidConfig when it cannot be made.
@@ -144,7 +147,7 @@ class FolderCache:
         self._expire_s = expire_s
         self.failures = 0
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise InvalidConfig(f"the label cache {folder} cannot be made: {error.strerror}") from error
 
@@ -185,8 +188,8 @@ class FolderCache:
         try:
             if path.is_file() and time.time() - path.stat().st_mtime > _CLAIM_S:
                 path.unlink(missing_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(exist_ok=False)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.touch(mode=0o600, exist_ok=False)
         except (FileExistsError, FileNotFoundError):  # another's, or one just ended: it is looked up again
             return False
         except OSError:
@@ -204,9 +207,9 @@ class FolderCache:
         for key, label in labels.items():
             path = self._path(key)
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 # No sync: a label that a power cut damages fails its checksum and is requested again.
-                atomic_write.write_bytes(path, pack(label), sync=False)
+                atomic_write.write_bytes(path, pack(label), 0o600, sync=False)
             except OSError as error:
                 self._failed("written", error)
                 return

@@ -1,6 +1,7 @@
 """Check, repair and erase what an annotator stores."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ store = typer.Typer(no_args_is_help=True, help=__doc__)
 Address = Annotated[str | None, typer.Option("--store", help="The annotator's store, as `serve` has it.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
 LABELS = "vessa:label:*"
+_LABEL_FILE = re.compile(r"[0-9a-f]{2}/(?:[0-9a-f]{64}|\.[0-9a-f]{64}\.(?:claim|[0-9a-f]{8}\.part))")
 
 
 @store.command()
@@ -142,10 +144,13 @@ def _erase_labels(place: str) -> int:
     folder = Path(place.removeprefix("folder:")).expanduser()
     if not folder.is_dir():
         raise InvalidConfig(f"There is no folder of labels {folder}. Give the trainer's cache.url.")
-    found_files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in found_files:
-        path.unlink(missing_ok=True)
-    return len(found_files)
+    erased = 0
+    for path in folder.glob("*/*"):
+        # Only labels, their claims and unfinished ones: the folder may hold other files, or be a wrong one.
+        if _LABEL_FILE.fullmatch(f"{path.parent.name}/{path.name}"):
+            path.unlink(missing_ok=True)
+            erased += not path.name.startswith(".")
+    return erased
 
 
 def _rewrite_log(address: str) -> bool:

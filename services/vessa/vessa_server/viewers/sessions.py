@@ -4,6 +4,7 @@ Sessions are in memory only, because they show patients. Methods may be called f
 """
 
 import asyncio
+import contextlib
 import secrets
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vessa.errors import LimitReached, QueueFull, TooLarge, UnknownSession
+from vessa.errors import LimitReached, QueueFull, StoreUnavailable, TooLarge, UnknownSession
 from vessa_server.auth.keys import Caller
 from vessa_server.settings import Viewers
 
@@ -142,8 +143,26 @@ class ViewerSessions:
                 del self._sessions[token]
         return len(gone)
 
-    async def sweep_forever(self) -> None:
+    def end_revoked(self, caller_of: Callable[[str], Caller | None]) -> int:
+        """End the sessions of revoked keys; returns how many.
+
+        caller_of: returns the caller that a key's name stands for now, None when the key was revoked
+        """
+        revoked = {owner for owner in {s.owner for s in self._snapshot()} if caller_of(owner) is None}
+        with self._lock:
+            gone = [token for token, s in self._sessions.items() if s.owner in revoked]
+            for token in gone:
+                del self._sessions[token]
+        return len(gone)
+
+    async def sweep_forever(self, caller_of: Callable[[str], Caller | None]) -> None:
         """Sweep again and again, so that pixels of patients do not stay until the next request."""
         while True:
             await asyncio.sleep(SWEEP_S)
             self.sweep()
+            with contextlib.suppress(StoreUnavailable):  # the keys cannot be read now; the next round tries
+                await asyncio.to_thread(self.end_revoked, caller_of)
+
+    def _snapshot(self) -> list[ViewerSession]:
+        with self._lock:
+            return list(self._sessions.values())

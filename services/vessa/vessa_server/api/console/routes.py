@@ -81,6 +81,7 @@ async def sign_in(body: SignIn, request: Request, response: Response) -> Session
     except Unauthorized:
         limits_of(request).failed(current_request().source)
         raise
+    current_request().key = session.caller.name  # for the log
     secure = request.url.scheme == "https"
     response.set_cookie(
         COOKIE, cookie, max_age=int(IDLE_S), httponly=True, samesite="strict", secure=secure, path="/"
