@@ -17,7 +17,9 @@ from vessa.volumes import isolated, packed_array
 from vessa_server import __version__
 from vessa_server.active_learning import CandidateCache
 from vessa_server.api.banks import banks_api
+from vessa_server.api.console.phantoms import phantoms_api
 from vessa_server.api.console.routes import operator_api, pages, sessions_api
+from vessa_server.api.console.suggestions import worklist_suggestions
 from vessa_server.api.console.worklists import worklists_api
 from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.groups import groups
@@ -123,6 +125,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         banks_api,
         segmentation,
         worklists_api,
+        worklist_suggestions,
         jobs_api,
         suggestions,
         groups,
@@ -130,7 +133,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         operations,
     ]
     if settings.console.serve_console:
-        routers.append(sessions_api)
+        routers += [sessions_api, phantoms_api]
         app.include_router(pages)
     if "nninteractive" in settings.viewers.serve_viewers:
         packed_array.check_library()

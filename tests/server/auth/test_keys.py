@@ -31,7 +31,7 @@ NEEDS = {
         ("GET", "/runs"), ("GET", "/runs/{name}/metrics"), ("GET", "/runs/{name}/report.html"),
         ("POST", "/templates"), ("DELETE", "/templates/{identity}"), ("DELETE", "/banks/{bank}"),
         ("POST", "/banks/{bank}/adapt"), ("DELETE", "/banks/{bank}/adapt"),
-        ("PUT", "/banks/{bank}/share"), ("DELETE", "/banks/{bank}/share"),
+        ("PUT", "/banks/{bank}/share"), ("DELETE", "/banks/{bank}/share"), ("POST", "/phantoms"),
     },
     Role.annotate: {
         ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/info"), ("GET", "/banks"),
@@ -43,7 +43,8 @@ NEEDS = {
         ("GET", "/jobs/{identity}/result"), ("GET", "/jobs/{identity}/provenance"),
         ("GET", "/worklists"), ("POST", "/worklists"), ("GET", "/worklists/{name}"),
         ("DELETE", "/worklists/{name}"), ("POST", "/worklists/{name}/items"),
-        ("GET", "/worklists/{name}/export"), ("DELETE", "/worklists/{name}/items/{identity}"),
+        ("GET", "/worklists/{name}/export"), ("POST", "/worklists/{name}/suggest"),
+        ("DELETE", "/worklists/{name}/items/{identity}"),
         ("GET", "/worklists/{name}/items/{identity}/image.png"),
         ("GET", "/worklists/{name}/items/{identity}/labels.png"),
         ("PUT", "/worklists/{name}/items/{identity}/labels"),

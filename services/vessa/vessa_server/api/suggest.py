@@ -53,21 +53,22 @@ async def suggest_images(request: Request, caller: CallerDep, bank: BankPath) ->
             seconds=engine.settings.limits.body_timeout_s,
         )
         wanted = await run_in_threadpool(read_candidates, body, engine.settings)
-        state = await run_in_threadpool(_bank, callers_banks(engine, caller), check_name(bank))
+        state = await run_in_threadpool(bank_or_empty, callers_banks(engine, caller), check_name(bank))
         if wanted.images is not None:
             limits.take(caller, len(wanted.ids))
-            await unless_gone(request, _describe(engine, cache, state, wanted, caller.name))
-        return await unless_gone(request, _rank_alone(engine, cache, state, wanted, caller.name))
+            await unless_gone(request, describe_candidates(engine, cache, state, wanted, caller.name))
+        return await unless_gone(request, rank_candidates(engine, cache, state, wanted, caller.name))
 
 
-def _bank(banks: CallersBanks, name: str) -> Bank:
+def bank_or_empty(banks: CallersBanks, name: str) -> Bank:
+    """Return a bank as the caller sees it; one that does not exist yet counts as empty."""
     try:
         return banks.get(name)
     except UnknownBank:
         return Bank(name, 0, ())
 
 
-async def _describe(
+async def describe_candidates(
     engine: Engine, cache: CandidateCache, bank: Bank, wanted: Candidates, client: str
 ) -> None:
     """Cache the features of images and, where the bank has templates, the annotator's confidence."""
@@ -100,7 +101,7 @@ def _confidence(place: int, answer: object) -> float:
     return float(answer.confidence.mean()) / 255
 
 
-async def _rank_alone(
+async def rank_candidates(
     engine: Engine, cache: CandidateCache, bank: Bank, wanted: Candidates, client: str
 ) -> Suggestions:
     """Rank in one thread at a time for all callers; stop the computation when the caller leaves."""

@@ -57,6 +57,19 @@ class WorklistContent(WorklistInfo):
     items: list[ItemInfo]
 
 
+class OrderedItem(BaseModel):
+    """An open image and its gain: the share in [0, 1] of the bank's coverage loss that annotating it removes."""
+
+    id: str
+    gain: float
+
+
+class WorklistOrder(BaseModel):
+    """The open images of a worklist, the most useful one first."""
+
+    items: list[OrderedItem]
+
+
 class SegmentBody(BaseModel):
     """What to segment, and prompts by class name in px, as POST /segment takes them."""
 
