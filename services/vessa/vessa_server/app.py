@@ -20,6 +20,7 @@ from vessa_server.api.banks import banks_api
 from vessa_server.api.console.phantoms import phantoms_api
 from vessa_server.api.console.routes import operator_api, pages, sessions_api
 from vessa_server.api.console.suggestions import worklist_suggestions
+from vessa_server.api.console.volumes import worklist_volumes
 from vessa_server.api.console.worklists import worklists_api
 from vessa_server.api.error_handlers import add_error_handlers
 from vessa_server.api.groups import groups
@@ -126,6 +127,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         segmentation,
         worklists_api,
         worklist_suggestions,
+        worklist_volumes,
         jobs_api,
         suggestions,
         groups,

@@ -132,6 +132,13 @@ class SegmentResult:
     absent: tuple[str, ...] = ()
     islands: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def doubt(self) -> float:
+        """1 - mean confidence over the labeled pixels, over all pixels where nothing is labeled."""
+        labeled = self.labels > 0
+        certain = self.confidence[labeled] if labeled.any() else self.confidence
+        return round(1 - float(certain.mean()) / 255, 4)
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:

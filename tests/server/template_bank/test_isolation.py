@@ -28,6 +28,7 @@ NOTHING = {
     "annotation": "0" * 24,
     "worklist": "nothing",
     "item": "0" * 32,
+    "volume": "0" * 32,
 }
 ADMIN_ONLY = ("/groups/", "/runs/")
 
@@ -46,6 +47,8 @@ def owned(server: Any, name: str) -> dict[str, str]:
     form = {"files": {"image": ("q.png", _file(server))}, "data": {"name": "q.png", "group": "q"}}
     item = server.http.post(f"/worklists/{name}/items", **form)
     assert item.status_code == 201, item.text
+    added = server.http.post(f"/worklists/{name}/volumes", files={"image": ("v", volume)})
+    assert added.status_code == 201, added.text
     return {
         "bank": name,
         "template": template,
@@ -53,6 +56,7 @@ def owned(server: Any, name: str) -> dict[str, str]:
         "annotation": annotation,
         "worklist": name,
         "item": item.json()["id"],
+        "volume": added.json()["id"],
     }
 
 
@@ -66,7 +70,7 @@ def ask(server: Any, method: str, path: str, names: dict[str, str]) -> Any:
     """Ask a route for something by its name, in a body that suits all of them."""
     kind = path.split("/")[1].removesuffix("s")
     place = path.replace("{bank}", names["bank"]).replace("{group}", "p0")
-    place = place.replace("{name}", names["worklist"])
+    place = place.replace("{name}", names["worklist"]).replace("{volume}", names["volume"])
     identity = names["item" if kind == "worklist" else kind] if "{identity}" in place else ""
     place = place.replace("{identity}", identity)
     assert "{" not in place, "a new kind of thing: add it to NOTHING and `owned`"

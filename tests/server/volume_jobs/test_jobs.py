@@ -209,7 +209,7 @@ def test_a_job_goes_on_from_its_finished_slices_after_a_restart(server_of, nano_
     folder = store.path(job)
     (folder / "result").unlink()
     for k, made in enumerate(read_provenance(folder)[:3]):
-        write_slice(folder, k, np.full((30, 40), 2, np.uint8), made)
+        write_slice(folder, k, np.full((30, 40), 2, np.uint8), made, 0.1)
     (folder / "00002.png").write_bytes((folder / "00002.png").read_bytes()[:40])
     shutil.copytree(folder, folder.parent / ".cut-off-upload")
     second = server_of(settings)

@@ -13,11 +13,10 @@ _FILE = {"type": "string", "format": "binary"}
 _TENSORS = {"application/vnd.safetensors": {"schema": _FILE}}
 
 
-def _form(required: list[str], **fields: dict[str, Any]) -> dict[str, Any]:
+def _form(required: list[str], *, tensors: bool = True, **fields: dict[str, Any]) -> dict[str, Any]:
     schema = {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}, **_TENSORS}}
-    }
+    content = {"multipart/form-data": {"schema": schema}, **(_TENSORS if tensors else {})}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _text(description: str) -> dict[str, Any]:
@@ -46,13 +45,15 @@ ADAPTATION_BODY = {
         },
     }
 }
+_VOLUME_FILES = {
+    "type": "array",
+    "items": _FILE,
+    "description": "NIfTI or DICOM; repeated for the files of a series",
+}
 JOB_BODY = _form(
     ["image"],
-    image={
-        "type": "array",
-        "items": _FILE,
-        "description": "NIfTI or DICOM; repeated for the files of a series",
-    },
+    tensors=False,
+    image=_VOLUME_FILES,
     bank=_text("template bank; default: default"),
     classes=_text("JSON list of class names; default: all of the bank"),
     group=_text("the volume's own patient, whose templates are not used"),
@@ -60,25 +61,25 @@ JOB_BODY = _form(
     result=_text("nifti or dicom-seg; default: as the image"),
     clean=_text("1: smooth the labels along z and keep the largest component of classes that have one"),
 )
-WORKLIST_ITEM_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "properties": {
-                        "image": {**_FILE, "description": "PNG, JPEG, TIFF or DICOM"},
-                        "name": _text("file name that the worklist shows"),
-                        "group": _text("whose image it is, such as a patient's id"),
-                    },
-                    "additionalProperties": False,
-                }
-            }
-        },
-    }
-}
+WORKLIST_VOLUME_BODY = _form(
+    ["image"],
+    tensors=False,
+    image=_VOLUME_FILES,
+    name=_text("file name that the worklist shows"),
+    group=_text("whose volume it is, such as a patient's id"),
+)
+SLICES_BODY = _form(
+    ["image"],
+    tensors=False,
+    image={**_VOLUME_FILES, "description": "a picture, NIfTI, or the DICOM files of one series"},
+)
+WORKLIST_ITEM_BODY = _form(
+    ["image"],
+    tensors=False,
+    image={**_FILE, "description": "PNG, JPEG, TIFF or DICOM"},
+    name=_text("file name that the worklist shows"),
+    group=_text("whose image it is, such as a patient's id"),
+)
 SUGGEST_BODY = {"requestBody": {"required": True, "content": _TENSORS}}
 SEGMENT_BODY = _form(
     ["image"],

@@ -30,7 +30,7 @@ from vessa_server.serialization.request_parser import Reader
 from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 from vessa_server.volume_jobs.runner import JobRunner
-from vessa_server.volume_jobs.slices import IMAGES, read_provenance, write_images
+from vessa_server.volume_jobs.slices import IMAGES, read_doubts, read_provenance, write_images
 from vessa_server.volume_jobs.store import Job, JobStore, digest_of_file, folder_of
 
 log = logging.getLogger(__name__)
@@ -201,6 +201,15 @@ class Jobs:
             raise _unknown(identity) from None
         except (ValueError, KeyError, TypeError):
             raise InternalError("The stored provenance of this job is damaged. Send it again.") from None
+
+    def doubts(self, identity: str, caller: Caller) -> list[float]:
+        """Return 1 - mean confidence of each finished slice, in their order."""
+        try:
+            return read_doubts(self.store.path(self._get(identity, caller)))
+        except OSError:
+            raise _unknown(identity) from None
+        except (ValueError, KeyError, TypeError):
+            raise InternalError("The stored confidence of this job is damaged. Send it again.") from None
 
     def _get(self, identity: str, caller: Caller) -> Job:
         job = next((job for job in self.store.all() if job.id == identity and _may(caller, job)), None)

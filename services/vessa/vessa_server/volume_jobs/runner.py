@@ -182,7 +182,8 @@ class JobRunner:
                 raise answer
             assert not isinstance(item, VessaError)  # its answer would be the same error
             made = engine.annotations.provenance(request, item, answer)
-            write_slice(folder, place, answer.labels, made, answer.confidence if job.clean else None)
+            sure = answer.confidence if job.clean else None
+            write_slice(folder, place, answer.labels, made, answer.doubt, sure)
             self._checked[job.id].add(place)
 
     def _caller(self, job: Job) -> Caller:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,11 +64,13 @@ def write_slice(
     place: int,
     labels: NDArray[np.uint8],
     made: Provenance,
+    doubt: float,
     confidence: NDArray[np.uint8] | None = None,
 ) -> None:
-    """Write the labels (H, W) of one slice, their provenance and, where cleaning needs it, confidence."""
+    """Write the labels (H, W) of one slice, provenance, doubt and, where cleaning needs it, confidence."""
     png = label_png(labels)
-    record = {"png": hashlib.sha256(png).hexdigest(), "made": made.model_dump_json()}
+    digest = hashlib.sha256(png).hexdigest()
+    record: dict[str, Any] = {"png": digest, "made": made.model_dump_json(), "doubt": doubt}
     if confidence is not None:
         sure = label_png(confidence)
         record["confidence"] = hashlib.sha256(sure).hexdigest()
@@ -125,6 +128,11 @@ def _forget_patient(folder: Path, group: str) -> None:
         without = made.without_patient(group)
         if without != made:
             write_bytes(path, json.dumps(record | {"made": without.model_dump_json()}).encode(), 0o600)
+
+
+def read_doubts(folder: Path) -> list[float]:
+    """Read the doubt of each finished slice, in their order. Raises OSError, ValueError, KeyError."""
+    return [float(json.loads(path.read_bytes())["doubt"]) for path in sorted(folder.glob("*.made"))]
 
 
 def read_stack(job: Job, folder: Path) -> NDArray[np.uint8]:

@@ -16,26 +16,35 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from vessa.errors import InternalError, InvalidRequest
+from vessa.volumes import Bounds
 from vessa_server.serialization.image_files import label_png
 from vessa_server.worklists.records import Item, Worklist
 from vessa_server.worklists.store import WorklistStore
+from vessa_server.worklists.volume_export import VolumeExport
 
-ExportFormat = Literal["folder", "nnunet", "coco"]
+ExportFormat = Literal["folder", "nnunet", "coco", "nifti", "dicom-seg"]
 Files = Iterator[tuple[str, bytes | str]]
 _UNSAFE = str.maketrans({c: "-" for c in '/\\:*?"<>|_ \t\n\r'})
 
 
 def export_worklist(
-    store: WorklistStore, worklist: Worklist, classes: Mapping[int, str], kind: ExportFormat
+    store: WorklistStore, worklist: Worklist, classes: Mapping[int, str], kind: ExportFormat, bounds: Bounds
 ) -> Iterator[bytes]:
     """Return the archive in parts, each with the files of about one image.
 
-    classes: {id: name} of the bank. Raises InvalidRequest, before the first part, for a worklist that is
+    classes: {id: name} of the bank; bounds: of the volumes that are read again. Raises InvalidRequest, before the first part, for a worklist that is
     empty or cannot be written in this format.
     """
     items = store.items(worklist)
     if not items:
         raise InvalidRequest(f"worklist {worklist.name!r} holds no image; add images first")
+    if kind in ("nifti", "dicom-seg"):
+        volumes = VolumeExport(store, worklist, classes, kind, bounds)
+        pictures = sum(not item.volume for item in items)
+        return _zipped(
+            volumes.files(),
+            lambda: {**_counts(items, 0), "pictures_left_out": pictures, "volumes": volumes.counts},
+        )
     source = _Source(store, worklist)
     if kind == "nnunet" and len(source.colors(items)) > 1:
         raise InvalidRequest(
@@ -90,7 +99,7 @@ class _Parts(io.RawIOBase):
         return taken
 
 
-def _zipped(files: Files, counts: Callable[[], dict[str, int]]) -> Iterator[bytes]:
+def _zipped(files: Files, counts: Callable[[], dict[str, Any]]) -> Iterator[bytes]:
     parts = _Parts()
     with zipfile.ZipFile(parts, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files:

@@ -13,12 +13,22 @@ from pathlib import Path
 from vessa.atomic_write import write_bytes
 from vessa.errors import UnknownWorklist
 from vessa_server.storage.files import disk
-from vessa_server.worklists.records import Item, Worklist, encode, read_item, read_worklist
+from vessa_server.worklists.records import (
+    Item,
+    StoredVolume,
+    Worklist,
+    encode,
+    read_item,
+    read_volume_record,
+    read_worklist,
+)
 
 log = logging.getLogger(__name__)
 
 ITEM_ID = re.compile(r"[0-9a-f]{32}")
 HEAD = "worklist.json"
+VOLUMES = "volumes"  # folder of the files that slices were cut from, one folder a volume
+VOLUME_HEAD = "volume.json"
 
 
 class WorklistFolders:
@@ -48,6 +58,11 @@ class WorklistFolders:
                         erased += 1
                     elif (without := item.without_patient(group)) != item:
                         self.write(file, encode(without))
+                for head in path.glob(f"{VOLUMES}/*/{VOLUME_HEAD}"):
+                    volume = self.volume(head)
+                    if volume is not None and volume.group == group:
+                        shutil.rmtree(head.parent)
+                self.drop_volumes(path)
         return erased
 
     def damaged(self, *, repair: bool = False) -> dict[str, tuple[str, str]]:
@@ -67,6 +82,12 @@ class WorklistFolders:
                     found[str(place / file.stem)] = ("its state cannot be read", mending)
                     if repair:
                         remove_item(path, file.stem)
+            for head in path.glob(f"{VOLUMES}/[!.]*/{VOLUME_HEAD}"):
+                if self.volume(head) is None and head.exists():
+                    mending = "remove the volume's files; its slices stay"
+                    found[str(place / VOLUMES / head.parent.name)] = ("its record cannot be read", mending)
+                    if repair:
+                        shutil.rmtree(head.parent)
         return found
 
     def sweep(self) -> None:
@@ -75,7 +96,8 @@ class WorklistFolders:
             shutil.rmtree(path, ignore_errors=True)
         for path in self._all():
             with self._locked(path):
-                kept = {HEAD}
+                kept = {HEAD, VOLUMES}
+                self.drop_volumes(path)
                 for file in item_files(path):
                     item = self.read(file)
                     if item is None:  # damaged: all its files stay for whoever mends it
@@ -86,6 +108,14 @@ class WorklistFolders:
                 for file in path.iterdir():
                     if file.name not in kept:
                         file.unlink(missing_ok=True)
+
+    def drop_volumes(self, path: Path) -> None:
+        """Remove the files of volumes without a slice; none while a damaged item may be such a slice."""
+        items = [self.read(file) for file in item_files(path)]
+        kept = {item.volume for item in items if item is not None}
+        for folder in path.glob(f"{VOLUMES}/*"):
+            if folder.name.startswith(".") or (folder.name not in kept and None not in items):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def folders(self, key_folder: Path) -> list[Path]:
         """Return the folders of the worklists of a key, sorted by name."""
@@ -105,6 +135,14 @@ class WorklistFolders:
         """Return an item, None when it was removed or is damaged."""
         try:
             return read_item(path)
+        except (OSError, ValueError):
+            self._report(path)
+            return None
+
+    def volume(self, path: Path) -> StoredVolume | None:
+        """Return the volume of a record's file, None when it was removed or is damaged."""
+        try:
+            return read_volume_record(path)
         except (OSError, ValueError):
             self._report(path)
             return None

@@ -26,7 +26,7 @@ class Item:
     name, group: as they were given; height, width: px; versions: numbers of the kept label maps, the newest
     last; doubt: 1 - mean confidence of the annotator over what it labeled, None before it was asked;
     edited: whether a person changed the newest labels; templates: those that guided it, as in Provenance;
-    history: earlier decisions, the newest last
+    history: earlier decisions, the newest last; volume, slice: whose slice it is, and its place
     """
 
     id: str
@@ -44,6 +44,8 @@ class Item:
     image_id: str = ""
     templates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    volume: str = ""
+    slice: int = 0
 
     @property
     def patient(self) -> str:
@@ -69,13 +71,39 @@ class Worklist:
     created: float
 
 
-_ITEM, _WORKLIST = TypeAdapter(Item), TypeAdapter(Worklist)
+@dataclass(frozen=True)
+class StoredVolume:
+    """One volume of a worklist.
+
+    name: of the file, or of the folder of a series; axis: along which slices are cut; shape: (I, J, K);
+    affine: (4, 4) from indexes to mm, RAS+; dicom: whether a DICOM SEG can refer to it; job: the volume job
+    that segments it, empty when none does; notes: what was repaired in the files
+    """
+
+    id: str
+    name: str
+    group: str
+    axis: int
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    dicom: bool
+    job: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def slices(self) -> int:
+        """Number of slices along the axis."""
+        return self.shape[self.axis]
 
 
-def encode(record: Item | Worklist) -> bytes:
+_ITEM, _WORKLIST, _VOLUME = TypeAdapter(Item), TypeAdapter(Worklist), TypeAdapter(StoredVolume)
+
+
+def encode(record: Item | Worklist | StoredVolume) -> bytes:
     """Return the bytes of a record's file."""
-    adapter: TypeAdapter[Any] = _ITEM if isinstance(record, Item) else _WORKLIST
-    return adapter.dump_json(record)
+    if isinstance(record, Item):
+        return _ITEM.dump_json(record)
+    return _VOLUME.dump_json(record) if isinstance(record, StoredVolume) else _WORKLIST.dump_json(record)
 
 
 def read_item(path: Path) -> Item | None:
@@ -95,6 +123,17 @@ def read_worklist(path: Path) -> Worklist | None:
         return _WORKLIST.validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def read_volume_record(path: Path) -> StoredVolume | None:
+    """Return a stored volume, None when it was deleted. Raises ValueError when its file is damaged."""
+    try:
+        volume = _VOLUME.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if volume.id != path.parent.name:
+        raise ValueError("it belongs to another volume")
+    return volume
 
 
 def read_png(path: Path) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vessa_server.worklists.records import Decision, Item, Worklist
+from vessa_server.worklists.records import Decision, Item, StoredVolume, Worklist
 
 
 class NewWorklist(BaseModel):
@@ -32,7 +32,7 @@ class ItemInfo(BaseModel):
 
     labels: number of its newest label map, 0 before there is one; doubt: 1 - mean confidence, None before
     the annotator was asked; edited: whether a person changed the labels; templates: id, group and
-    similarity of those that guided each class
+    similarity of those that guided each class; volume, slice: the volume that it is a slice of, and its place
     """
 
     id: str
@@ -48,17 +48,38 @@ class ItemInfo(BaseModel):
     in_bank: bool
     templates: dict[str, list[dict[str, Any]]]
     scores: dict[str, float]
+    volume: str
+    slice: int
+
+
+class VolumeInfo(BaseModel):
+    """A volume whose slices are items. job: that segments it, empty when none does; notes: of its files."""
+
+    id: str
+    name: str
+    slices: int
+    dicom: bool
+    job: str
+    notes: list[str]
+
+
+class TakenLabels(BaseModel):
+    """How many slices took the labels of a job, and how many kept their own."""
+
+    taken: int
+    kept: int
 
 
 class WorklistContent(WorklistInfo):
-    """A worklist with its items, and the classes of its bank."""
+    """A worklist with its items and volumes, and the classes of its bank."""
 
     classes: dict[int, str]
     items: list[ItemInfo]
+    volumes: list[VolumeInfo]
 
 
 class OrderedItem(BaseModel):
-    """An open image and its gain: the share in [0, 1] of the bank's coverage loss that annotating it removes."""
+    """An open image. gain: share in [0, 1] of the bank's coverage loss that annotating it removes."""
 
     id: str
     gain: float
@@ -115,4 +136,18 @@ def item_info(item: Item) -> ItemInfo:
         in_bank=item.in_bank,
         templates=item.templates,
         scores=item.scores,
+        volume=item.volume,
+        slice=item.slice,
+    )
+
+
+def volume_info(volume: StoredVolume) -> VolumeInfo:
+    """Return a volume as the service answers it."""
+    return VolumeInfo(
+        id=volume.id,
+        name=volume.name,
+        slices=volume.slices,
+        dicom=volume.dicom,
+        job=volume.job,
+        notes=list(volume.notes),
     )

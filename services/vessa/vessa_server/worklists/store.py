@@ -1,8 +1,8 @@
 """Keep worklists in a folder: images, every version of their labels, and decisions.
 
 One folder a key, one folder a worklist in it, three kinds of files an item: `<id>.json` (the state),
-`<id>.image.png`, and one `<id>.<n>.labels.png` for each version of the labels. Every file is written whole,
-the state last, so that a kill at any point leaves the item as it was before the change.
+`<id>.image.png`, and one `<id>.<n>.labels.png` for each version of the labels. The files of volumes lie in
+`volumes/<id>/` (`worklists.volumes`). Every file is written whole, the state last, so that a kill at any point leaves the item as it was before the change.
 """
 
 import contextlib
@@ -106,12 +106,12 @@ class WorklistStore(WorklistFolders):
 
     def items(self, worklist: Worklist) -> list[Item]:
         """Return the readable items in the order in which they were added."""
-        found = [self.read(file) for file in item_files(self._folder(worklist))]
+        found = [self.read(file) for file in item_files(self.place(worklist))]
         return sorted((item for item in found if item is not None), key=lambda i: (i.added, i.name))
 
     def item(self, worklist: Worklist, identity: str) -> Item:
         """Return one item. Raises UnknownWorklist when there is none, InternalError when it is damaged."""
-        path = self._folder(worklist) / f"{identity}.json"
+        path = self.place(worklist) / f"{identity}.json"
         if not ITEM_ID.fullmatch(identity) or not path.exists():
             raise UnknownWorklist(f"worklist {worklist.name!r} has no item {identity[:40]!r}")
         found = self.read(path)
@@ -119,14 +119,16 @@ class WorklistStore(WorklistFolders):
             raise InternalError(f"item {identity} is damaged. Remove it (DELETE) and add its image again.")
         return found
 
-    def add(self, worklist: Worklist, image: NDArray[np.uint8], name: str, group: str) -> Item:
-        """Add an image, uint8 (H, W[, 3]); the same image of the same name is added once.
+    def add(
+        self, worklist: Worklist, image: NDArray[np.uint8], name: str, group: str, **fields: Any
+    ) -> Item:
+        """Add an image, uint8 (H, W[, 3]), and further fields; the same image of the same name is added once.
 
         Raises TooLarge when the key's share of bytes or the worklist's number of items is used up.
         """
         digest = image_digest(image)
         identity = hashlib.sha256(f"{digest}\n{group}\n{name}".encode()).hexdigest()[:32]
-        path = self._folder(worklist)
+        path = self.place(worklist)
         data = png_bytes(Image.fromarray(image))
         with self.changing(path):
             known = self.read(path / f"{identity}.json")
@@ -137,25 +139,26 @@ class WorklistStore(WorklistFolders):
                 raise TooLarge(
                     f"worklist {worklist.name!r} is full: {count} of {MOST_ITEMS} images; make another one"
                 )
-            self._check_share(worklist.owner, len(data))
-            item = Item(identity, name, group, image.shape[0], image.shape[1], time.time(), image_id=digest)
+            self.check_share(worklist.owner, len(data))
+            height, width = image.shape[:2]
+            item = Item(identity, name, group, height, width, time.time(), image_id=digest, **fields)
             self.write(path / f"{identity}.image.png", data)
             self.write(path / f"{identity}.json", encode(item))
         return item
 
     def image(self, worklist: Worklist, item: Item) -> NDArray[np.uint8]:
         """Return the pixels of an item, uint8 (H, W[, 3]). Raises InternalError when they are damaged."""
-        return read_png(self._folder(worklist) / f"{item.id}.image.png")
+        return read_png(self.place(worklist) / f"{item.id}.image.png")
 
     def image_file(self, worklist: Worklist, item: Item) -> bytes:
         """Return an item's image as the bytes of a PNG file."""
         with disk("read"):
-            return (self._folder(worklist) / f"{item.id}.image.png").read_bytes()
+            return (self.place(worklist) / f"{item.id}.image.png").read_bytes()
 
     def is_color(self, worklist: Worklist, item: Item) -> bool | None:
         """Return whether an item's image is RGB, by the header of its file; None for a damaged one."""
         try:
-            with Image.open(self._folder(worklist) / f"{item.id}.image.png", formats=["PNG"]) as image:
+            with Image.open(self.place(worklist) / f"{item.id}.image.png", formats=["PNG"]) as image:
                 return image.mode == "RGB"
         except (OSError, SyntaxError, ValueError):
             return None
@@ -164,15 +167,15 @@ class WorklistStore(WorklistFolders):
         """Return the newest labels of an item, uint8 (H, W) class ids; None when it has none."""
         if not item.versions:
             return None
-        return read_png(self._folder(worklist) / f"{item.id}.{item.versions[-1]}.labels.png")
+        return read_png(self.place(worklist) / f"{item.id}.{item.versions[-1]}.labels.png")
 
     def set_labels(self, worklist: Worklist, item: Item, labels: NDArray[np.uint8], **changes: Any) -> Item:
         """Add a version of an item's labels, uint8 (H, W), and change further fields with it."""
-        path, data = self._folder(worklist), label_png(labels)
+        path, data = self.place(worklist), label_png(labels)
         with self.changing(path):
             now = self.item(worklist, item.id)
             number = (now.versions[-1] if now.versions else 0) + 1
-            self._check_share(worklist.owner, len(data))
+            self.check_share(worklist.owner, len(data))
             self.write(path / f"{item.id}.{number}.labels.png", data)
             versions = (*now.versions, number)
             changed = replace(now, versions=versions[-MOST_VERSIONS:], **changes)
@@ -183,7 +186,7 @@ class WorklistStore(WorklistFolders):
 
     def undo(self, worklist: Worklist, item: Item) -> Item:
         """Return to the labels before the newest ones. Raises InvalidRequest when there are none."""
-        path = self._folder(worklist)
+        path = self.place(worklist)
         with self.changing(path):
             now = self.item(worklist, item.id)
             if len(now.versions) < 2:
@@ -195,7 +198,7 @@ class WorklistStore(WorklistFolders):
 
     def change(self, worklist: Worklist, item: Item, **changes: Any) -> Item:
         """Change fields of an item and return it."""
-        path = self._folder(worklist)
+        path = self.place(worklist)
         with self.changing(path):
             changed = replace(self.item(worklist, item.id), **changes)
             self.write(path / f"{item.id}.json", encode(changed))
@@ -205,9 +208,10 @@ class WorklistStore(WorklistFolders):
         """Remove an item with its image and labels, also a damaged one. Raises UnknownWorklist."""
         with contextlib.suppress(InternalError):
             self.item(worklist, identity)
-        path = self._folder(worklist)
+        path = self.place(worklist)
         with disk("deleted"), self.changing(path):
             remove_item(path, identity)
+            self.drop_volumes(path)
 
     def bytes_of(self, owner: str) -> int:
         """Return the bytes of all files of a key's worklists."""
@@ -217,7 +221,8 @@ class WorklistStore(WorklistFolders):
                 held += file.stat().st_size
         return held
 
-    def _check_share(self, owner: str, coming: int) -> None:
+    def check_share(self, owner: str, coming: int) -> None:
+        """Raise TooLarge when `coming` more bytes are over the share of a key."""
         held = self.bytes_of(owner)
         if held + coming > self.most_bytes:
             raise TooLarge(
@@ -228,5 +233,6 @@ class WorklistStore(WorklistFolders):
     def _path(self, name: str, caller: Caller) -> Path:
         return self.folder / key_folder(caller.name) / name
 
-    def _folder(self, worklist: Worklist) -> Path:
+    def place(self, worklist: Worklist) -> Path:
+        """Return the folder of a worklist."""
         return self.folder / key_folder(worklist.owner) / worklist.name

@@ -1,4 +1,4 @@
-"""Route that fills an empty service with synthetic patients, so that the console can be tried without data."""
+"""Route that fills an empty service with synthetic patients, to try the console without data."""
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request

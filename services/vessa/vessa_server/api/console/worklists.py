@@ -34,6 +34,7 @@ from vessa_server.serving.engine import Engine
 from vessa_server.template_bank.bank import check_name
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.types import SegmentResult, TemplateItem
+from vessa_server.volume_jobs.jobs import Jobs
 from vessa_server.worklists.export import ExportFormat, export_worklist
 from vessa_server.worklists.records import Item, Worklist
 from vessa_server.worklists.schemas import (
@@ -44,9 +45,11 @@ from vessa_server.worklists.schemas import (
     WorklistContent,
     WorklistInfo,
     item_info,
+    volume_info,
     worklist_info,
 )
 from vessa_server.worklists.store import WorklistStore
+from vessa_server.worklists.volumes import volumes_of
 
 worklists_api = APIRouter(dependencies=[Depends(require_key)], route_class=BoundedJsonRoute)
 
@@ -88,6 +91,7 @@ def worklist_content(name: ListName, store: StoreDep, caller: CallerDep, banks: 
         **worklist_info(worklist, items).model_dump(),
         classes=_classes(banks, worklist),
         items=[item_info(item) for item in items],
+        volumes=[volume_info(volume) for volume in volumes_of(store, worklist)],
     )
 
 
@@ -125,6 +129,12 @@ async def add_item(
             item = await run_in_threadpool(add)
             more["item"] = item.id
         return item_info(item)
+
+
+@worklists_api.get("/worklists/{name}/items/{identity}", dependencies=READ)
+def item_state(name: ListName, identity: ItemId, store: StoreDep, caller: CallerDep) -> ItemInfo:
+    """One item of a worklist."""
+    return item_info(store.item(store.get(name, caller), identity))
 
 
 @worklists_api.delete("/worklists/{name}/items/{identity}", status_code=204)
@@ -278,14 +288,21 @@ def undo_decision(
 )
 def export(
     name: ListName,
+    request: Request,
     store: StoreDep,
     caller: CallerDep,
     banks: BanksDep,
-    format: Annotated[ExportFormat, Query(description="folder for vessa-trainer, nnunet or coco")] = "folder",
+    format: Annotated[
+        ExportFormat, Query(description="folder for vessa-trainer, nnunet, coco, nifti or dicom-seg")
+    ] = "folder",
 ) -> Response:
-    """The worklist as a ZIP archive: accepted images with masks, all others without."""
+    """The worklist as a ZIP archive: accepted images with masks, all others without.
+
+    nifti and dicom-seg hold one file for each volume, on the grid of its files.
+    """
+    jobs: Jobs = request.app.state.jobs
     worklist = store.get(name, caller)
-    parts = export_worklist(store, worklist, _classes(banks, worklist), format)
+    parts = export_worklist(store, worklist, _classes(banks, worklist), format, jobs.bounds)
     disposition = f'attachment; filename="{name}-{format}.zip"'
     return StreamingResponse(parts, media_type=_ZIP, headers={"Content-Disposition": disposition})
 
@@ -329,13 +346,11 @@ async def _segment(
 
 
 def _keep(store: WorklistStore, worklist: Worklist, item: Item, result: SegmentResult) -> None:
-    seen = result.labels > 0
-    certain = result.confidence[seen] if seen.any() else result.confidence
     store.set_labels(
         worklist,
         item,
         result.labels,
-        doubt=round(1 - float(certain.mean()) / 255, 4),
+        doubt=result.doubt,
         edited=False,
         scores=result.scores,
         templates={name: [use.model_dump() for use in uses] for name, uses in result.templates.items()},
