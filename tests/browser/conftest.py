@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,10 +66,10 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "heart"
 
 
-@pytest.fixture
-def page(chromium: Any, console: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page that is signed in; every error of the page and every request to elsewhere fails the test."""
-    context = chromium.new_context(base_url=console.url, viewport={"width": 1280, "height": 860})
+@contextlib.contextmanager
+def watched(chromium: Any, url: str, size: tuple[int, int] = (1280, 860)) -> Iterator[Any]:
+    """A page of a service; every error of the page and every request to elsewhere fails the test."""
+    context = chromium.new_context(base_url=url, viewport={"width": size[0], "height": size[1]})
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -69,25 +78,77 @@ def page(chromium: Any, console: Any, request: pytest.FixtureRequest) -> Iterato
     page.on(
         "request",
         lambda request: (
-            elsewhere.append(request.url)
-            if not request.url.startswith((console.url, "data:", "blob:"))
-            else None
+            elsewhere.append(request.url) if not request.url.startswith((url, "data:", "blob:")) else None
         ),
     )
-    page.goto("/")
-    page.get_by_label("Key").fill(console.api_key)
-    page.get_by_role("button", name="Sign in").click()
-    page.get_by_role("link", name="Annotate").wait_for()
     page.problems = problems
     yield page
-    if os.environ.get("VESSA_SCREENSHOTS"):
-        page.screenshot(
-            path=Path(os.environ["VESSA_SCREENSHOTS"]) / f"end-{request.node.name}.png", full_page=True
-        )
     context.close()
     assert elsewhere == []
-    expected = [p for p in problems if "401" in p]  # the first look for a session, before there is one
-    assert [p for p in problems if p not in expected] == []
+    # The first request for a session is refused, before there is one.
+    assert [p for p in problems if "401" not in p] == []
+
+
+@pytest.fixture
+def page(chromium: Any, console: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A page that is signed in by a key."""
+    with watched(chromium, console.url) as page:
+        page.goto("/")
+        page.get_by_label("Key").fill(console.api_key)
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("link", name="Annotate").wait_for()
+        yield page
+        if os.environ.get("VESSA_SCREENSHOTS"):
+            path = Path(os.environ["VESSA_SCREENSHOTS"]) / f"end-{request.node.name}.png"
+            page.screenshot(path=path, full_page=True)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until a service answers its probe; fail when it ends before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the service ended with status {process.returncode}"
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url):
+            return
+        time.sleep(0.2)
+    pytest.fail(f"{url} did not answer 200 within {seconds:g} s")
+
+
+@pytest.fixture
+def first_visit(chromium: Any, tmp_path: Path) -> Iterator[Any]:
+    """A page on the one-time link that an empty service prints in a terminal."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    settings = {
+        "VESSA_WEIGHTS": "nano",
+        "VESSA_STORE": f"folder:{tmp_path / 'banks'}",
+        "VESSA_PORT": str(port),
+        "VESSA_DEVICE": "cpu",
+        "VESSA_THREADS": "1",
+        "XDG_CONFIG_HOME": str(tmp_path),
+        "XDG_DATA_HOME": str(tmp_path),
+        "TERM": "dumb",
+    }
+    ours, theirs = pty.openpty()
+    log = (tmp_path / "log").open("wb")
+    command = [sys.executable, "-m", "vessa_server", "serve"]
+    environment = {k: v for k, v in os.environ.items() if k != "VESSA_API_KEY"} | settings
+    process = subprocess.Popen(command, env=environment, stdout=theirs, stderr=log)
+    os.close(theirs)
+    try:
+        text = b""
+        while not (link := re.search(rb"Console: (\S+#link=\S+)", text)):
+            text += os.read(ours, 4096)  # raises OSError when the process ends
+        wait_until_ready(f"http://127.0.0.1:{port}/readyz", process)
+        with watched(chromium, f"http://127.0.0.1:{port}") as page:
+            page.goto(link[1].decode())
+            yield page
+    finally:
+        process.terminate()
+        process.wait()
+        os.close(ours)
+        log.close()
 
 
 @pytest.fixture
@@ -98,6 +159,7 @@ def shot(request: pytest.FixtureRequest) -> Callable[[Any, str], None]:
     def take(page: Any, name: str) -> None:
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
+            page.evaluate("() => scrollTo(0, 0)")  # the header sticks to where the page is
             page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
     return take

@@ -280,6 +280,14 @@ def test_keys_are_listed_without_secrets(server: Any, key_of: Any) -> None:
     assert "digest" not in answer.text
 
 
+def test_an_admin_sees_the_queue_beside_its_limits(server: Any, browser: Any, key_of: Any) -> None:
+    queue = server.http.get("/queue").json()
+    assert (queue["waiting"], queue["requests"], queue["worker"]) == (0, 0, "ready")
+    assert queue["queue_items"] == server.settings.queue.queue_items
+    sign_in(browser, key_of("curate", "curious"))
+    assert browser.get("/queue").status_code == 403
+
+
 def test_erasing_a_patient_removes_its_images_from_worklists(server: Any, filled: Any, bank: str) -> None:
     path, _ = filled()
     assert server.http.delete("/groups/q").json()["worklist_items"] >= 1

@@ -1,4 +1,4 @@
-"""What an empty console offers, and the order in which it asks a reader to look."""
+"""Phantoms for an empty service, and the order of a worklist by suggestion."""
 
 from __future__ import annotations
 

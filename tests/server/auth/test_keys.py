@@ -26,7 +26,7 @@ OPEN = {
 # What each route needs. A route that is missing here fails the test: say whom it is for.
 NEEDS = {
     Role.monitor: {("GET", "/metrics")},
-    Role.admin: {("DELETE", "/groups/{group}"), ("GET", "/keys"), ("GET", "/audit")},
+    Role.admin: {("DELETE", "/groups/{group}"), ("GET", "/keys"), ("GET", "/audit"), ("GET", "/queue")},
     Role.curate: {
         ("GET", "/runs"), ("GET", "/runs/{name}/metrics"), ("GET", "/runs/{name}/report.html"),
         ("POST", "/templates"), ("DELETE", "/templates/{identity}"), ("DELETE", "/banks/{bank}"),

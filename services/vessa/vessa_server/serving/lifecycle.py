@@ -80,6 +80,11 @@ class Service:
         if self._stopping.is_set():
             raise NotReady("the service is shutting down", retry_after=5.0)
 
+    @property
+    def in_progress(self) -> int:
+        """Requests that were admitted and have not been answered."""
+        return self._requests
+
     @contextlib.contextmanager
     def permit(self) -> Iterator[Engine]:
         """Admit a request before its body is read, which bounds the memory of bodies; QueueFull, NotReady."""

@@ -136,6 +136,17 @@ def slices_of(store: WorklistStore, worklist: Worklist, volume: StoredVolume) ->
     return sorted((i for i in store.items(worklist) if i.volume == volume.id), key=lambda item: item.slice)
 
 
+def remove_volume(store: WorklistStore, worklist: Worklist, volume: StoredVolume) -> None:
+    """Remove a volume with its slices and files."""
+    path, items = store.place(worklist), slices_of(store, worklist, volume)
+    with disk("deleted"), store.changing(path):
+        for item in items:
+            (path / f"{item.id}.json").unlink(missing_ok=True)  # first: without it the rest is litter
+            for file in path.glob(f"{item.id}.*"):
+                file.unlink(missing_ok=True)
+        shutil.rmtree(_place(store, worklist, volume.id), ignore_errors=True)
+
+
 def take_labels(
     store: WorklistStore,
     worklist: Worklist,
@@ -172,7 +183,7 @@ def shown_nifti(store: WorklistStore, worklist: Worklist, volume: StoredVolume, 
         pixels = store.labels(worklist, item) if labels else _gray(store.image(worklist, item))
         if pixels is not None:
             slice_of(stack, volume.axis, item.slice)[...] = pixels
-    image: Any = nib.Nifti1Image(stack, np.array(volume.affine))  # type: ignore[no-untyped-call]
+    image: Any = nib.Nifti1Image(stack, np.array(volume.affine))
     image.header.set_xyzt_units("mm")
     data: bytes = image.to_bytes()
     return data

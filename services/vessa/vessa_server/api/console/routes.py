@@ -9,15 +9,16 @@ from fastapi import APIRouter, Cookie, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
-from vessa.errors import InvalidRequest, NotFound, Unauthorized
+from vessa.errors import InvalidRequest, NotFound, Unauthorized, VessaError
 from vessa_server.api.authentication import CallerDep, require_admin, require_curator, require_key
-from vessa_server.api.dependencies import READ, BoundedJsonRoute, limits_of
+from vessa_server.api.dependencies import READ, BoundedJsonRoute, limits_of, service_of
 from vessa_server.api.openapi import answering
 from vessa_server.auth.api_key import Access
 from vessa_server.auth.audit_log import AuditLog
 from vessa_server.auth.sessions import COOKIE, IDLE_S, Session, Sessions
 from vessa_server.console.files import CONTENT_SECURITY_POLICY, StaticFile, static_file
 from vessa_server.observability.request_context import current_request
+from vessa_server.serving.lifecycle import Service
 from vessa_server.settings import Settings
 
 pages = APIRouter(include_in_schema=False)
@@ -151,6 +152,16 @@ class KeyInfo(BaseModel):
     images_per_minute: int | None
 
 
+class QueueInfo(BaseModel):
+    """Images that wait for the device, requests in progress, their limits, and the state of the worker."""
+
+    waiting: int
+    queue_items: int
+    requests: int
+    max_requests: int
+    worker: str
+
+
 class RunInfo(BaseModel):
     """A training run. state: running while metrics come, done once it has a summary."""
 
@@ -194,6 +205,25 @@ def audit_lines(request: Request, count: Annotated[int, Query(ge=1, le=1000)] = 
         if len(found) == count:
             break
     return found
+
+
+@operator_api.get("/queue", dependencies=[Depends(require_admin)])
+def queue_state(request: Request) -> QueueInfo:
+    """How much waits for the device and what is in progress, beside the limits."""
+    service: Service = service_of(request)
+    settings: Settings = service.settings
+    try:
+        service.check_ready()
+        waiting, worker = service.engine().queue.depth, "ready"
+    except VessaError as error:
+        waiting, worker = 0, str(error)
+    return QueueInfo(
+        waiting=waiting,
+        queue_items=settings.queue.queue_items,
+        requests=service.in_progress,
+        max_requests=settings.limits.max_requests,
+        worker=worker,
+    )
 
 
 @operator_api.get("/runs", dependencies=CURATE)

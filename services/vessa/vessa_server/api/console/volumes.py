@@ -44,9 +44,9 @@ from vessa_server.worklists.volumes import (
     add_volume,
     files_of,
     get_volume,
+    remove_volume,
     set_job,
     shown_nifti,
-    slices_of,
     take_labels,
 )
 
@@ -117,7 +117,10 @@ async def segment_volume(
         stored = await run_in_threadpool(get_volume, store, worklist, volume)
         if stored.job:
             with contextlib.suppress(UnknownJob):  # it was cancelled, or is too old
-                return jobs.info(stored.job, caller)
+                info = jobs.info(stored.job, caller)
+                if info.state != "failed":
+                    return info
+                jobs.cancel(stored.job, caller)
         with jobs.upload(caller) as folder:
             files = await run_in_threadpool(_copies, store, worklist, stored, folder)
             wanted = JobRequest(worklist.bank, group=stored.group or None, kind="nifti")
@@ -161,7 +164,7 @@ def take_job_labels(
 
 
 @worklist_volumes.delete("/worklists/{name}/volumes/{volume}", status_code=204)
-def remove_volume(
+def delete_volume(
     name: ListName, volume: VolumeId, request: Request, store: StoreDep, caller: CallerDep, change: ChangeDep
 ) -> None:
     """Remove a volume with its slices, labels and job."""
@@ -171,8 +174,7 @@ def remove_volume(
         if stored.job:
             with contextlib.suppress(UnknownJob):  # it is gone already
                 jobs_of(request).cancel(stored.job, caller)
-        for item in slices_of(store, worklist, stored):
-            store.remove(worklist, item)
+        remove_volume(store, worklist, stored)
 
 
 @worklist_volumes.get(

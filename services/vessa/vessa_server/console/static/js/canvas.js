@@ -42,10 +42,12 @@ export class ImageCanvas {
     cancelAnimationFrame(this._frame);
   }
 
-  /** @param {ImageBitmap} image */
-  show(image) {
+  /** @param {ImageBitmap} image @param {boolean} [keep] keep zoom and place, as between slices of a volume */
+  show(image, keep = false) {
+    const same = this.image && this.image.width === image.width && this.image.height === image.height;
     this.image = image;
-    this.fit();
+    if (keep && same) this.draw();
+    else this.fit();
   }
 
   /** Show the whole image, centered. */
@@ -79,11 +81,14 @@ export class ImageCanvas {
     return !!this.image && at[0] >= 0 && at[1] >= 0 && at[0] < this.image.width && at[1] < this.image.height;
   }
 
-  /** Zoom around a place of the screen. @param {number} factor @param {{clientX: number, clientY: number}} event */
+  /**
+   * Zoom around a place of the screen, by default around the middle.
+   * @param {number} factor @param {{clientX: number, clientY: number}} [event]
+   */
   zoom(factor, event) {
     const box = this.canvas.getBoundingClientRect();
-    const x = event.clientX - box.left;
-    const y = event.clientY - box.top;
+    const x = event ? event.clientX - box.left : box.width / 2;
+    const y = event ? event.clientY - box.top : box.height / 2;
     const scale = Math.min(64, Math.max(0.05, this.scale * factor));
     this.offset = [x - ((x - this.offset[0]) * scale) / this.scale, y - ((y - this.offset[1]) * scale) / this.scale];
     this.scale = scale;

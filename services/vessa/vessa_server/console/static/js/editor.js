@@ -2,12 +2,15 @@
 /** The editor of one worklist item: canvas, tools, classes, undo. The pages Annotate and Review both use it. */
 
 import { html, useEffect, useRef, useState } from "../vendor/preact-htm.js";
-import { get, grayPixels, post, send } from "./api.js";
+import { grayPixels, send } from "./api.js";
 import { ImageCanvas } from "./canvas.js";
-import { UndoStack, areas, classColor, fillPolygon, floodFill, mergeClass, paintLine, samplePoints } from "./masks.js";
+import { ClassList } from "./classes.js";
+import { fetchLayer, itemPath, promptBody } from "./items.js";
+import { UndoStack, areas, fillPolygon, floodFill, mergeClass, paintLine, samplePoints } from "./masks.js";
 
 /** @typedef {import("./masks.js").Point} Point */
 
+const MOST_POINTS = 60; // of one class in a request; the service takes 64, the oldest are dropped
 const TOOLS = [
   ["point", "Point", "P", "Click: add to the class. Right click or Shift: take away."],
   ["box", "Box", "X", "Drag a box around the structure."],
@@ -19,23 +22,34 @@ const TOOLS = [
   ["fill", "Fill", "F", "Fill a closed region with the class."],
 ];
 
+/** @type {Promise<unknown>} the labels that are being stored; a decision waits for them */
+let storing = Promise.resolve();
+
+/** @returns {Promise<unknown>} resolves when everything that was drawn is stored */
+export function stored() {
+  return storing;
+}
+
 /**
  * @param {{list: string, item: any, classes: Record<string, string>, onChange: (item: any) => void,
- *   tools?: boolean, showDoubt?: boolean}} props
+ *   layer: import("./items.js").Layer, slices?: any[], onSlice?: (item: any) => void}} props
+ *   slices: the items of the same volume, which the wheel goes through
  */
-export function Editor({ list, item, classes, onChange, tools = true, showDoubt = false }) {
+export function Editor({ list, item, classes, onChange, layer, slices = [], onSlice }) {
   const canvasRef = useRef(null);
-  const state = useRef(/** @type {any} */ ({ undo: new UndoStack(), points: {}, down: null, polygon: [] })).current;
+  const state = useRef(/** @type {any} */ ({ undo: new UndoStack(), points: {}, box: {}, down: null, polygon: [] })).current;
   const ids = Object.keys(classes).map(Number);
-  const [tool, setTool] = useState(tools ? "point" : "pan");
+  const [tool, setTool] = useState("point");
   const [active, setActive] = useState(ids[0] ?? 1);
+  const [away, setAway] = useState(false);
   const [radius, setRadius] = useState(6);
   const [hidden, setHidden] = useState(/** @type {Set<number>} */ (new Set()));
   const [message, setMessage] = useState("");
   const [busy, setBusy] = useState(false);
   const [view, setView] = useState({ opacity: 0.4, window: 1, level: 0.5 });
   const [, redraw] = useState(0);
-  const base = `/worklists/${encodeURIComponent(list)}/items/${item.id}`;
+  const base = itemPath(list, item.id);
+  const place = slices.findIndex((s) => s.id === item.id);
 
   useEffect(() => {
     const drawing = new ImageCanvas(/** @type {any} */ (canvasRef.current));
@@ -47,7 +61,9 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
     let gone = false;
     state.undo = new UndoStack();
     state.points = {};
+    state.box = {};
     state.polygon = [];
+    state.labels = null; // nothing can be drawn before the labels of this image are here
     (async () => {
       setMessage("");
       try {
@@ -60,7 +76,8 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
         state.canvas.labels = labels;
         state.canvas.doubt = null;
         state.canvas.drawn = { points: [], box: null, stroke: [], closed: false };
-        state.canvas.show(image);
+        state.canvas.show(image, item.volume !== "" && state.volume === item.volume);
+        state.volume = item.volume;
         redraw((n) => n + 1);
       } catch (error) {
         if (!gone) setMessage(String(/** @type {Error} */ (error).message));
@@ -82,26 +99,26 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
 
   useEffect(() => {
     let gone = false;
-    if (!showDoubt) {
-      state.canvas.doubt = null;
-      state.canvas.draw();
-      return undefined;
-    }
-    (async () => {
-      try {
-        const answer = await send("POST", `${base}/segment?keep=false&layer=confidence`, { json: {} });
-        const confidence = await grayPixels(await answer.blob());
+    if (!state.labels) return undefined;
+    fetchLayer(list, item.id, layer, state.labels).then(
+      (values) => {
         if (gone) return;
-        state.canvas.doubt = confidence.values;
+        state.canvas.doubt = values;
         state.canvas.draw();
-      } catch (error) {
-        if (!gone) setMessage(String(/** @type {Error} */ (error).message));
-      }
-    })();
+      },
+      (error) => {
+        if (!gone) setMessage(error.message);
+      },
+    );
     return () => {
       gone = true;
     };
-  }, [showDoubt, item.id]);
+  }, [layer, item.id, state.labels]);
+
+  useEffect(() => {
+    state.canvas.drawn.points = state.points[active] ?? [];
+    state.canvas.draw();
+  }, [active]);
 
   const onKey = useRef((/** @type {KeyboardEvent} */ _event) => {});
   onKey.current = (/** @type {KeyboardEvent} */ event) => {
@@ -111,7 +128,7 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
         step(event.shiftKey ? "redo" : "undo");
         return;
       }
-      if (event.ctrlKey || event.metaKey || event.altKey || !tools) return;
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
       const number = Number(event.key);
       if (number && ids[number - 1]) setActive(ids[number - 1]);
       const chosen = event.shiftKey ? TOOLS.find((t) => t[2] === event.key) : null;
@@ -123,8 +140,14 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
     return () => removeEventListener("keydown", key);
   }, []);
 
-  /** Store the labels that were drawn. */
-  async function store() {
+  /** Store the labels that were drawn. @returns {Promise<void>} */
+  function store() {
+    const done = write();
+    storing = Promise.all([storing, done]);
+    return done;
+  }
+
+  async function write() {
     const { values } = state.labels;
     try {
       setBusy(true);
@@ -157,34 +180,18 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
 
   /**
    * Ask the annotator to correct the active class by prompts.
-   * @param {{box?: [Point, Point] | null}} extra
+   * @param {number} started time of the event that asked, ms @param {[Point, Point] | null} box
    */
-  async function correct({ box = null }) {
-    const name = classes[active];
-    const points = state.points[active] ?? [];
-    /** @type {any} */
-    const json = { classes: [name] };
-    if (points.length) {
-      json.points = { [name]: points.map((/** @type {any} */ p) => p.at) };
-      json.point_labels = { [name]: points.map((/** @type {any} */ p) => (p.inside ? 1 : 0)) };
-    }
-    if (box) {
-      const [a, b] = box;
-      const clip = (/** @type {number} */ v, /** @type {number} */ most) => Math.min(most, Math.max(0, v));
-      json.boxes = {
-        [name]: [
-          clip(Math.min(a[0], b[0]), item.width), clip(Math.min(a[1], b[1]), item.height),
-          clip(Math.max(a[0], b[0]), item.width), clip(Math.max(a[1], b[1]), item.height),
-        ],
-      };
-    }
-    const started = performance.now();
+  async function correct(started, box) {
+    const { labels } = state;
+    const json = promptBody(classes[active], state.points[active] ?? [], box, item);
     setBusy(true);
     try {
       const answer = await send("POST", `${base}/segment?keep=false`, { json });
       const mask = await grayPixels(await answer.blob());
-      state.undo.remember(state.labels.values);
-      mergeClass(state.labels, mask, active);
+      if (state.labels !== labels) return; // another image is shown meanwhile
+      state.undo.remember(labels.values);
+      mergeClass(labels, mask, active);
       state.canvas.draw();
       await new Promise((done) => requestAnimationFrame(done));
       performance.measure("vessa-click", { start: started, end: performance.now() });
@@ -213,13 +220,13 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
     if (!state.labels || busy) return;
     /** @type {HTMLElement} */ (event.target).setPointerCapture(event.pointerId);
     const at = state.canvas.toImage(event);
-    const away = event.button === 2 || event.shiftKey;
-    if (event.button === 1 || tool === "pan" || event.ctrlKey) {
+    const outside = away || event.button === 2 || event.shiftKey;
+    if (event.button === 1 || event.ctrlKey) {
       state.down = { kind: "pan", x: event.clientX, y: event.clientY };
       return;
     }
     if (!state.canvas.inside(at)) return;
-    state.down = { kind: tool, from: at, last: at, away };
+    state.down = { kind: tool, from: at, last: at, away: outside };
     if (tool === "brush" || tool === "eraser") {
       state.undo.remember(state.labels.values);
       stroke(at);
@@ -229,9 +236,9 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
 
   /** @param {Point} at */
   function stroke(at) {
-    const { away, last, kind } = state.down;
+    const { last, kind } = state.down;
     const id = kind === "eraser" ? 0 : active;
-    paintLine(state.labels, last, at, radius, id, kind === "eraser" && !away ? active : 0);
+    paintLine(state.labels, last, at, radius, id, kind === "eraser" && !state.down.away ? active : 0);
     state.down.last = at;
     state.canvas.draw();
   }
@@ -265,27 +272,26 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
     const drawn = state.canvas.drawn;
     const inside = !held.away;
     if (held.kind === "point") {
-      const points = (state.points[active] ??= []);
-      points.push({ at: held.from, inside });
-      drawn.points = points;
+      state.points[active] = [...(state.points[active] ?? []), { at: held.from, inside }].slice(-MOST_POINTS);
+      drawn.points = state.points[active];
       state.canvas.draw();
-      await correct({ box: state.box?.[active] ?? null });
+      await correct(event.timeStamp, state.box[active] ?? null);
     } else if (held.kind === "box") {
       drawn.box = null;
       if (Math.hypot(at[0] - held.from[0], at[1] - held.from[1]) < 2) return;
       state.points[active] = [];
       drawn.points = [];
-      state.box = { ...state.box, [active]: [held.from, at] };
-      await correct({ box: [held.from, at] });
+      state.box[active] = [held.from, at];
+      await correct(event.timeStamp, [held.from, at]);
     } else if (held.kind === "scribble") {
       const points = (state.points[active] ??= []);
       for (const place of samplePoints(drawn.stroke.filter((/** @type {Point} */ p) => state.canvas.inside(p)), 12)) {
         points.push({ at: place, inside });
       }
-      state.points[active] = points.slice(-60);
+      state.points[active] = points.slice(-MOST_POINTS);
       drawn.stroke = [];
       drawn.points = state.points[active];
-      await correct({ box: state.box?.[active] ?? null });
+      await correct(event.timeStamp, state.box[active] ?? null);
     } else if (held.kind === "lasso") {
       const outline = drawn.stroke;
       drawn.stroke = [];
@@ -312,16 +318,17 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
 
   const counts = state.labels ? areas(state.labels) : new Map();
   return html`<div class="editor">
-    ${tools && html`<div class="tools" role="toolbar" aria-label="Tools">
+    <div class="tools" role="toolbar" aria-label="Tools">
       ${TOOLS.map(([name, label, key, hint]) => html`<button
         type="button" aria-pressed=${tool === name} title="${hint} (Shift+${key})" onClick=${() => setTool(name)}
       >${label}</button>`)}
+      <button type="button" aria-pressed=${away} title="Take away instead of add, as the right button does" onClick=${() => setAway(!away)}>Take away</button>
       <label class="slider">Size
         <input type="range" min="1" max="40" value=${radius} onInput=${(/** @type {any} */ e) => setRadius(Number(e.target.value))} />
       </label>
       <button type="button" onClick=${() => step("undo")}>Undo</button>
       <button type="button" onClick=${() => step("redo")}>Redo</button>
-    </div>`}
+    </div>
     <canvas
       ref=${canvasRef} class="stage" tabindex="0" role="img"
       aria-label="Image ${item.name} with its labels"
@@ -330,10 +337,15 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
       onContextMenu=${(/** @type {Event} */ e) => e.preventDefault()}
       onWheel=${(/** @type {WheelEvent} */ e) => {
         e.preventDefault();
-        state.canvas.zoom(e.deltaY < 0 ? 1.15 : 1 / 1.15, e);
+        const next = slices[place + (e.deltaY < 0 ? -1 : 1)];
+        if (place < 0 || e.ctrlKey) state.canvas.zoom(e.deltaY < 0 ? 1.15 : 1 / 1.15, e);
+        else if (next) onSlice?.(next);
       }}
     ></canvas>
     <div class="under">
+      ${place >= 0 && html`<label class="slider">Slice
+        <input type="range" min="0" max=${slices.length - 1} value=${place} onInput=${(/** @type {any} */ e) => onSlice?.(slices[Number(e.target.value)])} />
+        ${place + 1} of ${slices.length}</label>`}
       <p class="status" role="status" aria-live="polite">${busy ? "Working." : message}</p>
       <label class="slider">Labels
         <input type="range" min="0" max="1" step="0.05" value=${view.opacity} onInput=${(/** @type {any} */ e) => setView({ ...view, opacity: Number(e.target.value) })} /></label>
@@ -341,52 +353,10 @@ export function Editor({ list, item, classes, onChange, tools = true, showDoubt 
         <input type="range" min="0.1" max="1.5" step="0.05" value=${view.window} onInput=${(/** @type {any} */ e) => setView({ ...view, window: Number(e.target.value) })} /></label>
       <label class="slider">Level
         <input type="range" min="0.1" max="1" step="0.05" value=${view.level} onInput=${(/** @type {any} */ e) => setView({ ...view, level: Number(e.target.value) })} /></label>
+      <button type="button" aria-label="Zoom in" onClick=${() => state.canvas.zoom(1.3)}>+</button>
+      <button type="button" aria-label="Zoom out" onClick=${() => state.canvas.zoom(1 / 1.3)}>−</button>
       <button type="button" onClick=${() => state.canvas.fit()}>Fit</button>
     </div>
-    <fieldset class="classes">
-      <legend>Classes</legend>
-      ${ids.map((id) => html`<div class="class-row">
-        <label><input type="radio" name="class" checked=${active === id} onChange=${() => setActive(id)} />
-          <span class="swatch" style=${{ background: `rgb(${classColor(id).join(" ")})` }}></span>${classes[id]}</label>
-        <span class="count">${counts.get(id) ?? 0} px</span>
-        <label class="eye"><input type="checkbox" checked=${!hidden.has(id)} aria-label="Show ${classes[id]}" onChange=${() => {
-          const next = new Set(hidden);
-          if (!next.delete(id)) next.add(id);
-          setHidden(next);
-        }} />show</label>
-      </div>`)}
-    </fieldset>
+    <${ClassList} classes=${classes} active=${active} counts=${counts} hidden=${hidden} onActive=${setActive} onHidden=${setHidden} />
   </div>`;
-}
-
-/**
- * Templates that guided an answer, as thumbnails with their similarity.
- * @param {{bank: string, item: any}} props
- */
-export function Guides({ bank, item }) {
-  const uses = new Map();
-  for (const list of Object.values(item.templates ?? {})) {
-    for (const use of /** @type {any[]} */ (list)) uses.set(use.id, use);
-  }
-  if (!uses.size) return null;
-  return html`<section class="guides" aria-label="Templates used">
-    <h3>Templates used</h3>
-    ${[...uses.values()].map((use) => html`<figure>
-      <img src="/templates/${use.id}/overlay.png?bank=${encodeURIComponent(bank)}" alt="Template of ${use.group}" loading="lazy" />
-      <figcaption>${use.group}<br />similarity ${use.similarity.toFixed(2)}</figcaption>
-    </figure>`)}
-  </section>`;
-}
-
-/** Segment an item and keep the answer. @param {string} list @param {string} id @returns {Promise<any>} the item */
-export async function segmentItem(list, id) {
-  const path = `/worklists/${encodeURIComponent(list)}/items/${id}`;
-  await send("POST", `${path}/segment`, { json: {} });
-  const content = await get(`/worklists/${encodeURIComponent(list)}`);
-  return content.items.find((/** @type {any} */ i) => i.id === id);
-}
-
-/** @param {string} list @param {string} id @param {string} decision @param {boolean} [bank] */
-export async function decide(list, id, decision, bank = false) {
-  return post(`/worklists/${encodeURIComponent(list)}/items/${id}/decision`, { decision, add_to_bank: bank });
 }

@@ -2,14 +2,18 @@
 /** Bank: templates as thumbnails, adding by upload or by drawing, removing, sharing, adaptation. */
 
 import { html, useEffect, useRef, useState } from "../../vendor/preact-htm.js";
-import { get, post, send } from "../api.js";
+import { get, send } from "../api.js";
+import { swatch } from "../classes.js";
+import { classLines, readClasses } from "../class_names.js";
 import { DrawTemplate } from "./draw.js";
+import { Start } from "./start.js";
 
 /** @param {{session: any}} props */
 export function BankPage({ session }) {
   const [banks, setBanks] = useState(/** @type {any[] | null} */ (null));
   const [chosen, setChosen] = useState("");
   const [message, setMessage] = useState("");
+  const [drawing, setDrawing] = useState(false);
   const mayCurate = session.role !== "annotate";
 
   /** @param {string} [choose] */
@@ -28,6 +32,7 @@ export function BankPage({ session }) {
   }, []);
 
   if (banks === null) return html`<p role="status">${message || "Loading the banks."}</p>`;
+  if (!banks.length && !drawing && mayCurate) return html`<${Start} onDraw=${() => setDrawing(true)} onDone=${load} />`;
   const bank = banks.find((b) => b.name === chosen);
   return html`<div class="columns">
     <aside>
@@ -37,8 +42,9 @@ export function BankPage({ session }) {
           <strong>${b.name}</strong><span>${b.templates} templates, ${b.groups.length} patients${b.shared ? ", shared" : ""}</span>
         </button></li>`)}
       </ul>
-      ${!banks.length && html`<p>No bank yet. A bank holds the annotated images that guide the annotator.
-        Begin with one image: upload it with its mask, or draw the mask here.</p>`}
+      ${!banks.length && html`<p>No bank yet. ${mayCurate
+        ? html`<button type="button" onClick=${() => setDrawing(false)}>Other ways to begin</button>`
+        : "A key of the role curate makes one."}</p>`}
       <p class="problem" role="alert">${message}</p>
     </aside>
     <section>
@@ -84,7 +90,7 @@ function Templates({ bank, mayCurate, onChange }) {
   return html`<section>
     <header class="row">
       <h2>${bank.name}</h2>
-      <span>${Object.values(bank.classes).join(", ")}</span>
+      <span>${Object.entries(bank.classes).map(([id, name]) => html`<span class="class-name"><span class="swatch" style=${swatch(Number(id))}></span>${name}</span>`)}</span>
       ${mayCurate && html`<button type="button" onClick=${() => change(() => send(bank.shared ? "DELETE" : "PUT", `${path}/share`))}>
           ${bank.shared ? "Stop sharing" : "Share with all keys"}</button>
         <button type="button" disabled=${adaptation?.state === "running"} onClick=${async () => {
@@ -99,9 +105,14 @@ function Templates({ bank, mayCurate, onChange }) {
           if (confirm(`Delete bank ${bank.name} with ${bank.templates} templates?`)) change(() => send("DELETE", path));
         }}>Delete bank</button>`}
     </header>
-    ${adaptation?.state === "running" && html`<p role="status">Adapting: <progress value=${adaptation.progress} max="1"></progress></p>`}
+    ${adaptation?.state === "running" && html`<p role="status">Adapting: <progress value=${adaptation.progress} max="1" aria-label="Adaptation"></progress>
+      ${mayCurate && html`<button type="button" class="small" onClick=${async () => {
+        await send("DELETE", `${path}/adapt`).catch((e) => setMessage(e.message));
+        setAdaptation({ state: "none", started: Date.now() });
+      }}>Cancel</button>`}</p>`}
     ${adaptation?.figures && html`<p>Adaptation: held-out Dice ${adaptation.figures.before.toFixed(3)} before,
       ${adaptation.figures.after.toFixed(3)} after; ${adaptation.figures.kept ? "kept" : "not kept"}.</p>`}
+    ${adaptation?.error && html`<p class="problem">The last adaptation failed: ${adaptation.error}</p>`}
     <p class="problem" role="alert">${message}</p>
     <div class="thumbs">
       ${templates.map((t) => html`<figure>
@@ -118,7 +129,7 @@ function AddTemplate({ bank, onDone }) {
   const [mode, setMode] = useState("draw");
   const [message, setMessage] = useState("");
   const form = useRef(/** @type {HTMLFormElement | null} */ (null));
-  const classes = bank ? Object.entries(bank.classes).map(([id, name]) => `${id}: ${name}`).join("\n") : "1: structure";
+  const classes = bank ? classLines(bank.classes) : "1: structure";
   return html`<section class="card">
     <h2>Add a template</h2>
     <div role="group" aria-label="How to add">
@@ -149,22 +160,4 @@ function AddTemplate({ bank, onDone }) {
         <p class="problem" role="alert">${message}</p>
       </form>`}
   </section>`;
-}
-
-/**
- * Read "1: ventricle" lines.
- * @param {string} text @returns {Record<string, string>}
- */
-export function readClasses(text) {
-  /** @type {Record<string, string>} */
-  const classes = {};
-  for (const line of text.split("\n").map((l) => l.trim()).filter(Boolean)) {
-    const match = /^(\d{1,3})\s*:\s*(.+)$/.exec(line);
-    if (!match || Number(match[1]) < 1 || Number(match[1]) > 255) {
-      throw new Error(`A class is "number: name" with a number from 1 to 255, got "${line}".`);
-    }
-    classes[match[1]] = match[2];
-  }
-  if (!Object.keys(classes).length) throw new Error("Name at least one class, such as 1: ventricle.");
-  return classes;
 }

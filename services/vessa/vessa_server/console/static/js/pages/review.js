@@ -1,21 +1,14 @@
 // @ts-check
-/** Review: the queue by doubt, decisions by keyboard, export. */
+/** Review: the queue by doubt or suggestion, decisions by keyboard, export. */
 
 import { html, useEffect, useRef, useState } from "../../vendor/preact-htm.js";
-import { get, send } from "../api.js";
-import { Editor, Guides, decide } from "../editor.js";
+import { get, post, send } from "../api.js";
+import { Editor, stored } from "../editor.js";
+import { Guides } from "../guides.js";
+import { LAYERS, decide } from "../items.js";
+import { nextOpen, queueOf } from "../queue.js";
+import { LayerChoice } from "./annotate.js";
 import { WorklistChooser, useWorklist } from "./worklist.js";
-
-/**
- * Order a queue: open images first, the most doubtful first.
- * @param {any[]} items @returns {any[]}
- */
-export function queueOf(items) {
-  const rank = { open: 0, rejected: 1, accepted: 2 };
-  return items
-    .slice()
-    .sort((a, b) => rank[/** @type {"open"} */ (a.decision)] - rank[/** @type {"open"} */ (b.decision)] || (b.doubt ?? 2) - (a.doubt ?? 2) || a.name.localeCompare(b.name));
-}
 
 /** @param {{session: any}} props */
 export function ReviewPage({ session }) {
@@ -23,7 +16,9 @@ export function ReviewPage({ session }) {
   const [loaded, setContent] = useState(/** @type {any} */ (null));
   const [selected, setSelected] = useState("");
   const [message, setMessage] = useState("");
-  const [showDoubt, setShowDoubt] = useState(false);
+  const [layer, setLayer] = useState(LAYERS[0]);
+  const [order, setOrder] = useState(/** @type {import("../queue.js").Order} */ ("doubt"));
+  const [places, setPlaces] = useState(/** @type {Map<string, number>} */ (new Map()));
   const [last, setLast] = useState(/** @type {string[]} */ ([]));
   const deciding = useRef(false);
   const mayCurate = session.role !== "annotate";
@@ -35,7 +30,8 @@ export function ReviewPage({ session }) {
       (c) => {
         if (gone) return;
         setContent(c);
-        setSelected(queueOf(c.items)[0]?.id ?? "");
+        setOrder("doubt");
+        setSelected(queueOf(c.items, "doubt")[0]?.id ?? "");
       },
       (error) => {
         if (gone) return;
@@ -50,7 +46,7 @@ export function ReviewPage({ session }) {
   }, [list]);
 
   const content = loaded?.name === list ? loaded : null;
-  const queue = content ? queueOf(content.items) : [];
+  const queue = content ? queueOf(content.items, order, places) : [];
   const item = queue.find((i) => i.id === selected);
 
   /** @param {any} changed */
@@ -61,17 +57,34 @@ export function ReviewPage({ session }) {
     if (!item || deciding.current) return;
     deciding.current = true; // a second key before the answer would decide twice about this image
     try {
+      await stored(); // what was drawn last belongs to the decision
       const changed = await decide(list, item.id, decision, bank);
       put({ ...changed, labels: item.labels });
       setLast((l) => [...l, item.id]);
       setMessage(bank ? `${item.name} is accepted and in the bank.` : `${item.name} is ${decision}.`);
-      const next = queueOf(content.items).find((i) => i.id !== item.id && i.decision === "open");
+      const next = nextOpen(queue, item.id);
       if (next) setSelected(next.id);
     } catch (error) {
       setMessage(String(/** @type {Error} */ (error).message));
     } finally {
       deciding.current = false;
     }
+  }
+
+  /** @param {import("../queue.js").Order} chosen */
+  async function sort(chosen) {
+    if (chosen === "suggestion") {
+      setMessage("Ranking the images.");
+      try {
+        const { items } = await post(`/worklists/${encodeURIComponent(list)}/suggest`, {});
+        setPlaces(new Map(items.map((/** @type {any} */ one, /** @type {number} */ place) => [one.id, place])));
+        setSelected(items[0]?.id ?? selected);
+      } catch (error) {
+        return setMessage(String(/** @type {Error} */ (error).message));
+      }
+    } else setSelected(queueOf(content.items, chosen)[0]?.id ?? selected);
+    setMessage("");
+    return setOrder(chosen);
   }
 
   async function undo() {
@@ -100,7 +113,7 @@ export function ReviewPage({ session }) {
   const actions = useRef(/** @type {Record<string, () => unknown>} */ ({}));
   actions.current = {
     a: () => act("accepted"), r: () => act("rejected"), b: () => mayCurate && act("accepted", true),
-    u: undo, d: () => setShowDoubt((s) => !s), n: () => go(1), p: () => go(-1),
+    u: undo, d: () => setLayer((l) => LAYERS[(LAYERS.indexOf(l) + 1) % LAYERS.length]), n: () => go(1), p: () => go(-1),
   };
   useEffect(() => {
     /** @param {KeyboardEvent} event */
@@ -124,6 +137,14 @@ export function ReviewPage({ session }) {
     <aside>
       <h1>Review</h1>
       <${WorklistChooser} chosen=${list} onChoose=${choose} />
+      ${content?.items.length > 0 && html`<label>Order <select value=${order} onChange=${(/** @type {any} */ e) => {
+        sort(e.target.value);
+        e.target.blur(); // keys are for the page again
+      }}>
+        <option value="doubt">most doubtful first</option>
+        <option value="suggestion">most useful for the bank first</option>
+        <option value="name">by name</option>
+      </select></label>`}
       ${content && html`<p>${counts.open} open, ${counts.accepted} accepted, ${counts.rejected} rejected</p>`}
       <ul class="list items">
         ${queue.map((i) => html`<li><button type="button" class="state-${i.decision}" aria-pressed=${i.id === selected} onClick=${() => setSelected(i.id)}>
@@ -133,15 +154,16 @@ export function ReviewPage({ session }) {
     </aside>
     <section>
       ${item
-        ? html`<${Editor} key=${item.id} list=${list} item=${item} classes=${content.classes} onChange=${put} showDoubt=${showDoubt} />
+        ? html`<${Editor} key=${list} list=${list} item=${item} classes=${content.classes} onChange=${put} layer=${layer}
+            slices=${item.volume ? content.items.filter((/** @type {any} */ i) => i.volume === item.volume) : []} onSlice=${(/** @type {any} */ i) => setSelected(i.id)} />
           <div class="decisions" role="toolbar" aria-label="Decisions">
             <button type="button" class="primary" onClick=${() => act("accepted")}>Accept (A)</button>
             <button type="button" class="danger" onClick=${() => act("rejected")}>Reject (R)</button>
             ${mayCurate && html`<button type="button" onClick=${() => act("accepted", true)}>Accept and add to bank (B)</button>`}
             <button type="button" onClick=${undo}>Undo decision (U)</button>
-            <button type="button" aria-pressed=${showDoubt} onClick=${() => setShowDoubt(!showDoubt)}>Show doubt (D)</button>
             <button type="button" onClick=${() => go(-1)}>Previous (P)</button>
             <button type="button" onClick=${() => go(1)}>Next (N)</button>
+            <${LayerChoice} layer=${layer} onLayer=${setLayer} />
           </div>`
         : content && html`<p>This worklist has no images. Add some on the page <a href="#annotate">Annotate</a>.</p>`}
       <p role="status" aria-live="polite">${message}</p>
@@ -152,6 +174,8 @@ export function ReviewPage({ session }) {
         <li><a href="${exportPath}?format=folder" download>Data folder for vessa-trainer</a></li>
         <li><a href="${exportPath}?format=nnunet" download>nnU-Net</a></li>
         <li><a href="${exportPath}?format=coco" download>COCO</a></li>
+        ${content.volumes.length > 0 && html`<li><a href="${exportPath}?format=nifti" download>NIfTI labels</a></li>`}
+        ${content.volumes.some((/** @type {any} */ v) => v.dicom) && html`<li><a href="${exportPath}?format=dicom-seg" download>DICOM SEG</a></li>`}
       </ul>`}
     </aside>
   </div>`;

@@ -4,21 +4,30 @@
 import { html, useEffect, useRef, useState } from "../../vendor/preact-htm.js";
 import uPlot from "../../vendor/uPlot.js";
 import { get } from "../api.js";
+import { flatten, scoreTable } from "../scores.js";
+import { Table } from "../table.js";
 
 const HUES = ["#2a6f97", "#c1121f", "#588157", "#9d4edd", "#e07a5f", "#3d405b"];
+const POLL_MS = 5000;
 
 export function TrainingPage() {
   const [runs, setRuns] = useState(/** @type {any[] | null} */ (null));
   const [chosen, setChosen] = useState("");
   const [message, setMessage] = useState("");
   useEffect(() => {
-    get("/runs").then(
-      (found) => {
+    let timer = 0;
+    const poll = async () => {
+      try {
+        const found = await get("/runs");
         setRuns(found);
-        setChosen(found[0]?.name ?? "");
-      },
-      (error) => setMessage(error.message),
-    );
+        setChosen((c) => (found.some((/** @type {any} */ r) => r.name === c) ? c : (found[0]?.name ?? "")));
+        if (found.some((/** @type {any} */ r) => r.state === "running")) timer = setTimeout(poll, POLL_MS);
+      } catch (error) {
+        setMessage(String(/** @type {Error} */ (error).message));
+      }
+    };
+    poll();
+    return () => clearTimeout(timer);
   }, []);
   if (runs === null) return html`<p role="status">${message || "Loading the runs."}</p>`;
   const run = runs.find((r) => r.name === chosen);
@@ -38,29 +47,34 @@ export function TrainingPage() {
 function Run({ run }) {
   const [rows, setRows] = useState(/** @type {any[]} */ ([]));
   const [message, setMessage] = useState("");
+  const report = `/runs/${encodeURIComponent(run.name)}/report.html`;
   useEffect(() => {
     let timer = 0;
     const poll = async () => {
       try {
-        setRows(await get(`/runs/${encodeURIComponent(run.name)}/metrics`));
+        const found = await get(`/runs/${encodeURIComponent(run.name)}/metrics`);
+        setRows(found.map((/** @type {any} */ row) => flatten(row)));
         setMessage("");
       } catch (error) {
         setMessage(String(/** @type {Error} */ (error).message));
       }
-      if (run.state === "running") timer = setTimeout(poll, 5000);
+      if (run.state === "running") timer = setTimeout(poll, POLL_MS);
     };
     poll();
     return () => clearTimeout(timer);
-  }, [run.name]);
+  }, [run.name, run.state]);
   const names = [...new Set(rows.flatMap((r) => Object.keys(r)))].filter((n) => rows.some((r) => typeof r[n] === "number") && n !== "step");
-  const dice = names.filter((n) => /dice/i.test(n)).slice(0, 6);
-  const losses = names.filter((n) => /loss/i.test(n)).slice(0, 6);
+  const dice = names.filter((n) => /^val_\w+ mean dice$|^feed label_dice$/.test(n)).slice(0, 6);
+  const losses = names.filter((n) => /^loss/.test(n)).slice(0, 6);
+  const table = scoreTable(run.summary);
   return html`<section>
     <h2>${run.name}</h2>
-    <p>${run.state}${run.has_report && html`, <a href="/runs/${encodeURIComponent(run.name)}/report.html" target="_blank" rel="noreferrer">report</a>`}</p>
+    <p>${run.state}${run.step === null ? "" : `, step ${run.step}`}${run.has_report && html`, <a href=${report} target="_blank" rel="noreferrer">report on a page of its own</a>`}</p>
     <p class="problem" role="alert">${message}</p>
     ${dice.length > 0 && html`<${Curves} title="Dice" names=${dice} rows=${rows} />`}
     ${losses.length > 0 && html`<${Curves} title="Loss" names=${losses} rows=${rows} />`}
+    ${table && html`<h3>Scores</h3><${Table} head=${table.head} rows=${table.rows} />`}
+    ${run.has_report && html`<h3>Report with the worst cases</h3><iframe class="report" src=${report} title="Report of ${run.name}" sandbox="allow-scripts"></iframe>`}
   </section>`;
 }
 

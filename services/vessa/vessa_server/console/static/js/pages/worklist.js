@@ -33,7 +33,7 @@ export function WorklistChooser({ chosen, onChoose }) {
   return html`<div class="chooser">
     ${lists.length > 0 && html`<label>Worklist
       <select value=${chosen} onChange=${(/** @type {any} */ e) => onChoose(e.target.value)}>
-        ${lists.map((l) => html`<option value=${l.name}>${l.name} (${l.images} images, bank ${l.bank})</option>`)}
+        ${lists.map((l) => html`<option value=${l.name}>${l.name}, bank ${l.bank}</option>`)}
       </select></label>`}
     ${(naming || !lists.length) && banks.length > 0
       ? html`<form class="inline" onSubmit=${async (/** @type {any} */ event) => {
