@@ -22,6 +22,11 @@ CACHE = ROOT / ".venv" / "viewers"
 OHIF = ("@ohif/app", "3.13.2")
 # Packages whose own code drives us, each in a folder of its own and without its dependencies.
 WHEELS = {"monailabel": "0.8.5", "label-studio-sdk": "2.1.2", "cvat-sdk": "2.80.0"}
+# MONAI Label's client imports `cgi`, which Python 3.13 no longer has.
+IMPORTED = ["cvat-sdk"]
+if sys.version_info >= (3, 13):
+    WHEELS["legacy-cgi"] = "2.6.4"
+    IMPORTED.append("legacy-cgi")
 # Where each package's own code lies in it; installers differ in where they put a wheel's data files.
 CODE = {
     "monailabel": ("VESSA_MONAILABEL_CLIENT", "MONAILabelLib/client.py"),
@@ -62,8 +67,8 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     for name, (variable, place) in CODE.items():
         if (folder := folders[name]) is not None:
             found[variable] = str(next(folder.rglob(place)))
-    if (folder := folders["cvat-sdk"]) is not None:
-        found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
+    paths = [str(folders[name]) for name in IMPORTED if folders[name] is not None]
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *paths]))
     viewer = package(*OHIF) if shutil.which("chromium") else None
     if viewer is not None:
         found["VESSA_OHIF"] = str(viewer / "package" / "dist")

@@ -151,7 +151,7 @@ def test_no_page_has_an_accessibility_violation(
         page.evaluate(AXE.read_text())
         result = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
         found += [f"{name}: {v['id']} {v['nodes'][0]['html'][:120]}" for v in result["violations"]]
-        shot(page, f"{name.lower()}-{scheme}")
+        shot(page, f"{name.lower()}-axe-{scheme}")
     figures["axe_violations"] = figures.get("axe_violations", 0) + len(found)
     assert found == []
 
@@ -175,4 +175,4 @@ def test_a_tablet_shows_every_page_without_a_sideways_scroll(
             "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         assert wide <= 0, name
-        shot(page, f"tablet-{name.lower()}-{scheme}")
+        shot(page, f"tablet-{name.lower()}-{scheme}", whole=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,28 @@ def test_a_run_shows_curves_scores_and_its_report(page: Any, console: Any, shot:
     shot(page, "training")
 
 
-def test_an_admin_sees_queue_limits_and_audit(page: Any) -> None:
+def test_a_real_run_is_shown(page: Any, console: Any, shot: Any) -> None:
+    """For the picture in the documentation: VESSA_RUN names a finished run on phantoms."""
+    if "VESSA_RUN" not in os.environ:
+        pytest.skip("VESSA_RUN names no run")
+    folder = console.folder / "runs" / "phantoms"
+    shutil.copytree(os.environ["VESSA_RUN"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    page.get_by_role("link", name="Training", exact=True).click()
+    page.get_by_role("button", name="phantoms").click()
+    page.locator("iframe.report").wait_for()
+    page.get_by_role("img", name="Dice by step").wait_for()
+    page.wait_for_timeout(1000)
+    shot(page, "training-run", whole=False)
+    page.locator("iframe.report").scroll_into_view_if_needed()
+    page.frame_locator("iframe.report").locator("img").first.wait_for()
+    page.screenshot(path=f"{os.environ['VESSA_SCREENSHOTS']}/training-report.png")
+    shutil.rmtree(folder)
+
+
+def test_an_admin_sees_queue_limits_and_audit(page: Any, shot: Any) -> None:
+    page.emulate_media(color_scheme="dark")
     page.get_by_role("link", name="Admin", exact=True).click()
     page.get_by_text("Images waiting").wait_for()
     page.get_by_text("0 of 256").wait_for()
     page.get_by_role("columnheader", name="Action").wait_for()
+    shot(page, "admin-dark", whole=False)

@@ -20,19 +20,19 @@ def test_the_two_minute_story_from_first_visit_to_accepted_mask(first_visit: Any
     page = first_visit
     page.get_by_role("button", name="Load phantoms").wait_for()
     assert "link=" not in page.url
-    shot(page, "story-1-start")
+    shot(page, "story-1-start", whole=False)
     page.get_by_role("button", name="Load phantoms").click()
     page.get_by_role("button", name="Segment 12 images").wait_for(timeout=60_000)
     page.get_by_role("link", name="Bank", exact=True).click()
     page.locator(".thumbs img").nth(2).wait_for()
-    shot(page, "story-2-bank")
+    shot(page, "story-2-bank", whole=False)
     page.get_by_role("link", name="Annotate", exact=True).click()
     page.get_by_role("button", name="Segment 12 images").click()
     page.get_by_text("12 of 12 files done").wait_for(timeout=120_000)
     page.get_by_role("button", name="phantom4_03.png").click()
     until(page, lambda: not pixels(page).startswith("0 px"))
     page.locator("figure img").first.wait_for()
-    shot(page, "story-3-annotate")
+    shot(page, "story-3-annotate", whole=False)
     before = pixels(page)
     page.get_by_label("left ventricle myocardium", exact=True).check()
     page.get_by_role("button", name="Box", exact=True).click()
@@ -47,7 +47,7 @@ def test_the_two_minute_story_from_first_visit_to_accepted_mask(first_visit: Any
         drag(page, *[image_at(page, x, y) for x, y in corners])
         page.get_by_text("Working.").wait_for(state="hidden")
     until(page, lambda: pixels(page).startswith("0 px"))
-    shot(page, "story-4-correct")
+    shot(page, "story-4-correct", whole=False)
     page.get_by_role("link", name="Review", exact=True).click()
     page.get_by_text("12 open").wait_for()
     page.get_by_role("button", name="phantom4_03.png").click()
@@ -57,7 +57,7 @@ def test_the_two_minute_story_from_first_visit_to_accepted_mask(first_visit: Any
     page.locator(".state-accepted").click()
     page.locator("figure img").first.wait_for()
     page.wait_for_timeout(500)
-    shot(page, "story-5-accepted")
+    shot(page, "story-5-accepted", whole=False)
 
 
 def test_a_folder_with_masks_becomes_a_bank_and_a_worklist(

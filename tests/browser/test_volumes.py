@@ -58,7 +58,7 @@ def test_a_volume_is_segmented_corrected_shown_and_exported(
     page.get_by_text("Loading the viewer.").wait_for(state="detached", timeout=60_000)
     assert page.get_by_text("cannot be shown").count() == 0
     page.wait_for_timeout(1500)  # some frames of WebGL
-    shot(page, "volume")
+    shot(page, "volume", whole=False)
     page.get_by_role("button", name="Close", exact=True).click()
     page.get_by_role("link", name="Review", exact=True).click()
     page.get_by_text("12 open").wait_for()

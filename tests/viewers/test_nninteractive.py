@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from vessa.masks.overlay import overlay
 from vessa.metrics import dice
 
 pytestmark = [
@@ -49,6 +53,7 @@ def test_a_click_segments_a_structure_through_the_volume(connect: Any, phantoms:
     assert drawn[place] == 1
     assert agreement(drawn, phantom.labels == class_id) > 0.5
     assert drawn.any((1, 2)).sum() > 1
+    keep_picture(phantom.image, drawn)
     before = drawn.copy()
     session.add_point_interaction((place[0], 2, 2), False)
     assert session.undo()
@@ -56,6 +61,16 @@ def test_a_click_segments_a_structure_through_the_volume(connect: Any, phantoms:
     session.reset_interactions()
     assert not session.undo()
     assert not session.target_buffer.any()
+
+
+def keep_picture(image: np.ndarray, drawn: np.ndarray) -> None:
+    """Keep the client's buffer over its image, slice beside slice, in the folder of VESSA_SCREENSHOTS."""
+    folder = os.environ.get("VESSA_SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        slices = [overlay(gray, labels) for gray, labels in zip(image, drawn.astype(np.uint8), strict=True)]
+        rows = [np.concatenate(slices[start : start + 3], axis=1) for start in (0, 3)]
+        Image.fromarray(np.concatenate(rows)).save(Path(folder) / "nninteractive.png")
 
 
 def test_without_autozoom_the_mask_stays_in_its_slice(connect: Any, phantoms: Any) -> None:
