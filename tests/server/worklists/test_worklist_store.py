@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scans import nifti, phantom
 
 from vessa.errors import InternalError, TooLarge, UnknownWorklist
+from vessa.volumes import Bounds
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.worklists import store as module
 from vessa_server.worklists.export import export_worklist
 from vessa_server.worklists.store import WorklistStore
+from vessa_server.worklists.volumes import add_volume, volumes_of
+from vessa_server.worklists.volumes import files_of as volume_files
 
 ANNA, BEN = Caller("anna", Role.annotate), Caller("ben", Role.annotate)
 PATIENT = "patient-4711"
@@ -110,7 +114,7 @@ def test_an_export_leaves_out_damaged_images_and_counts_them(store: WorklistStor
     path.write_bytes(data)
     with pytest.raises(InternalError, match="missing or damaged"):
         store.image(worklist, torn)
-    parts = list(export_worklist(store, worklist, {1: "heart"}, kind))
+    parts = list(export_worklist(store, worklist, {1: "heart"}, kind, Bounds()))
     with zipfile.ZipFile(io.BytesIO(b"".join(parts))) as archive:
         assert archive.testzip() is None
         counts = json.loads(archive.read("export.json"))
@@ -179,3 +183,31 @@ def test_a_key_has_a_limited_number_of_worklists(
     with pytest.raises(TooLarge, match="2 worklists, the limit"):
         store.create("c", "bank", ANNA)
     store.create("c", "bank", BEN)
+
+
+def test_volumes_go_with_their_last_slice_and_survive_a_sweep(tmp_path: Path) -> None:
+    store = WorklistStore(tmp_path / "lists", 1 << 30)
+    worklist = store.create("w", "bank", ANNA)
+    sent = tmp_path / "00000.input"
+    for group in ("stays", "erased"):
+        sent.write_bytes(nifti(phantom((20, 16, 3)), np.eye(4)))
+        add_volume(store, worklist, [sent], "scan.nii", group, Bounds())
+    left = store.place(worklist) / "volumes" / ".left-by-a-kill"
+    left.mkdir()
+    store.sweep()
+    assert not left.exists()
+    assert [v.group for v in volumes_of(store, worklist)].count("stays") == 1
+    assert len(volumes_of(store, worklist)) == 2
+    assert store.erase_group("erased") == 3
+    (volume,) = volumes_of(store, worklist)
+    assert volume.group == "stays"
+    assert len(volume_files(store, worklist, volume)) == 1
+    head = store.place(worklist) / "volumes" / volume.id / "volume.json"
+    whole = head.read_bytes()
+    head.write_bytes(b"{")
+    assert volumes_of(store, worklist) == []
+    assert [problem for problem, _ in store.damaged().values()] == ["its record cannot be read"]
+    head.write_bytes(whole)
+    for item in store.items(worklist):
+        store.remove(worklist, item.id)
+    assert not head.exists()

@@ -1,4 +1,4 @@
-"""Export a worklist as a data folder, nnU-Net data set or COCO file, as one ZIP archive.
+"""Export a worklist as one ZIP archive: data folder, nnU-Net data set, COCO file, or label volumes.
 
 The data folder is what `vessa-trainer` reads: accepted images have a mask, all others have none and are
 unlabeled. It has no split files: the trainer draws validation and test patients among the annotated ones and
@@ -32,8 +32,8 @@ def export_worklist(
 ) -> Iterator[bytes]:
     """Return the archive in parts, each with the files of about one image.
 
-    classes: {id: name} of the bank; bounds: of the volumes that are read again. Raises InvalidRequest, before the first part, for a worklist that is
-    empty or cannot be written in this format.
+    classes: {id: name} of the bank; bounds: of the volumes that are read again. Raises InvalidRequest, before
+    the first part, for a worklist that is empty or cannot be written in this format.
     """
     items = store.items(worklist)
     if not items:

@@ -2,7 +2,8 @@
 
 One folder a key, one folder a worklist in it, three kinds of files an item: `<id>.json` (the state),
 `<id>.image.png`, and one `<id>.<n>.labels.png` for each version of the labels. The files of volumes lie in
-`volumes/<id>/` (`worklists.volumes`). Every file is written whole, the state last, so that a kill at any point leaves the item as it was before the change.
+`volumes/<id>/` (`worklists.volumes`). Every file is written whole, the state last, so that a kill at any
+point leaves the item as it was before the change.
 """
 
 import contextlib
@@ -119,9 +120,7 @@ class WorklistStore(WorklistFolders):
             raise InternalError(f"item {identity} is damaged. Remove it (DELETE) and add its image again.")
         return found
 
-    def add(
-        self, worklist: Worklist, image: NDArray[np.uint8], name: str, group: str, **fields: Any
-    ) -> Item:
+    def add(self, worklist: Worklist, image: NDArray[np.uint8], name: str, group: str, **fields: Any) -> Item:
         """Add an image, uint8 (H, W[, 3]), and further fields; the same image of the same name is added once.
 
         Raises TooLarge when the key's share of bytes or the worklist's number of items is used up.

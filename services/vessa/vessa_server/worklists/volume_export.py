@@ -21,7 +21,7 @@ class VolumeExport:
     def __init__(
         self, store: WorklistStore, worklist: Worklist, classes: Mapping[int, str], kind: str, bounds: Bounds
     ) -> None:
-        """Choose the volumes. Raises InvalidRequest where none fits the format, or none has an accepted slice."""
+        """Choose the volumes. Raises InvalidRequest where none fits, or none has an accepted slice."""
         self._store, self._worklist, self._bounds = store, worklist, bounds
         self._classes, self._kind = dict(classes), kind
         self.counts: dict[str, dict[str, Any]] = {}
@@ -29,8 +29,8 @@ class VolumeExport:
         fitting = [volume for volume in known if volume.dicom or kind == "nifti"]
         if not fitting:
             raise InvalidRequest(
-                f"worklist {worklist.name!r} has {len(known)} volumes, none of them gray DICOM, which a DICOM "
-                "SEG refers to; export NIfTI or a data folder"
+                f"worklist {worklist.name!r} has {len(known)} volumes, none of them gray DICOM, which a "
+                "DICOM SEG refers to; export NIfTI or a data folder"
                 if known
                 else f"worklist {worklist.name!r} has pictures only, which have no grid; export a data folder"
             )

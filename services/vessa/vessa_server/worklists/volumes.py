@@ -5,10 +5,9 @@ slices are ordinary items that name their volume, so that they are reviewed like
 to the grid of the files when they are exported.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,34 +21,11 @@ from vessa.schemas import Provenance
 from vessa.volumes import Bounds, Volume, isolated
 from vessa.volumes.grid import slice_of
 from vessa_server.storage.files import disk
-from vessa_server.worklists.store import ITEM_ID, MOST_ITEMS, VOLUMES, Item, Worklist, WorklistStore
+from vessa_server.worklists.folders import ITEM_ID, VOLUME_HEAD, VOLUMES, remove_item
+from vessa_server.worklists.records import Item, StoredVolume, Worklist, encode
+from vessa_server.worklists.store import MOST_ITEMS, WorklistStore
 
 Labels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class StoredVolume:
-    """One volume of a worklist.
-
-    name: of the file, or of the first of a series; axis: along which slices are cut; shape: (I, J, K);
-    affine: (4, 4) from indexes to mm, RAS+; dicom: whether a DICOM SEG can refer to it; job: the volume job
-    that segments it, empty when none does; notes: what was repaired in the files
-    """
-
-    id: str
-    name: str
-    group: str
-    axis: int
-    shape: tuple[int, int, int]
-    affine: tuple[tuple[float, ...], ...]
-    dicom: bool
-    job: str = ""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def slices(self) -> int:
-        """Number of slices along the axis."""
-        return self.shape[self.axis]
 
 
 def add_volume(
@@ -97,21 +73,22 @@ def add_volume(
         for number, path in enumerate(files):
             shutil.move(path, fresh / f"{number:05d}.input")
             (fresh / f"{number:05d}.input").chmod(0o600)
-        store.write(fresh / "volume.json", json.dumps(asdict(added)).encode())
+        store.write(fresh / VOLUME_HEAD, encode(added))
         fresh.rename(place)
     return added
 
 
 def volumes_of(store: WorklistStore, worklist: Worklist) -> list[StoredVolume]:
     """Return the volumes of a worklist by name."""
-    found = [_read(path) for path in (store.place(worklist) / VOLUMES).glob("[!.]*/volume.json")]
+    heads = (store.place(worklist) / VOLUMES).glob(f"[!.]*/{VOLUME_HEAD}")
+    found = [store.volume(path) for path in heads]
     return sorted((volume for volume in found if volume is not None), key=lambda v: (v.name, v.id))
 
 
 def get_volume(store: WorklistStore, worklist: Worklist, identity: str) -> StoredVolume:
     """Return one volume. Raises UnknownWorklist when the worklist has none of this id."""
-    path = _place(store, worklist, identity) / "volume.json"
-    found = _read(path) if ITEM_ID.fullmatch(identity) else None
+    path = _place(store, worklist, identity) / VOLUME_HEAD
+    found = store.volume(path) if ITEM_ID.fullmatch(identity) else None
     if found is None:
         raise UnknownWorklist(f"worklist {worklist.name!r} has no volume {identity[:40]!r}")
     return found
@@ -121,8 +98,8 @@ def set_job(store: WorklistStore, worklist: Worklist, volume: StoredVolume, job:
     """Store which job segments a volume."""
     changed = replace(volume, job=job)
     with store.changing(store.place(worklist)):
-        path = _place(store, worklist, volume.id) / "volume.json"
-        store.write(path, json.dumps(asdict(changed)).encode())
+        path = _place(store, worklist, volume.id) / VOLUME_HEAD
+        store.write(path, encode(changed))
     return changed
 
 
@@ -141,9 +118,7 @@ def remove_volume(store: WorklistStore, worklist: Worklist, volume: StoredVolume
     path, items = store.place(worklist), slices_of(store, worklist, volume)
     with disk("deleted"), store.changing(path):
         for item in items:
-            (path / f"{item.id}.json").unlink(missing_ok=True)  # first: without it the rest is litter
-            for file in path.glob(f"{item.id}.*"):
-                file.unlink(missing_ok=True)
+            remove_item(path, item.id)
         shutil.rmtree(_place(store, worklist, volume.id), ignore_errors=True)
 
 
@@ -211,13 +186,3 @@ def _gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _place(store: WorklistStore, worklist: Worklist, identity: str) -> Path:
     return store.place(worklist) / VOLUMES / identity
-
-
-def _read(path: Path) -> StoredVolume | None:
-    try:
-        values = json.loads(path.read_bytes())
-        affine = tuple(tuple(row) for row in values["affine"])
-        tuples = {"shape": tuple(values["shape"]), "affine": affine, "notes": tuple(values["notes"])}
-        return StoredVolume(**{**values, **tuples})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None

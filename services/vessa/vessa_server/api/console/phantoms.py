@@ -11,8 +11,9 @@ from vessa_server.auth.keys import Caller
 from vessa_server.pretraining.data.synthetic import PROTOCOLS, Study, phantom_study
 from vessa_server.serialization.request_parser import TemplateRequest
 from vessa_server.types import TemplateItem
+from vessa_server.worklists.records import Worklist
 from vessa_server.worklists.schemas import WorklistInfo, worklist_info
-from vessa_server.worklists.store import Worklist, WorklistStore
+from vessa_server.worklists.store import WorklistStore
 
 phantoms_api = APIRouter(dependencies=[Depends(require_key), Depends(require_curator)])
 

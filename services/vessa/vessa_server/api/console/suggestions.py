@@ -15,8 +15,9 @@ from vessa_server.api.dependencies import callers_banks, limits_of, service_of, 
 from vessa_server.api.suggest import bank_or_empty, describe_candidates, rank_candidates
 from vessa_server.serialization.suggest_request import Candidates
 from vessa_server.types import scoped_id
+from vessa_server.worklists.records import Item, Worklist
 from vessa_server.worklists.schemas import OrderedItem, WorklistOrder
-from vessa_server.worklists.store import Item, Worklist, WorklistStore
+from vessa_server.worklists.store import WorklistStore
 
 worklist_suggestions = APIRouter(dependencies=[Depends(require_key)])
 

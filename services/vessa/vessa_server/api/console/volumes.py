@@ -37,10 +37,10 @@ from vessa_server.serialization.multipart import Form, FormStream
 from vessa_server.serialization.responses import notes_header
 from vessa_server.settings import Settings
 from vessa_server.volume_jobs.jobs import Jobs
+from vessa_server.worklists.records import StoredVolume, Worklist
 from vessa_server.worklists.schemas import TakenLabels, VolumeInfo, volume_info
-from vessa_server.worklists.store import Worklist, WorklistStore
+from vessa_server.worklists.store import WorklistStore
 from vessa_server.worklists.volumes import (
-    StoredVolume,
     add_volume,
     files_of,
     get_volume,
