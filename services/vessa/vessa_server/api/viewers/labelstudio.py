@@ -83,9 +83,7 @@ async def webhook(
         return {"templates": []}
     if caller.role < Role.curate:
         raise Forbidden(f"Key {caller.name!r} may not change banks. Give the backend a key of role curate.")
-    task, project, annotation = (event.get(name) for name in ("task", "project", "annotation"))
-    if not all(isinstance(part, dict) for part in (task, project, annotation)):
-        raise InvalidRequest("The event needs the objects task, project and annotation.")
+    task, project, annotation = (_object_of(event, name) for name in ("task", "project", "annotation"))
     config = labelstudio.read_config(project.get("label_config"))
     image = await _image(engine, config, task)
     banks = callers_banks(engine, caller)
@@ -146,6 +144,13 @@ async def _image(engine: Engine, config: LabelConfig, task: Mapping[str, Any]) -
     limits = engine.settings.limits
     content = await fetch(address, engine.settings.viewers, limits.max_body_bytes)
     return await run_in_threadpool(decode_image, content, limits.max_pixels)
+
+
+def _object_of(event: Mapping[str, Any], name: str) -> dict[str, Any]:
+    part = event.get(name)
+    if not isinstance(part, dict):
+        raise InvalidRequest(f"The event needs the object {name}.")
+    return part
 
 
 async def _body(request: Request, engine: Engine) -> dict[str, Any]:
