@@ -122,6 +122,15 @@ def test_kubernetes_example_fits_together() -> None:
         assert by_kind["Service", name]["spec"]["selector"] == {"app": name}
 
 
+def test_compose_has_no_secret_with_a_public_default() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    assert re.findall(r"\$\{(\w*(?:KEY|TOKEN|PASSWORD|SECRET)):-[^}]+}", text) == []
+    command = yaml.safe_load(text)["services"]["vllm"]["entrypoint"]
+    command = [part.replace("$$", "$") for part in command]
+    refused = subprocess.run([*command, "/language"], env={"PATH": "/usr/bin:/bin"}, capture_output=True)
+    assert (refused.returncode, b"set VLLM_API_KEY" in refused.stderr) == (1, True)
+
+
 def test_images_are_pinned_by_digest() -> None:
     """All but vLLM's, whose digest is unknown here; docker-compose.yml says so beside it."""
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]

@@ -35,6 +35,12 @@ def same(one, other):
     return all(torch.equal(getattr(one, p), getattr(other, p)) for p in parts) and one.frames == other.frames
 
 
+def test_squares_are_closed_to_others(prepare, folder):
+    prepare()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_dir()} == {0o700}
+
+
 def test_squares_in_files_are_those_in_memory(prepare):
     mapped, plain = prepare(), prepare(folder=None)
     assert same(mapped, plain)

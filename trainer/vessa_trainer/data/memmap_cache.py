@@ -61,7 +61,7 @@ class MappedSquares:
         if self._open(count):
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # the squares show patients
             with (folder / ".lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one prepares, the others find it
                 if self._open(count):
@@ -91,7 +91,7 @@ class MappedSquares:
 
     def _build(self, count: int) -> None:
         fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        fresh.mkdir(parents=True)
+        fresh.mkdir(parents=True, mode=0o700)
         try:
             first = self._prepare(0)
             arrays = _allocate(fresh, count, first)
