@@ -166,8 +166,12 @@ class Viewers(_Group):
     )
     viewer_sessions: Positive = Field(16, description="sessions of viewers at once")
     viewer_key_sessions: Positive = Field(4, description="sessions of viewers of one key")
-    viewer_bytes: Positive = Field(2048 * MEGABYTE, description="memory of all viewers' sessions")
-    viewer_key_bytes: Positive = Field(1024 * MEGABYTE, description="memory of the sessions of one key")
+    viewer_bytes: Positive = Field(
+        2048 * MEGABYTE, description="memory of all viewers' sessions, and of all their uploads"
+    )
+    viewer_key_bytes: Positive = Field(
+        1024 * MEGABYTE, description="memory of the sessions of one key, and of its uploads"
+    )
     viewer_body_bytes: Positive = Field(512 * MEGABYTE, description="size of one upload of a viewer")
     viewer_body_s: Seconds = Field(120.0, description="for a viewer's whole upload to arrive")
     viewer_voxels: Positive = Field(256 * 1024 * 1024, description="voxels of a viewer's volume")

@@ -45,6 +45,15 @@ def upload(server: Any, name: str, data: bytes) -> Any:
     return server.http.put(f"{BASE}/datastore/", params={"image": name}, files=files, data={"params": "{}"})
 
 
+def test_an_upload_counts_until_its_request_ends(viewers: Any, example: Any) -> None:
+    data = nifti(scan(example))
+    server = viewers(viewer_key_bytes=len(data) + 2000, viewer_bytes=1 << 30)
+    answer = upload(server, "large", data + bytes(4000))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "limit_reached")
+    assert "Uploads of viewers" in answer.json()["error"]["message"]
+    assert server.app.state.viewer_sessions._uploads.total() == 0
+
+
 def test_reads_of_a_key_are_bounded(viewers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A volume as it was sent may have 512 MiB."""
     server = viewers()

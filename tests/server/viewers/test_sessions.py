@@ -115,3 +115,17 @@ def test_sweeping_goes_on_while_the_keys_cannot_be_read(monkeypatch: pytest.Monk
 
     asyncio.run(asyncio.wait_for(until_it_ends(), 20))
     assert len(asked) == 3
+
+
+def test_uploads_are_bounded_per_key_and_in_total() -> None:
+    sessions = ViewerSessions(Viewers(viewer_key_bytes=10, viewer_bytes=15))
+    with sessions.upload(ANNA) as first, sessions.upload(ANNA) as second, sessions.upload(BEN) as other:
+        first(6)
+        second(4)
+        with pytest.raises(LimitReached, match="11 bytes of key 'anna'"):
+            second(1)
+        other(5)
+        with pytest.raises(LimitReached, match="16 of all"):
+            other(1)
+    with sessions.upload(ANNA) as again:
+        again(10)

@@ -8,7 +8,8 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,7 @@ class ViewerSessions:
     def __init__(self, bounds: Viewers, clock: Callable[[], float] = time.monotonic) -> None:
         self.bounds, self._clock = bounds, clock
         self._sessions: dict[str, ViewerSession] = {}
+        self._uploads: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def open(self, protocol: str, caller: Caller, bank: str, *, beats: bool = False) -> ViewerSession:
@@ -111,6 +113,36 @@ class ViewerSessions:
                     retry_after=30.0,
                 )
             session.nbytes = nbytes
+
+    @contextlib.contextmanager
+    def upload(self, caller: Caller) -> Iterator[Callable[[int], None]]:
+        """Yield a function that states how many more bytes of an upload have come; all are freed at the end.
+
+        It raises LimitReached when all uploads of the key, or of all keys, would hold more than its sessions
+        may.
+        """
+        held = 0
+
+        def grow(nbytes: int) -> None:
+            nonlocal held
+            with self._lock:
+                own, total = self._uploads[caller.name] + nbytes, self._uploads.total() + nbytes
+                key_limit, limit = self.bounds.viewer_key_bytes, self.bounds.viewer_bytes
+                if own > key_limit or total > limit:
+                    raise LimitReached(
+                        f"Uploads of viewers would hold {own} bytes of key {caller.name!r} and {total} of "
+                        f"all, the limits are {key_limit} (VESSA_VIEWER_KEY_BYTES) and {limit} "
+                        "(VESSA_VIEWER_BYTES). Retry when another one has ended.",
+                        retry_after=10.0,
+                    )
+                self._uploads[caller.name] += nbytes
+                held += nbytes
+
+        try:
+            yield grow
+        finally:
+            with self._lock:
+                self._uploads[caller.name] -= held
 
     def close(self, session: ViewerSession) -> None:
         """End a session."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from vessa_server.api.authentication import require_key
-from vessa_server.api.dependencies import callers_banks, limits_of, read_body, service_of
+from vessa_server.api.dependencies import body_chunks, callers_banks, limits_of, service_of
 from vessa_server.auth.keys import Caller
 from vessa_server.serialization.request_parser import SegmentRequest
 from vessa_server.serving.engine import Engine
@@ -29,7 +29,11 @@ def admitting(identify: Callable[..., Any]) -> Callable[..., AsyncIterator[Engin
     """
 
     async def admit(request: Request, caller: Annotated[Caller, Depends(identify)]) -> AsyncIterator[Engine]:
-        with limits_of(request).work(caller), service_of(request).permit() as engine:
+        with (
+            limits_of(request).work(caller),
+            service_of(request).permit() as engine,
+            sessions_of(request).upload(caller) as request.state.upload,
+        ):
             yield engine
 
     return admit
@@ -39,9 +43,16 @@ WorkDep = Annotated[Engine, Depends(admitting(require_key), scope="function")]
 
 
 async def read_upload(request: Request) -> bytes:
-    """Return the body, with the bounds of viewers. Raises TooLarge, MalformedBody."""
-    bounds = sessions_of(request).bounds
-    return await read_body(request, limit=bounds.viewer_body_bytes, seconds=bounds.viewer_body_s)
+    """Return the body of an admitted request, with the bounds of viewers.
+
+    Its bytes count until the request ends. Raises TooLarge, MalformedBody, LimitReached.
+    """
+    bounds, body = sessions_of(request).bounds, bytearray()
+    chunks = body_chunks(request, limit=bounds.viewer_body_bytes, seconds=bounds.viewer_body_s)
+    async for chunk in chunks:
+        request.state.upload(len(chunk))
+        body += chunk
+    return bytes(body)
 
 
 def painter_of(
