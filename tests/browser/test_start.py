@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,10 @@ def test_the_first_mask_is_drawn_on_a_slice_of_a_volume(
     page.get_by_text("3 of 3").wait_for()
     page.get_by_label("Window").fill("0.6")
     page.get_by_role("button", name="Polygon").click()
-    for x, y in ((0.45, 0.4), (0.55, 0.4), (0.55, 0.55)):
-        page.mouse.click(*stage_at(page, x, y))
-    page.mouse.dblclick(*stage_at(page, 0.45, 0.55))
+    around = [(99 + 17 * math.cos(a), 81 + 17 * math.sin(a)) for a in np.linspace(0, 6, 11)]
+    for x, y in around[:-1]:  # around the myocardium
+        page.mouse.click(*image_at(page, x, y))
+    page.mouse.dblclick(*image_at(page, *around[-1]))
     page.locator(".count", has_not_text="0 px").first.wait_for()
     drawn = page.locator(".count").first.inner_text()
     page.get_by_role("button", name="Undo", exact=True).click()
