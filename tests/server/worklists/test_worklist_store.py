@@ -19,8 +19,9 @@ from vessa.volumes import Bounds
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.worklists import store as module
 from vessa_server.worklists.export import export_worklist
+from vessa_server.worklists.records import StoredVolume, Worklist
 from vessa_server.worklists.store import WorklistStore
-from vessa_server.worklists.volumes import add_volume, volumes_of
+from vessa_server.worklists.volumes import add_volume, get_volume, remove_volume, volumes_of
 from vessa_server.worklists.volumes import files_of as volume_files
 
 ANNA, BEN = Caller("anna", Role.annotate), Caller("ben", Role.annotate)
@@ -211,3 +212,41 @@ def test_volumes_go_with_their_last_slice_and_survive_a_sweep(tmp_path: Path) ->
     for item in store.items(worklist):
         store.remove(worklist, item.id)
     assert not head.exists()
+
+
+def added_volume(store: WorklistStore, tmp_path: Path, worklist: Worklist, **about: str) -> StoredVolume:
+    """Add a volume of three slices; its file is moved."""
+    path = tmp_path / "upload.nii"
+    path.write_bytes(nifti(np.arange(60, dtype=np.int16).reshape(5, 4, 3), np.diag([1, 1, 5, 1])))
+    return add_volume(
+        store, worklist, [path], about.get("name", "scan.nii"), about.get("group", ""), Bounds()
+    )
+
+
+def test_a_volume_with_a_damaged_record_is_added_again_or_removed(
+    store: WorklistStore, tmp_path: Path
+) -> None:
+    worklist = store.create("list", "bank", ANNA)
+    volume = added_volume(store, tmp_path, worklist)
+    head = folder_of(store, "list") / "volumes" / volume.id / "volume.json"
+    assert {p.stat().st_mode & 0o777 for p in store.folder.rglob("*") if p.is_dir()} == {0o700}
+    head.write_text("{")
+    with pytest.raises(UnknownWorklist):
+        get_volume(store, worklist, volume.id)
+    assert added_volume(store, tmp_path, worklist) == volume
+    assert get_volume(store, worklist, volume.id) == volume
+    head.write_text("{")
+    assert remove_volume(store, worklist, volume.id) == ""
+    assert [p.name for p in files_of(store)] == ["worklist.json"]
+    with pytest.raises(UnknownWorklist):
+        remove_volume(store, worklist, volume.id)
+
+
+@pytest.mark.parametrize("about", [{"name": PATIENT}, {"group": PATIENT}])
+def test_a_volume_of_an_erased_patient_is_removed_with_its_slices(
+    store: WorklistStore, tmp_path: Path, about: dict[str, str]
+) -> None:
+    worklist = store.create("list", "bank", ANNA)
+    added_volume(store, tmp_path, worklist, **about)
+    assert store.erase_group(PATIENT) == 3
+    assert [p.name for p in files_of(store)] == ["worklist.json"]

@@ -49,19 +49,21 @@ class WorklistFolders:
         erased = 0
         for path in self._all():
             with disk("deleted"), self._locked(path):
+                gone = set()
+                for head in path.glob(f"{VOLUMES}/*/{VOLUME_HEAD}"):
+                    volume = self.volume(head)
+                    if volume is not None and group == (volume.group or volume.name):
+                        gone.add(volume.id)
+                        shutil.rmtree(head.parent)
                 for file in item_files(path):
                     item = self.read(file)
                     if item is None:
                         continue
-                    if group in (item.group, item.patient):
+                    if group in (item.group, item.patient) or item.volume in gone:
                         remove_item(path, item.id)
                         erased += 1
                     elif (without := item.without_patient(group)) != item:
                         self.write(file, encode(without))
-                for head in path.glob(f"{VOLUMES}/*/{VOLUME_HEAD}"):
-                    volume = self.volume(head)
-                    if volume is not None and volume.group == group:
-                        shutil.rmtree(head.parent)
                 self.drop_volumes(path)
         return erased
 

@@ -20,7 +20,7 @@ from vessa.errors import TooLarge, UnknownWorklist
 from vessa.schemas import Provenance
 from vessa.volumes import Bounds, Volume, isolated
 from vessa.volumes.grid import slice_of
-from vessa_server.storage.files import disk
+from vessa_server.storage.files import disk, make_private
 from vessa_server.worklists.folders import ITEM_ID, VOLUME_HEAD, VOLUMES, remove_item
 from vessa_server.worklists.records import Item, StoredVolume, Worklist, encode
 from vessa_server.worklists.store import MOST_ITEMS, WorklistStore
@@ -59,8 +59,8 @@ def add_volume(
         notes=volume.notes,
     )
     place = _place(store, worklist, identity)
-    if place.is_dir():
-        return get_volume(store, worklist, identity)
+    if (known := store.volume(place / VOLUME_HEAD)) is not None:
+        return known
     store.check_share(worklist.owner, sum(path.stat().st_size for path in files))
     stem = name.removesuffix(".gz").rsplit(".", 1)[0] or "volume"
     for index in range(added.slices):
@@ -69,11 +69,12 @@ def add_volume(
     fresh = place.with_name(f".{identity}")
     with disk("written"), store.changing(store.place(worklist)):
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True, mode=0o700)
+        make_private(fresh)
         for number, path in enumerate(files):
             shutil.move(path, fresh / f"{number:05d}.input")
             (fresh / f"{number:05d}.input").chmod(0o600)
         store.write(fresh / VOLUME_HEAD, encode(added))
+        shutil.rmtree(place, ignore_errors=True)  # its record is damaged, or a file of it is missing
         fresh.rename(place)
     return added
 
@@ -113,13 +114,21 @@ def slices_of(store: WorklistStore, worklist: Worklist, volume: StoredVolume) ->
     return sorted((i for i in store.items(worklist) if i.volume == volume.id), key=lambda item: item.slice)
 
 
-def remove_volume(store: WorklistStore, worklist: Worklist, volume: StoredVolume) -> None:
-    """Remove a volume with its slices and files."""
-    path, items = store.place(worklist), slices_of(store, worklist, volume)
+def remove_volume(store: WorklistStore, worklist: Worklist, identity: str) -> str:
+    """Remove a volume with its slices and files, also a damaged one; returns its job, empty without one.
+
+    Raises UnknownWorklist.
+    """
+    path, place = store.place(worklist), _place(store, worklist, identity)
+    if not ITEM_ID.fullmatch(identity) or not place.is_dir():
+        raise UnknownWorklist(f"worklist {worklist.name!r} has no volume {identity[:40]!r}")
     with disk("deleted"), store.changing(path):
-        for item in items:
-            remove_item(path, item.id)
-        shutil.rmtree(_place(store, worklist, volume.id), ignore_errors=True)
+        known = store.volume(place / VOLUME_HEAD)
+        for item in store.items(worklist):
+            if item.volume == identity:
+                remove_item(path, item.id)
+        shutil.rmtree(place)
+    return "" if known is None else known.job
 
 
 def take_labels(

@@ -146,20 +146,22 @@ def take_job_labels(
     stored = get_volume(store, worklist, volume)
     if not stored.job:
         raise InvalidRequest("no job segments this volume; POST .../job starts one")
-    try:
-        _, data = jobs.result(stored.job, caller)
-    except VessaError as error:
-        if error.code != "job_unfinished":
-            set_job(store, worklist, stored, "")  # it failed or is gone: another one can be started
-        raise
-    labels = isolated.read_volume([data], jobs.bounds).voxels.astype(np.uint8)
-    with change("worklist.labels", worklist=name, volume=volume, job=stored.job):
-        taken = take_labels(
-            store, worklist, stored, labels,
-            jobs.provenance(stored.job, caller), jobs.doubts(stored.job, caller),
-        )  # fmt: skip
-        set_job(store, worklist, stored, "")
-        jobs.cancel(stored.job, caller)
+    # A place: requests that wait for a process that reads volumes must not hold all threads.
+    with limits_of(request).work(caller):
+        try:
+            _, data = jobs.result(stored.job, caller)
+        except VessaError as error:
+            if error.code != "job_unfinished":
+                set_job(store, worklist, stored, "")  # it failed or is gone: another one can be started
+            raise
+        labels = isolated.read_volume([data], jobs.bounds).voxels.astype(np.uint8)
+        with change("worklist.labels", worklist=name, volume=volume, job=stored.job):
+            taken = take_labels(
+                store, worklist, stored, labels,
+                jobs.provenance(stored.job, caller), jobs.doubts(stored.job, caller),
+            )  # fmt: skip
+            set_job(store, worklist, stored, "")
+            jobs.cancel(stored.job, caller)
     return TakenLabels(taken=taken, kept=stored.slices - taken)
 
 
@@ -169,12 +171,11 @@ def delete_volume(
 ) -> None:
     """Remove a volume with its slices, labels and job."""
     worklist = store.get(name, caller)
-    stored = get_volume(store, worklist, volume)
     with change("worklist.remove", worklist=name, volume=volume):
-        if stored.job:
+        job = remove_volume(store, worklist, volume)
+        if job:
             with contextlib.suppress(UnknownJob):  # it is gone already
-                jobs_of(request).cancel(stored.job, caller)
-        remove_volume(store, worklist, stored)
+                jobs_of(request).cancel(job, caller)
 
 
 @worklist_volumes.get(
