@@ -69,7 +69,8 @@ def second_round(
     patients, and what `fit` raises.
     """
     config = load_config(run / "config.yaml")
-    config = replace(config, annotator=replace(config.annotator, url=url or config.annotator.url))
+    annotator = replace(config.annotator, url=url or config.annotator.url)
+    config = replace(config, out=str(run), annotator=annotator)  # the folder may have been moved
     if config.semi.method != "vessa" or config.annotator.labels is not None:
         raise InvalidConfig(f"{run} was not trained with a service: train it with --method vessa and --url")
     found = open_run_data(config)
@@ -84,10 +85,8 @@ def second_round(
     record |= {"second_val_dice": None, "selected": str(run)}
     out.mkdir(parents=True, exist_ok=True)
     if (record["label_dice_after"] or 0.0) > (record["label_dice_before"] or 0.0):
-        annotator = replace(config.annotator, bank=record["bank"])
-        second = fit(
-            replace(config, out=str(out), annotator=annotator), resume_line=resume_line, announce=False
-        )
+        again = replace(config, out=str(out), annotator=replace(annotator, bank=record["bank"]))
+        second = fit(again, resume_line=resume_line, announce=False)
         record |= {"second": str(out), "second_val_dice": second["val"]["mean"]["dice"]}
         if (record["second_val_dice"] or 0.0) > record["first_val_dice"]:
             record["selected"] = str(out)
