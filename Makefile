@@ -53,9 +53,10 @@ FULLY_COVERED := shared/vessa/codec.py shared/vessa/metrics.py \
                  $(addprefix trainer/vessa_trainer/,semi_supervised/losses.py semi_supervised/schedule.py data/augmentation.py)
 COVERING_TESTS := tests/shared/test_codec.py tests/shared/test_metrics.py \
                   $(addprefix tests/trainer/,semi_supervised/test_losses.py semi_supervised/test_schedule.py data/test_augmentation.py)
-# Each worker runs whole files with one computing thread; more threads would wait for each other.
+# Each worker runs whole files with one computing thread; more threads would wait for each other. Compiled modules
+# are kept, also where the environment says otherwise: tests start fifty processes, and each would compile them again.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 comma := ,
 empty :=
 space := $(empty) $(empty)

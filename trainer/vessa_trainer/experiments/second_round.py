@@ -33,7 +33,7 @@ from vessa_trainer.prediction.delivery import DeliveredRun, open_run
 from vessa_trainer.pseudo_labels.cache import open_cache
 from vessa_trainer.pseudo_labels.cleaning import VolumeCleaner
 from vessa_trainer.pseudo_labels.prefetcher import AnnotationFeed
-from vessa_trainer.pseudo_labels.template_bank import adapt_to_unlabeled, find_bank, seed_groups
+from vessa_trainer.pseudo_labels.template_bank import adapt_to_unlabeled, seed_groups, seed_labeled
 
 FILE = "second_round.json"  # in the folder of the second run
 _NAME = 45  # characters of the first bank's name in those made from it
@@ -105,7 +105,7 @@ def _choose_bank(
 ) -> dict[str, Any]:
     """Fill the second bank, and score the labels of both banks on the validation patients."""
     data, splits = found.data, found.plan.splits
-    bank = find_bank(client, data, config)
+    bank = seed_labeled(client, data, config)  # a new service may not hold it yet
     predicted = _predict(open_run(run), found, config.seed, candidates, console)
     tried = _verify_backwards(client, config, found, bank.name, predicted, console)
     ranked = sorted((c for c in tried if c.dice is not None), key=lambda c: -(c.dice or 0.0))
