@@ -4,8 +4,9 @@
 
 Stage 1 learns from phantoms of hearts, abdomens and random shapes. A demo on these would flatter the
 annotator: it would know the test images' generator. Organ, contrast and image formation differ here, and no
-code is shared. Bones are solids in three dimensions, cut by slices. The image is formed in k-space: coil
-sensitivity, phase, a limited matrix (Gibbs ringing), complex noise, and ghosts of a patient who moved.
+code is shared. Every second patient was scanned by another sequence, and the labeled patient shows one of
+them. Bones are solids in three dimensions, cut by slices. The image is formed in k-space: coil sensitivity,
+phase, a limited matrix (Gibbs ringing), complex noise, and ghosts of a patient who moved.
 """
 
 import argparse
@@ -17,18 +18,33 @@ import numpy as np
 from PIL import Image
 
 CLASSES = {1: "femur", 2: "tibia"}  # the kneecap is too small for a demo of minutes
-# Mean signal of a fat-suppressed proton-density sequence: marrow and fat are dark, fluid is bright.
-SIGNAL = {
-    "air": 0.02,
-    "fat": 0.26,
-    "muscle": 0.52,
-    "femur": 0.3,
-    "tibia": 0.33,
-    "patella": 0.3,
-    "cartilage": 0.74,
-    "fluid": 0.97,
-    "tendon": 0.07,
-    "vessel": 0.85,
+# Mean signal by sequence. Proton density with fat suppression: marrow and fat are dark, fluid is bright. T1:
+# the reverse.
+SEQUENCES = {
+    "pd": {
+        "air": 0.02,
+        "fat": 0.26,
+        "muscle": 0.52,
+        "femur": 0.3,
+        "tibia": 0.33,
+        "patella": 0.3,
+        "cartilage": 0.74,
+        "fluid": 0.97,
+        "tendon": 0.07,
+        "vessel": 0.85,
+    },
+    "t1": {
+        "air": 0.02,
+        "fat": 0.95,
+        "muscle": 0.4,
+        "femur": 0.82,
+        "tibia": 0.8,
+        "patella": 0.82,
+        "cartilage": 0.5,
+        "fluid": 0.3,
+        "tendon": 0.07,
+        "vessel": 0.15,
+    },
 }
 Field = np.ndarray
 
@@ -117,16 +133,17 @@ def shell(*bones: Field) -> Field:
 
 
 def scan(
-    rng: np.random.Generator, tissues: dict[str, Field], points: Field, pixel: float
+    rng: np.random.Generator, tissues: dict[str, Field], points: Field, pixel: float, sequence: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return one slice's image and mask, uint8 (S, S) each. pixel: its side in the units of the points."""
-    signal = np.full(points.shape[:-1], SIGNAL["air"])
+    means = SEQUENCES[sequence]
+    signal = np.full(points.shape[:-1], means["air"])
     mask = np.zeros(points.shape[:-1], np.uint8)
     ids = {name: class_id for class_id, name in CLASSES.items()}
     for name, distance in tissues.items():
         share = 1 / (1 + np.exp(np.clip(distance / (0.4 * pixel), -30, 30)))  # partial volume
         grain = 1 + rng.normal(0, 0.02) + waves(rng, points, 0.12, 9.0)
-        signal = signal * (1 - share) + SIGNAL[name] * grain * share
+        signal = signal * (1 - share) + means[name] * grain * share
         mask[distance < 0] = ids.get(name, 0)
     return form_image(rng, signal, points), mask
 
@@ -152,7 +169,9 @@ def form_image(rng: np.random.Generator, signal: Field, points: Field) -> np.nda
     return (np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
-def patient(rng: np.random.Generator, slices: int, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def patient(
+    rng: np.random.Generator, slices: int, size: int, sequence: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return images and masks of one patient, from one side of the knee to the other."""
     seed = int(rng.integers(2**32))
     axis = np.linspace(-1, 1, size)
@@ -160,7 +179,7 @@ def patient(rng: np.random.Generator, slices: int, size: int) -> list[tuple[np.n
     for z in np.linspace(-0.62, 0.62, slices):
         points = np.stack(np.meshgrid([z], axis, axis, indexing="ij"), -1)[0]
         anatomy = np.random.default_rng(seed)  # every slice cuts the same solid
-        found.append(scan(rng, knee(anatomy, points), points, 2 / size))
+        found.append(scan(rng, knee(anatomy, points), points, 2 / size, sequence))
     return found
 
 
@@ -171,7 +190,8 @@ def write_knees(folder: Path, *, patients: int, slices: int, size: int, seed: in
     names = [f"knee{number:03d}" for number in range(patients)]
     for number, name in enumerate(names):
         rng = np.random.default_rng([seed, number])
-        for place, (image, mask) in enumerate(patient(rng, slices, size), 1):
+        sequence = "pd" if number % 2 == 0 else "t1"
+        for place, (image, mask) in enumerate(patient(rng, slices, size, sequence), 1):
             Image.fromarray(image).save(folder / "images" / f"{name}_{place:02d}.png")
             Image.fromarray(mask).save(folder / "masks" / f"{name}_{place:02d}.png")
     order = np.random.default_rng(seed).permutation(names).tolist()
@@ -183,7 +203,7 @@ def write_knees(folder: Path, *, patients: int, slices: int, size: int, seed: in
         (folder / "splits" / f"{part}.txt").write_text("".join(f"{g}\n" for g in sorted(groups)))
     meta: dict[str, Any] = {
         "classes": {"0": "background", **{str(i): name for i, name in CLASSES.items()}},
-        "modality": "synthetic fat-suppressed MR of the knee",
+        "modality": "synthetic MR of the knee, two sequences",
         "licence": "Apache-2.0, synthetic: made by examples/knees.py",
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

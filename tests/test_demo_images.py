@@ -64,9 +64,9 @@ def test_no_class_of_the_demo_is_one_of_stage_1(knees):
     assert not any(one in other or other in one for one in ours for other in theirs)
 
 
-def test_the_structures_are_darker_than_what_surrounds_them(folder):
-    # Stage 1's organs are bright on dark or the reverse by chance; here marrow is dark inside a bright rim.
-    inside, rim = [], []
+def test_the_labeled_patient_shows_one_of_two_sequences(folder):
+    # Marrow is darker than the rim around it in one sequence, and brighter in the other.
+    share: dict[str, list[float]] = {}
     for path in sorted((folder / "masks").iterdir()):
         with Image.open(path) as one, Image.open(folder / "images" / path.name) as other:
             mask, image = np.array(one) > 0, np.array(other).astype(float)
@@ -75,9 +75,11 @@ def test_the_structures_are_darker_than_what_surrounds_them(folder):
         grown = np.zeros_like(mask)
         for dy, dx in ((0, 2), (0, -2), (2, 0), (-2, 0)):
             grown |= np.roll(mask, (dy, dx), (0, 1))
-        inside.append(image[mask].mean())
-        rim.append(image[grown & ~mask].mean())
-    assert np.mean(inside) < 0.9 * np.mean(rim)
+        share.setdefault(path.stem[:7], []).append(image[mask].mean() / image[grown & ~mask].mean())
+    ratios = {group: np.mean(values) for group, values in share.items()}
+    assert all(ratios[group] < 0.9 for group in ("knee000", "knee002"))
+    assert all(ratios[group] > 1.1 for group in ("knee001", "knee003"))
+    assert len((folder / "splits" / "labeled_1.txt").read_text().split()) == 1
 
 
 def test_the_data_set_is_sound_and_the_same_for_the_same_seed(knees, folder, tmp_path):
