@@ -59,7 +59,12 @@ def run(what: str, command: list[str]) -> int:
 def main() -> int:
     """Run all parts and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--screenshots", type=Path, help="folder for a picture of each page")
+    parser.add_argument(
+        "--screenshots",
+        type=Path,
+        default=ROOT / "build" / "browser",
+        help="folder for a picture of each page; default: build/browser",
+    )
     options = parser.parse_args()
     result = {"passed": 0, "failed": 0, "skipped": 0}
     if shutil.which("node") is None:
@@ -85,8 +90,7 @@ def main() -> int:
     environment = os.environ | {"VESSA_BROWSER_FIGURES": str(figures)}
     if axe is not None:
         environment["VESSA_AXE"] = str(axe / "package" / "axe.min.js")
-    if options.screenshots is not None:
-        environment["VESSA_SCREENSHOTS"] = str(options.screenshots.resolve())
+    environment["VESSA_SCREENSHOTS"] = str(options.screenshots.resolve())
     command = [sys.executable, "-m", "pytest", "-q", "-m", "browser", f"--junitxml={report}", "tests/browser"]
     subprocess.run(command, cwd=ROOT, env=environment, check=False)
     suite = ElementTree.parse(report).getroot().find("testsuite")

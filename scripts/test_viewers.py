@@ -74,15 +74,19 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         found["VESSA_OHIF"] = str(viewer / "package" / "dist")
     else:
         print("skipped: no chromium, or npm cannot fetch OHIF here, so no browser showed a DICOM SEG")
-    if options.screenshots is not None:
-        found["VESSA_SCREENSHOTS"] = str(options.screenshots.resolve())
+    found["VESSA_SCREENSHOTS"] = str(options.screenshots.resolve())
     return found
 
 
 def main() -> int:
     """Run the tests and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--screenshots", type=Path, help="folder for a picture of OHIF with our DICOM SEG")
+    parser.add_argument(
+        "--screenshots",
+        type=Path,
+        default=ROOT / "build" / "viewers",
+        help="folder for a picture of OHIF with our DICOM SEG; default: build/viewers",
+    )
     variables = environment(parser.parse_args())
     report = CACHE / "report.xml"
     report.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ const { groupOf, readDataFolder, seriesUid, sortFiles } = await import(new URL("
 const { nextOpen, queueOf } = await import(new URL("queue.js", js));
 const { flatten, scoreTable } = await import(new URL("scores.js", js));
 const { classLines, readClasses } = await import(new URL("class_names.js", js));
+const { send, waitBeforeRetry } = await import(new URL("api.js", js));
 const { disagreement, promptBody } = await import(new URL("items.js", js));
 
 const item = (id, decision, doubt) => ({ id, name: id, decision, doubt });
@@ -112,4 +113,24 @@ test("a correction asks for one class, its box clipped to the image", () => {
 
 test("disagreement is low confidence where labels differ", () => {
   assert.deepEqual([...disagreement(new Uint8Array([1, 2]), new Uint8Array([1, 0]))], [255, 60]);
+});
+
+test("a request that a limit refuses is sent again, any other error goes to the person", async () => {
+  assert.equal(waitBeforeRetry(429, "limit_reached", "2"), 2);
+  assert.equal(waitBeforeRetry(503, "not_ready", "5"), 5);
+  assert.equal(waitBeforeRetry(503, "store_unavailable", "5"), 0);
+  assert.equal(waitBeforeRetry(429, "limit_reached", null), 0);
+  const answers = [
+    new Response('{"error": {"code": "limit_reached", "message": "wait"}}', { status: 429, headers: { "Retry-After": "0.01" } }),
+    new Response("done"),
+    new Response('{"error": {"code": "unknown_class", "message": "no such class"}}', { status: 422 }),
+  ];
+  const { fetch } = globalThis;
+  globalThis.fetch = async () => answers.shift();
+  try {
+    assert.equal(await (await send("POST", "/x")).text(), "done");
+    await assert.rejects(send("POST", "/x"), /no such class/);
+  } finally {
+    globalThis.fetch = fetch;
+  }
 });

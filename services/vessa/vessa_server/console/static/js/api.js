@@ -16,13 +16,27 @@ export class ApiError extends Error {
   }
 }
 
+const TRIES = 5;
+const LONGEST_WAIT_S = 60;
+
+/**
+ * How long to wait before a refused request is sent again: it was refused before any work was done.
+ * @param {number} status @param {string} code @param {string | null} retryAfter s
+ * @returns {number} s, 0 for an error that goes to the person
+ */
+export function waitBeforeRetry(status, code, retryAfter) {
+  const refused = status === 429 || code === "queue_full" || code === "not_ready";
+  const seconds = Number(retryAfter);
+  return refused && seconds > 0 && seconds <= LONGEST_WAIT_S ? seconds : 0;
+}
+
 /** @returns {Session | null} who is signed in */
 export function currentSession() {
   return session;
 }
 
 /**
- * Send one request and raise ApiError for an error answer.
+ * Send one request and raise ApiError for an error answer. A request that a limit refuses is sent again.
  * @param {string} method
  * @param {string} path
  * @param {{json?: unknown, body?: BodyInit, accept?: string, signal?: AbortSignal}} [options]
@@ -37,25 +51,32 @@ export async function send(method, path, options = {}) {
     body = JSON.stringify(options.json);
   }
   if (method !== "GET" && session) headers["X-CSRF-Token"] = session.csrf;
-  let response;
-  try {
-    response = await fetch(path, { method, headers, body, signal: options.signal });
-  } catch (error) {
-    if (error instanceof DOMException && error.name === "AbortError") throw error;
-    throw new ApiError(0, "unreachable", "The service does not answer. Check that it runs, then try again.");
+  for (let left = TRIES; ; left--) {
+    let response;
+    try {
+      response = await fetch(path, { method, headers, body, signal: options.signal });
+    } catch (error) {
+      if (error instanceof DOMException && error.name === "AbortError") throw error;
+      throw new ApiError(0, "unreachable", "The service does not answer. Check that it runs, then try again.");
+    }
+    if (response.ok) return response;
+    let code = "internal";
+    let message = `The service answered with status ${response.status}.`;
+    try {
+      const answer = (await response.json()).error;
+      code = answer.code;
+      message = answer.message;
+    } catch {
+      // an answer of a proxy in between: its status is all that is known
+    }
+    const seconds = left > 0 ? waitBeforeRetry(response.status, code, response.headers.get("Retry-After")) : 0;
+    if (!seconds) {
+      if (response.status === 401) session = null;
+      throw new ApiError(response.status, code, message);
+    }
+    await new Promise((done) => setTimeout(done, 1000 * seconds));
+    options.signal?.throwIfAborted();
   }
-  if (response.ok) return response;
-  let code = "internal";
-  let message = `The service answered with status ${response.status}.`;
-  try {
-    const answer = (await response.json()).error;
-    code = answer.code;
-    message = answer.message;
-  } catch {
-    // an answer of a proxy in between: its status is all there is to tell
-  }
-  if (response.status === 401) session = null;
-  throw new ApiError(response.status, code, message);
 }
 
 /** @param {string} path @returns {Promise<any>} */
