@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
 
 import uvicorn
 from anyio import CapacityLimiter
@@ -119,6 +120,7 @@ def create_app(settings: Settings | None = None, worker_factory: WorkerFactory =
         failures_per_minute=bounds.failed_keys_per_minute,
     )
     app.state.reading = CapacityLimiter(bounds.max_reads)
+    app.state.key_reading = WeakValueDictionary()  # a limiter of each key that reads now
     app.state.sessions = Sessions(app.state.access)
     app.state.worklists = WorklistStore(folder_of(settings), settings.console.worklist_bytes)
     app.state.viewer_sessions = ViewerSessions(settings.viewers)

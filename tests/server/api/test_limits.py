@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from vessa_server.api.dependencies import JSON_BYTES
 from vessa_server.api.h11_limits import BoundedHttp
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.settings import Settings
+from vessa_server.template_bank.permissions import CallersBanks
 
 
 @pytest.fixture
@@ -175,6 +177,31 @@ def test_reads_of_a_key_are_bounded(server: Any, key_of: Any, monkeypatch: pytes
         answer = reader.http.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "limit_reached"), path
     assert reader.http.get("/readyz").status_code == 200
+
+
+def test_slow_reads_of_one_key_leave_places_to_others(
+    server: Any, key_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One client, and so one event loop, for both keys: places are waited for within a loop.
+    greedy, other = ({"Authorization": f"Bearer {key_of('annotate', name)}"} for name in ("greedy", "other"))
+    go_on, whole = threading.Event(), CallersBanks.list
+
+    def slow(banks: CallersBanks) -> Any:
+        if banks.caller.name == "greedy":
+            go_on.wait(30)
+        return whole(banks)
+
+    monkeypatch.setattr(CallersBanks, "list", slow)
+    with ThreadPoolExecutor(9) as pool:
+        try:
+            slow_ones = [pool.submit(server.http.get, "/banks", headers=greedy) for _ in range(8)]
+            time.sleep(0.5)
+            assert pool.submit(server.http.get, "/banks", headers=other).result(20).status_code == 200
+            assert not any(one.done() for one in slow_ones)
+        finally:
+            go_on.set()
+        assert {one.result(60).status_code for one in slow_ones} == {200}
+    assert len(server.app.state.key_reading) == 0
 
 
 def test_json_bodies_are_bounded_without_a_key(server: Any) -> None:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Path, Query, Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
@@ -89,10 +90,14 @@ def limits_of(request: Request) -> KeyLimits:
 async def read_place(request: Request, caller: CallerDep) -> AsyncIterator[None]:
     """Wait for a place among the GET requests that draw, read or list. Raises LimitReached.
 
+    A key holds 3/4 of the places at most; its further requests wait for its own, not before those of others.
     The place is given back before the answer is sent, so that a slow reader does not hold it.
     """
+    places: CapacityLimiter = request.app.state.reading
     with limits_of(request).read(caller):
-        async with request.app.state.reading:
+        share = CapacityLimiter(max(1, int(places.total_tokens * 3 // 4)))
+        own = request.app.state.key_reading.setdefault(caller.name, share)
+        async with own, places:
             yield
 
 
