@@ -44,7 +44,7 @@ def main() -> int:
         environment = os.environ | {"VESSA_SCREENSHOTS": folder}
         if options.run is not None:
             environment["VESSA_RUN"] = str(options.run.resolve())
-        wanted = "story or slice_of_a_volume or corrected_shown or real_run or admin_sees or tablet"
+        wanted = "story or slice_of_a_volume or corrected_shown or run_shows or admin_sees or tablet"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "browser", "-k", wanted]
         command += [str(ROOT / "tests" / "browser" / name) for name in TESTS]
         if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:

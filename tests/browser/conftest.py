@@ -155,14 +155,15 @@ def first_visit(chromium: Any, tmp_path: Path) -> Iterator[Any]:
 def shot(request: pytest.FixtureRequest) -> Callable[[Any, str], None]:
     """Keep a screenshot in the folder that VESSA_SCREENSHOTS names: `shot(page, name)`.
 
-    whole: the whole page instead of what fits the window
+    whole: the whole page instead of what fits the window; top: scroll to the top before
     """
     folder = os.environ.get("VESSA_SCREENSHOTS")
 
-    def take(page: Any, name: str, whole: bool = True) -> None:
+    def take(page: Any, name: str, whole: bool = True, top: bool = True) -> None:
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            page.evaluate("() => scrollTo(0, 0)")  # the header sticks to where the page is
+            if top:
+                page.evaluate("() => scrollTo(0, 0)")  # the header sticks to where the page is
             page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)
 
     return take
