@@ -41,8 +41,9 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def quiet_http() -> None:
-    """Keep httpx's line per request out of caplog, whatever level an earlier test left to the root logger."""
+def logging_levels() -> None:
+    """Begin with the usual levels, whatever an earlier test left, and without httpx's line per request."""
+    logging.getLogger().setLevel(logging.WARNING)
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
