@@ -1,4 +1,6 @@
-"""Some steps in float64, in as many processes as torchrun started: `exact_steps.py DATA OUT METHOD`.
+"""Some steps in float64, in as many processes as torchrun started: `exact_steps.py DATA OUT METHOD...`.
+
+Each method has a folder in OUT.
 
 In float64 what rounding makes of a few steps is far below what a wrong term would make.
 """
@@ -45,8 +47,8 @@ def in_double(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def main(data, out, method):
-    torch.set_num_threads(1)
+def use_double():
+    """Let batches be drawn in float64."""
     drawn_labeled, drawn_unlabeled = trainer.labeled_batch, trainer.unlabeled_views
 
     def unlabeled(*given):
@@ -55,6 +57,9 @@ def main(data, out, method):
 
     trainer.labeled_batch = lambda *given: in_double(drawn_labeled(*given))
     trainer.unlabeled_views = unlabeled
+
+
+def take_steps(data, out, method, processes):
     keys = [
         f"data.root={data}",
         f"out={out}",
@@ -64,7 +69,7 @@ def main(data, out, method):
     ]
     keys += ["semi.conf_threshold=0.3", "views.cutmix_p=1", "batch_labeled=4", "batch_unlabeled=8", "steps=8"]
     keys += ["data.labeled_groups=2", "semi.vessa_threshold=0.7", f"semi.method={method}"]
-    dataset, processes = open_dataset(data), join("cpu")
+    dataset = open_dataset(data)
     feed = None if method == "unimatch_v2" else Truth(dataset)
     run = trainer.Run(load_config(None, [*keys, "feedback.prompts=[boxes]"]), dataset, feed, "", processes)
     run.feedback = None
@@ -72,11 +77,20 @@ def main(data, out, method):
     run.teacher.double()
     figures = [{k: v for k, v in run._step().items() if k != "wait_seconds"} for _ in range(STEPS)]
     asked = [] if feed is None else feed.asked
-    (Path(out) / f"asked-{processes.rank}.json").write_text(json.dumps(asked))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"asked-{processes.rank}.json").write_text(json.dumps(asked))
     if processes.first:
         tensors = module_state(run.student, "student") | module_state(run.teacher, "teacher")
-        write(Path(out) / "weights.safetensors", tensors, {"figures": figures})
+        write(out / "weights.safetensors", tensors, {"figures": figures})
     processes.wait()
+
+
+def main(data, out, *methods):
+    torch.set_num_threads(1)
+    use_double()
+    processes = join("cpu")
+    for method in methods:
+        take_steps(data, Path(out) / method, method, processes)
 
 
 if __name__ == "__main__":

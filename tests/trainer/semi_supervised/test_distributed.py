@@ -49,16 +49,25 @@ def test_a_device_of_several_processes_has_no_number(monkeypatch):
         join("cuda:1")
 
 
-@pytest.mark.parametrize("method", ["unimatch_v2", "vessa", "semisam"])
-def test_two_processes_take_the_steps_of_one(phantoms, tmp_path, method):
+METHODS = ("unimatch_v2", "vessa", "semisam")
+
+
+@pytest.fixture(scope="module")
+def steps(phantoms, tmp_path_factory):
+    """Return the folder of the steps of all methods, below `1` by one process and below `2` by two."""
+    folder = tmp_path_factory.mktemp("steps")
     for count in (1, 2):
-        what = [str(STEPS), str(phantoms), str(tmp_path / str(count)), method]
-        (tmp_path / str(count)).mkdir()
+        what = [str(STEPS), str(phantoms), str(folder / str(count)), *METHODS]
         if count > 1:
             what = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *what]
         done = subprocess.run([sys.executable, *what], capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (checkpoint.read(tmp_path / str(count) / "weights.safetensors") for count in (1, 2))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_take_the_steps_of_one(steps, method):
+    one, two = (checkpoint.read(steps / str(count) / method / "weights.safetensors") for count in (1, 2))
     for ours, theirs in zip(one[1]["figures"], two[1]["figures"], strict=True):
         assert ours == pytest.approx(theirs, abs=CLOSE)
     assert one[0].keys() == two[0].keys()
@@ -66,8 +75,8 @@ def test_two_processes_take_the_steps_of_one(phantoms, tmp_path, method):
     # a bias before BatchNorm has no gradient but rounding, of which AdamW makes steps of full size
     assert {k: v for k, v in apart.items() if v > CLOSE and not _before_norm(k)} == {}
     if method != "unimatch_v2":
-        asked = [json.loads((tmp_path / "2" / f"asked-{rank}.json").read_text()) for rank in range(2)]
-        (alone,) = [json.loads((tmp_path / "1" / "asked-0.json").read_text())]
+        asked = [json.loads((steps / "2" / method / f"asked-{rank}.json").read_text()) for rank in range(2)]
+        (alone,) = [json.loads((steps / "1" / method / "asked-0.json").read_text())]
         for step, whole in enumerate(alone):
             assert sorted(asked[0][step] + asked[1][step]) == sorted(whole)
 
