@@ -24,8 +24,8 @@ from vessa.errors import VessaError
 from vessa.volumes import Bounds, read_volume
 from vessa_server.serialization.fields import read_classes, read_per_class, read_strings
 from vessa_server.serialization.image_files import decode_image, decode_mask
-from vessa_server.serialization.job_request import job_form, read_job
-from vessa_server.serialization.multipart import Form
+from vessa_server.serialization.job_request import JOB_FIELDS, read_job
+from vessa_server.serialization.multipart import Form, FormStream
 from vessa_server.serialization.prompt_arrays import PromptArrays
 from vessa_server.serialization.request_parser import SEGMENT_FIELDS, SEGMENT_TENSORS
 from vessa_server.serialization.responses import JSON, PNG, choose_type
@@ -69,7 +69,9 @@ def read_form(data: bytes) -> None:
 
 def read_job_form(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        stream = job_form(FORM, Path(folder), 4)
+        stream = FormStream(
+            FORM, JOB_FIELDS, many="image", max_parts=4 + len(JOB_FIELDS), folder=Path(folder)
+        )
         for start in range(0, len(data), 50):
             stream.feed(data[start : start + 50])
         read_job(stream.finish())

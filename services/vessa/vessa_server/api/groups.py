@@ -7,8 +7,8 @@ from fastapi import APIRouter, Depends, Path, Request
 from vessa.schemas import Erasure
 from vessa_server.api.authentication import require_admin, require_key
 from vessa_server.api.dependencies import ChangeDep, EngineDep
+from vessa_server.api.jobs import jobs_of
 from vessa_server.viewers.sessions import ViewerSessions
-from vessa_server.volume_jobs.jobs import Jobs
 from vessa_server.volume_jobs.slices import erase_patient
 from vessa_server.worklists.store import WorklistStore
 
@@ -28,7 +28,7 @@ def erase_group(
     images may show the patient. Other replicas need this request too; `vessa-server erase` lists what stays
     elsewhere.
     """
-    jobs: Jobs = request.app.state.jobs
+    jobs = jobs_of(request)
     worklists: WorklistStore = request.app.state.worklists
     viewers: ViewerSessions = request.app.state.viewer_sessions
     with change("erase") as more:

@@ -22,8 +22,10 @@ from vessa_server.api.dependencies import (
     service_of,
 )
 from vessa_server.api.openapi import JOB_BODY, answering
-from vessa_server.serialization.job_request import job_form, read_job
-from vessa_server.serialization.multipart import FormStream
+from vessa_server.auth.keys import Caller
+from vessa_server.serialization.job_request import JOB_FIELDS, JobRequest, read_job
+from vessa_server.serialization.multipart import Form, FormStream
+from vessa_server.serving.engine import Engine
 from vessa_server.settings import Settings
 from vessa_server.volume_jobs.jobs import Jobs
 
@@ -37,9 +39,51 @@ MEDIA = {
 }
 
 
-def _jobs(request: Request) -> Jobs:
+def jobs_of(request: Request) -> Jobs:
+    """Return the volume jobs of this app."""
     jobs: Jobs = request.app.state.jobs
     return jobs
+
+
+async def start_job(
+    request: Request,
+    engine: Engine,
+    folder: Path,
+    files: list[Path],
+    wanted: JobRequest,
+    caller: Caller,
+    change: ChangeDep,
+) -> JobInfo:
+    """Make a job of the files in the folder of an upload; it is on the disk when this returns."""
+    jobs, take = jobs_of(request), partial(limits_of(request).take, caller)
+    reader = engine.reader.for_caller(callers_banks(engine, caller))
+    async with contextmanager_in_threadpool(change("job.create", bank=wanted.bank)) as more:
+        create = partial(jobs.create, folder, files, wanted, caller, reader, take)
+        info = await run_sync(create, limiter=jobs.reading)
+        more["job"] = info.id
+    return info
+
+
+async def receive_files(
+    request: Request, folder: Path, settings: Settings, fields: set[str]
+) -> tuple[Form, list[Path]]:
+    """Write the uploaded files of a form to a folder as they arrive, without a whole one in memory.
+
+    Returns the text fields and the files, those of the field `image`. Raises UnsupportedMedia, TooLarge.
+    """
+    if media_type(request) != FORM:
+        raise UnsupportedMedia(f"The files must come in a form: send them as {FORM}.")
+    most = settings.jobs.max_job_slices + len(fields)
+    form = FormStream(request.headers["content-type"], fields, many="image", max_parts=most, folder=folder)
+    pending = bytearray()
+    limit, seconds = settings.jobs.max_job_bytes, settings.limits.body_timeout_s
+    async for chunk in body_chunks(request, limit=limit, seconds=seconds):
+        pending += chunk
+        if len(pending) >= _WRITE_BYTES:
+            await run_in_threadpool(form.feed, bytes(pending))
+            pending.clear()
+    await run_in_threadpool(form.feed, bytes(pending))
+    return form.finish(), form.paths
 
 
 @jobs_api.post("/jobs", status_code=202, openapi_extra=JOB_BODY)
@@ -53,56 +97,36 @@ async def create_job(request: Request, response: Response, caller: CallerDep, ch
     removes islands of classes that form one component in every template. The answer's Location is the
     address of its state. Once this answers, the job is on the disk.
     """
-    limits, jobs = limits_of(request), _jobs(request)
-    with limits.work(caller), service_of(request).permit() as engine:
-        if media_type(request) != FORM:
-            raise UnsupportedMedia(f"A job needs a form: send it as {FORM}.")
-        # Entered and left in this thread: they only create and remove a folder.
-        with jobs.upload(caller) as folder:
-            form = await _receive(request, folder, engine.settings)
-            wanted, files = await run_in_threadpool(read_job, form.finish()), form.paths
-            banks = callers_banks(engine, caller)
-            async with contextmanager_in_threadpool(change("job.create", bank=wanted.bank)) as more:
-                take = partial(limits.take, caller)
-                reader = engine.reader.for_caller(banks)
-                create = partial(jobs.create, folder, files, wanted, caller, reader, take)
-                info = await run_sync(create, limiter=jobs.reading)
-                more["job"] = info.id
+    # Entered and left in this thread: an upload's folder is only created and removed.
+    with (
+        limits_of(request).work(caller),
+        service_of(request).permit() as engine,
+        jobs_of(request).upload(caller) as folder,
+    ):
+        form, files = await receive_files(request, folder, engine.settings, JOB_FIELDS)
+        wanted = await run_in_threadpool(read_job, form)
+        info = await start_job(request, engine, folder, files, wanted, caller, change)
     response.headers["Location"] = f"/jobs/{info.id}"
     return info
-
-
-async def _receive(request: Request, folder: Path, settings: Settings) -> FormStream:
-    """Write the uploaded files to a folder as they arrive, without a whole one in memory."""
-    form = job_form(request.headers["content-type"], folder, settings.jobs.max_job_slices)
-    pending = bytearray()
-    limit, seconds = settings.jobs.max_job_bytes, settings.limits.body_timeout_s
-    async for chunk in body_chunks(request, limit=limit, seconds=seconds):
-        pending += chunk
-        if len(pending) >= _WRITE_BYTES:
-            await run_in_threadpool(form.feed, bytes(pending))
-            pending.clear()
-    await run_in_threadpool(form.feed, bytes(pending))
-    return form
 
 
 @jobs_api.get("/jobs", dependencies=READ)
 def list_jobs(request: Request, caller: CallerDep) -> list[JobInfo]:
     """List the jobs of this key, the oldest first."""
-    return _jobs(request).visible(caller)
+    return jobs_of(request).visible(caller)
 
 
 @jobs_api.get("/jobs/{identity}", dependencies=READ)
 def job_info(identity: str, request: Request, caller: CallerDep) -> JobInfo:
     """Return the state of a job, and how many of its slices are done."""
-    return _jobs(request).info(identity, caller)
+    return jobs_of(request).info(identity, caller)
 
 
 @jobs_api.delete("/jobs/{identity}", status_code=204)
 def cancel_job(identity: str, request: Request, caller: CallerDep, change: ChangeDep) -> None:
     """Stop a job and delete all of it, or delete a finished one."""
     with change("job.delete", job=identity):
-        _jobs(request).cancel(identity, caller)
+        jobs_of(request).cancel(identity, caller)
 
 
 @jobs_api.get(
@@ -116,7 +140,7 @@ def job_result(identity: str, request: Request, caller: CallerDep) -> Response:
 
     409 job_unfinished until the job is done.
     """
-    kind, data = _jobs(request).result(identity, caller)
+    kind, data = jobs_of(request).result(identity, caller)
     media, name = MEDIA[kind]
     return Response(data, media_type=media, headers={"Content-Disposition": f'attachment; filename="{name}"'})
 
@@ -127,5 +151,5 @@ def job_provenance(identity: str, request: Request, caller: CallerDep, banks: Ba
 
     It names templates and patients of the bank: 404 unknown_bank for a key that may no longer use it.
     """
-    banks.get(_jobs(request).info(identity, caller).bank)
-    return _jobs(request).provenance(identity, caller)
+    banks.get(jobs_of(request).info(identity, caller).bank)
+    return jobs_of(request).provenance(identity, caller)

@@ -1,14 +1,13 @@
 """Read the form of POST /jobs."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from vessa.errors import InvalidRequest
 from vessa.volumes import AXES
 from vessa.volumes.files import LabelFormat
 from vessa_server.serialization.fields import read_name, read_strings, read_switch
-from vessa_server.serialization.multipart import Form, FormStream
+from vessa_server.serialization.multipart import Form
 from vessa_server.serialization.request_parser import DEFAULT_BANK
 from vessa_server.template_bank.retrieval import check_name
 
@@ -30,12 +29,7 @@ class JobRequest:
     clean: bool = False
 
 
-_FIELDS = {"image", "bank", "classes", "group", "axis", "result", "clean"}
-
-
-def job_form(content_type: str, folder: Path, max_files: int) -> FormStream:
-    """Return the parser of a job's form, which writes the uploaded files to a folder."""
-    return FormStream(content_type, _FIELDS, many="image", max_parts=max_files + len(_FIELDS), folder=folder)
+JOB_FIELDS = {"image", "bank", "classes", "group", "axis", "result", "clean"}
 
 
 def read_job(form: Form) -> JobRequest:

@@ -9,20 +9,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from vessa.atomic_write import write_bytes
 from vessa.errors import UnknownWorklist
 from vessa_server.storage.files import disk
-from vessa_server.worklists.records import (
-    Item,
-    StoredVolume,
-    Worklist,
-    encode,
-    read_item,
-    read_volume_record,
-    read_worklist,
-)
+from vessa_server.worklists.records import Item, StoredVolume, Worklist, encode, read_record
 
+_Record = TypeVar("_Record", Item, Worklist, StoredVolume)
 log = logging.getLogger(__name__)
 
 ITEM_ID = re.compile(r"[0-9a-f]{32}")
@@ -125,37 +119,29 @@ class WorklistFolders:
 
     def head(self, path: Path) -> Worklist | None:
         """Return the worklist of a folder, None without a readable head."""
-        try:
-            found = read_worklist(path / HEAD)
-        except (OSError, ValueError):
-            self._report(path / HEAD)
-            return None
-        self._reported.discard(path / HEAD)
-        return found
+        return self._record(path / HEAD, Worklist)
 
     def read(self, path: Path) -> Item | None:
         """Return an item, None when it was removed or is damaged."""
-        try:
-            return read_item(path)
-        except (OSError, ValueError):
-            self._report(path)
-            return None
+        return self._record(path, Item)
 
     def volume(self, path: Path) -> StoredVolume | None:
         """Return the volume of a record's file, None when it was removed or is damaged."""
+        return self._record(path, StoredVolume)
+
+    def _record(self, path: Path, kind: type[_Record]) -> _Record | None:
         try:
-            return read_volume_record(path)
+            found = read_record(path, kind)
         except (OSError, ValueError):
-            self._report(path)
+            if path not in self._reported:  # once, and not at each request
+                self._reported.add(path)
+                log.error("%s is damaged and left out; `vessa-server store check` lists such files", path)
             return None
+        self._reported.discard(path)
+        return found
 
     def _all(self) -> list[Path]:
         return [path for key in sorted(self.folder.glob("[!.]*")) for path in self.folders(key)]
-
-    def _report(self, path: Path) -> None:
-        if path not in self._reported:  # once, and not at each request
-            self._reported.add(path)
-            log.error("%s is damaged and left out; `vessa-server store check` lists such files", path)
 
     @staticmethod
     def write(path: Path, data: bytes) -> None:

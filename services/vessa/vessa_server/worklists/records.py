@@ -4,7 +4,7 @@ import io
 import zlib
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,44 +96,26 @@ class StoredVolume:
         return self.shape[self.axis]
 
 
-_ITEM, _WORKLIST, _VOLUME = TypeAdapter(Item), TypeAdapter(Worklist), TypeAdapter(StoredVolume)
+_Record = TypeVar("_Record", Item, Worklist, StoredVolume)
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Item, Worklist, StoredVolume)}
 
 
 def encode(record: Item | Worklist | StoredVolume) -> bytes:
     """Return the bytes of a record's file."""
-    if isinstance(record, Item):
-        return _ITEM.dump_json(record)
-    return _VOLUME.dump_json(record) if isinstance(record, StoredVolume) else _WORKLIST.dump_json(record)
+    return _ADAPTERS[type(record)].dump_json(record)
 
 
-def read_item(path: Path) -> Item | None:
-    """Return a stored item, None when it was removed. Raises ValueError when its file is damaged."""
+def read_record(path: Path, kind: type[_Record]) -> _Record | None:
+    """Return a stored record, None when it was removed. Raises ValueError when its file is damaged."""
     try:
-        item = _ITEM.validate_json(path.read_bytes())
+        record: _Record = _ADAPTERS[kind].validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    if item.id != path.stem:
+    if isinstance(record, Item) and record.id != path.stem:
         raise ValueError("it belongs to another item")
-    return item
-
-
-def read_worklist(path: Path) -> Worklist | None:
-    """Return a stored worklist, None when it was deleted. Raises ValueError when its file is damaged."""
-    try:
-        return _WORKLIST.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-
-
-def read_volume_record(path: Path) -> StoredVolume | None:
-    """Return a stored volume, None when it was deleted. Raises ValueError when its file is damaged."""
-    try:
-        volume = _VOLUME.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    if volume.id != path.parent.name:
+    if isinstance(record, StoredVolume) and record.id != path.parent.name:
         raise ValueError("it belongs to another volume")
-    return volume
+    return record
 
 
 def read_png(path: Path) -> NDArray[np.uint8]:

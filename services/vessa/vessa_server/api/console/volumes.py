@@ -13,27 +13,18 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from numpy.typing import NDArray
 
-from vessa.errors import InvalidRequest, TooLarge, UnknownJob, UnsupportedMedia, VessaError
+from vessa.errors import InvalidRequest, TooLarge, UnknownJob, VessaError
 from vessa.file_kinds import HEAD, kind_of
 from vessa.schemas import JobInfo
 from vessa.volumes import isolated
 from vessa_server.api.authentication import CallerDep, require_key
 from vessa_server.api.console.worklists import ListName, StoreDep
-from vessa_server.api.dependencies import (
-    FORM,
-    READ,
-    ChangeDep,
-    body_chunks,
-    callers_banks,
-    limits_of,
-    media_type,
-    service_of,
-)
+from vessa_server.api.dependencies import READ, ChangeDep, limits_of, service_of
+from vessa_server.api.jobs import jobs_of, receive_files, start_job
 from vessa_server.api.openapi import SLICES_BODY, WORKLIST_VOLUME_BODY, answering
 from vessa_server.serialization.fields import read_group
 from vessa_server.serialization.image_files import decode_image
 from vessa_server.serialization.job_request import JobRequest
-from vessa_server.serialization.multipart import Form, FormStream
 from vessa_server.serialization.responses import notes_header
 from vessa_server.settings import Settings
 from vessa_server.volume_jobs.jobs import Jobs
@@ -54,13 +45,6 @@ worklist_volumes = APIRouter(dependencies=[Depends(require_key)])
 
 VolumeId = Annotated[str, Path(description="volume of the worklist", max_length=32)]
 _BYTES = _NIFTI = "application/octet-stream"
-_WRITE_BYTES = 1 << 20
-
-
-def jobs_of(request: Request) -> Jobs:
-    """Return the volume jobs of this app."""
-    jobs: Jobs = request.app.state.jobs
-    return jobs
 
 
 @worklist_volumes.post(
@@ -77,7 +61,7 @@ async def slices(request: Request, caller: CallerDep) -> Response:
         service_of(request).permit() as engine,
         jobs.upload(caller) as folder,
     ):
-        _, files = await _receive(request, folder, engine.settings, {"image"})
+        _, files = await receive_files(request, folder, engine.settings, {"image"})
         read = partial(_slices, files, jobs, engine.settings)
         stack, notes = await run_sync(read, limiter=jobs.reading)
     headers = {"X-Shape": ",".join(map(str, stack.shape)), "Cache-Control": "no-store", **notes_header(notes)}
@@ -96,7 +80,7 @@ async def add(
         jobs.upload(caller) as folder,
     ):
         worklist = await run_in_threadpool(store.get, name, caller)
-        form, files = await _receive(request, folder, engine.settings, {"image", "name", "group"})
+        form, files = await receive_files(request, folder, engine.settings, {"image", "name", "group"})
         shown, group = form.text("name", "volume")[:160], form.text("group", "")
         group = read_group(group, "group") if group else ""
         async with contextmanager_in_threadpool(change("worklist.volume", worklist=name)) as more:
@@ -111,8 +95,8 @@ async def segment_volume(
     name: ListName, volume: VolumeId, request: Request, store: StoreDep, caller: CallerDep, change: ChangeDep
 ) -> JobInfo:
     """Segment a volume of the worklist as a job, or return its job; GET /jobs/ID has the progress."""
-    jobs, limits = jobs_of(request), limits_of(request)
-    with limits.work(caller), service_of(request).permit() as engine:
+    jobs = jobs_of(request)
+    with limits_of(request).work(caller), service_of(request).permit() as engine:
         worklist = await run_in_threadpool(store.get, name, caller)
         stored = await run_in_threadpool(get_volume, store, worklist, volume)
         if stored.job:
@@ -124,12 +108,7 @@ async def segment_volume(
         with jobs.upload(caller) as folder:
             files = await run_in_threadpool(_copies, store, worklist, stored, folder)
             wanted = JobRequest(worklist.bank, group=stored.group or None, kind="nifti")
-            reader = engine.reader.for_caller(callers_banks(engine, caller))
-            async with contextmanager_in_threadpool(change("job.create", bank=worklist.bank)) as more:
-                take = partial(limits.take, caller)
-                create = partial(jobs.create, folder, files, wanted, caller, reader, take)
-                info = await run_sync(create, limiter=jobs.reading)
-                more["job"] = info.id
+            info = await start_job(request, engine, folder, files, wanted, caller, change)
         await run_in_threadpool(set_job, store, worklist, stored, info.id)
     return info
 
@@ -203,25 +182,6 @@ def volume_labels(name: ListName, volume: VolumeId, store: StoreDep, caller: Cal
 def _nifti(store: WorklistStore, worklist: Worklist, volume: str, labels: bool) -> Response:
     data = shown_nifti(store, worklist, get_volume(store, worklist, volume), labels)
     return Response(data, media_type=_NIFTI, headers={"Cache-Control": "no-store"})
-
-
-async def _receive(
-    request: Request, folder: FilePath, settings: Settings, fields: set[str]
-) -> tuple[Form, list[FilePath]]:
-    """Write the uploaded files to a folder as they arrive and return the text fields and the files."""
-    if media_type(request) != FORM:
-        raise UnsupportedMedia(f"The files must come in a form: send them as {FORM}.")
-    most = settings.jobs.max_job_slices + len(fields)
-    form = FormStream(request.headers["content-type"], fields, many="image", max_parts=most, folder=folder)
-    pending = bytearray()
-    limit, seconds = settings.jobs.max_job_bytes, settings.limits.body_timeout_s
-    async for chunk in body_chunks(request, limit=limit, seconds=seconds):
-        pending += chunk
-        if len(pending) >= _WRITE_BYTES:
-            await run_in_threadpool(form.feed, bytes(pending))
-            pending.clear()
-    await run_in_threadpool(form.feed, bytes(pending))
-    return form.finish(), form.paths
 
 
 def _slices(files: list[FilePath], jobs: Jobs, settings: Settings) -> tuple[NDArray[np.uint8], list[str]]:

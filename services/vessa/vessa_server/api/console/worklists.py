@@ -23,6 +23,7 @@ from vessa_server.api.dependencies import (
     service_of,
     unless_gone,
 )
+from vessa_server.api.jobs import jobs_of
 from vessa_server.api.openapi import WORKLIST_ITEM_BODY, answering
 from vessa_server.auth.keys import Caller, Role
 from vessa_server.serialization.fields import read_group
@@ -34,7 +35,6 @@ from vessa_server.serving.engine import Engine
 from vessa_server.template_bank.bank import check_name
 from vessa_server.template_bank.permissions import CallersBanks
 from vessa_server.types import SegmentResult, TemplateItem
-from vessa_server.volume_jobs.jobs import Jobs
 from vessa_server.worklists.export import ExportFormat, export_worklist
 from vessa_server.worklists.records import Item, Worklist
 from vessa_server.worklists.schemas import (
@@ -300,9 +300,8 @@ def export(
 
     nifti and dicom-seg hold one file for each volume, on the grid of its files.
     """
-    jobs: Jobs = request.app.state.jobs
-    worklist = store.get(name, caller)
-    parts = export_worklist(store, worklist, _classes(banks, worklist), format, jobs.bounds)
+    worklist, bounds = store.get(name, caller), jobs_of(request).bounds
+    parts = export_worklist(store, worklist, _classes(banks, worklist), format, bounds)
     disposition = f'attachment; filename="{name}-{format}.zip"'
     return StreamingResponse(parts, media_type=_ZIP, headers={"Content-Disposition": disposition})
 
