@@ -7,6 +7,7 @@ import { ImageCanvas } from "./canvas.js";
 import { ClassList } from "./classes.js";
 import { fetchLayer, itemPath, promptBody } from "./items.js";
 import { UndoStack, areas, fillPolygon, floodFill, mergeClass, paintLine, samplePoints } from "./masks.js";
+import { ViewControls } from "./view_controls.js";
 
 /** @typedef {import("./masks.js").Point} Point */
 
@@ -349,13 +350,7 @@ export function Editor({ list, item, classes, onChange, layer, slices = [], onSl
       <p class="status" role="status" aria-live="polite">${busy ? "Working." : message}</p>
       <label class="slider">Labels
         <input type="range" min="0" max="1" step="0.05" value=${view.opacity} onInput=${(/** @type {any} */ e) => setView({ ...view, opacity: Number(e.target.value) })} /></label>
-      <label class="slider">Window
-        <input type="range" min="0.1" max="1.5" step="0.05" value=${view.window} onInput=${(/** @type {any} */ e) => setView({ ...view, window: Number(e.target.value) })} /></label>
-      <label class="slider">Level
-        <input type="range" min="0.1" max="1" step="0.05" value=${view.level} onInput=${(/** @type {any} */ e) => setView({ ...view, level: Number(e.target.value) })} /></label>
-      <button type="button" aria-label="Zoom in" onClick=${() => state.canvas.zoom(1.3)}>+</button>
-      <button type="button" aria-label="Zoom out" onClick=${() => state.canvas.zoom(1 / 1.3)}>−</button>
-      <button type="button" onClick=${() => state.canvas.fit()}>Fit</button>
+      <${ViewControls} view=${view} onView=${setView} canvas=${() => state.canvas} />
     </div>
     <${ClassList} classes=${classes} active=${active} counts=${counts} hidden=${hidden} onActive=${setActive} onHidden=${setHidden} />
   </div>`;

@@ -10,6 +10,7 @@ import { groupOf, sortFiles } from "../files.js";
 import { UndoStack, areas, fillPolygon, floodFill, paintLine } from "../masks.js";
 import { grayPng } from "../png.js";
 import { decodeSlices, imageData, slicePng } from "../slices.js";
+import { ViewControls } from "../view_controls.js";
 
 const TOOLS = [["brush", "Brush"], ["eraser", "Eraser"], ["lasso", "Lasso"], ["polygon", "Polygon"], ["fill", "Fill"]];
 
@@ -210,13 +211,7 @@ export function DrawTemplate({ bank, onDone }) {
       ${count > 1 && html`<label class="slider">Slice
         <input type="range" min="0" max=${count - 1} value=${index} onInput=${(/** @type {any} */ e) => show(opened.slices, Number(e.target.value))} />
         ${index + 1} of ${count}</label>`}
-      <label class="slider">Window
-        <input type="range" min="0.1" max="1.5" step="0.05" value=${view.window} onInput=${(/** @type {any} */ e) => setView({ ...view, window: Number(e.target.value) })} /></label>
-      <label class="slider">Level
-        <input type="range" min="0.1" max="1" step="0.05" value=${view.level} onInput=${(/** @type {any} */ e) => setView({ ...view, level: Number(e.target.value) })} /></label>
-      <button type="button" aria-label="Zoom in" onClick=${() => state.canvas.zoom(1.3)}>+</button>
-      <button type="button" aria-label="Zoom out" onClick=${() => state.canvas.zoom(1 / 1.3)}>−</button>
-      <button type="button" onClick=${() => state.canvas.fit()}>Fit</button>
+      <${ViewControls} view=${view} onView=${setView} canvas=${() => state.canvas} />
     </div>`}
     <p role="status" aria-live="polite">${wrong || message}</p>
     <button class="primary" disabled=${!opened || !!wrong || !counts.size}>Add template</button>

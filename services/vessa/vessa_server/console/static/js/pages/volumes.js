@@ -2,7 +2,7 @@
 /** Volumes of a worklist: their jobs with progress and cancel, and a view in three planes and 3D. */
 
 import { html, useEffect, useRef, useState } from "../../vendor/preact-htm.js";
-import { get, post, send } from "../api.js";
+import { ApiError, get, post, send } from "../api.js";
 import { COLORS, classColor } from "../masks.js";
 
 const POLL_MS = 1000;
@@ -61,7 +61,10 @@ function VolumeJob({ base, volume, onChange }) {
           await onChange();
         } else timer = setTimeout(poll, POLL_MS);
       } catch (error) {
-        if (!gone) setJob(null); // cancelled, or its labels were taken by another page
+        if (gone) return;
+        setJob(null);
+        // An unknown job was cancelled, or its labels were taken by another page.
+        if (!(error instanceof ApiError && error.code === "unknown_job")) setMessage(String(/** @type {Error} */ (error).message));
       }
     };
     if (volume.job) poll();
